@@ -1,0 +1,22 @@
+"""MegaViT: a trainer for very large vision transformers (ViT-22B, arXiv 2302.05442) on PyTorch and DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from megavit.config import PRESETS, ModelConfig, RunConfig
+
+if TYPE_CHECKING:
+    from megavit.model.vit import MegaVit
+
+__version__ = "0.1.0"
+__all__ = ["PRESETS", "MegaVit", "ModelConfig", "RunConfig", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `launch/train.py --help` and the launcher's checks need not import torch.
+    if name == "MegaVit":
+        from megavit.model.vit import MegaVit
+
+        return MegaVit
+    raise AttributeError(f"module 'megavit' has no attribute {name!r}")

@@ -1,0 +1,95 @@
+"""The command line of a training run: flags and `--config` files onto the dataclasses of `megavit.config`.
+
+Precedence: defaults < preset (`--model.name`) < `--config file.yaml` < flags. Imports neither torch nor deepspeed, so that
+`--help` is quick and a mistake is reported before anything is started.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from megavit.config import PRESETS, RunConfig, nearest, run_preset
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+class _Parser(ArgumentParser):
+    """Reports a mistake in one line, with the nearest known flag or field."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        flags = [option for action in self._actions for option in action.option_strings]
+        hint = ""
+        if unknown := re.search(r"unrecognized arguments: (--[^\s=]+)", message):
+            hint = nearest(unknown[1], flags)
+        elif unknown := re.search(r"does not accept option '([^']+)'", message):
+            hint = nearest(unknown[1], [part for flag in flags for part in flag.lstrip("-").split(".")])
+        print(f"error: {message.strip()}{hint} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def make_parser(preset: str) -> ArgumentParser:
+    """A parser whose defaults are those of `preset`'s model and recipe."""
+    parser = _Parser(
+        prog="deepspeed launch/train.py",
+        description="Train a vision transformer of the ViT-22B family with tensor parallelism and DeepSpeed ZeRO. "
+        "Batch sizes, precision, clipping, ZeRO, the optimizer and its learning rate are in the DeepSpeed JSON. "
+        f"Presets for --model.name: {', '.join(PRESETS)}; the defaults shown are those of {preset}.",
+    )
+    parser.add_argument("--deepspeed_config", type=str, required=True, help="DeepSpeed JSON, see ds_configs/README.md")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the flags below")
+    parser.add_argument("--local_rank", type=int, default=0, help="appended by the deepspeed launcher; not used")
+    parser.add_class_arguments(RunConfig, None)
+    parser.set_defaults(_flatten(dataclasses.asdict(run_preset(preset))))
+    return parser
+
+
+def parse_run(argv: Sequence[str] | None = None) -> tuple[RunConfig, Path]:
+    """(run configuration, path of the DeepSpeed JSON) from the command line; exits with a message on any mistake."""
+    argv = _complete_switches(list(sys.argv[1:] if argv is None else argv))
+    first = make_parser("vit_tiny")
+    preset = first.parse_args([word for word in argv if word not in ("-h", "--help")] or argv).model.name
+    try:
+        parser = make_parser(preset)
+        values = parser.instantiate(parser.parse_args(argv))
+        run = RunConfig(**{f.name: values[f.name] for f in dataclasses.fields(RunConfig)})
+    except ValueError as error:
+        first.error(str(error))
+    data = dataclasses.replace(
+        run.data, shards=_from_root(run.data.shards), val_shards=_from_root(run.data.val_shards)
+    )
+    return dataclasses.replace(run, data=data), Path(_from_root(values.deepspeed_config))
+
+
+def _complete_switches(argv: list[str]) -> list[str]:
+    """`--compile` alone means `--compile=true`."""
+    switches = {f"--{name}" for name in _flatten(_types(RunConfig)) if _flatten(_types(RunConfig))[name] is bool}
+    following = [*argv[1:], "--"]
+    return [f"{word}=true" if word in switches and after.startswith("--") else word for word, after in zip(argv, following)]
+
+
+def _types(config: type) -> dict[str, Any]:
+    hints = get_type_hints(config)
+    return {name: _types(hint) if dataclasses.is_dataclass(hint) else hint for name, hint in hints.items()}
+
+
+def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _from_root(path: str) -> str:
+    """A relative path that starts in no folder or file here is taken from the project's root, so that the defaults and
+    `ds_configs/...` work from any working directory."""
+    first = Path(path).parts[:1]
+    if not first or Path(path).is_absolute() or Path(first[0]).exists() or not (PROJECT_ROOT / first[0]).exists():
+        return path
+    return str(PROJECT_ROOT / path)

@@ -1,0 +1,323 @@
+"""Run configuration: typed, frozen, validated on construction; imports neither torch nor deepspeed.
+
+Who owns what: the DeepSpeed JSON owns batch sizes, precision, clipping, ZeRO, the optimizer and its peak learning rate; the
+dataclasses here own everything else. Precedence is defaults < preset < `--config` file < flags (see `megavit.cli`).
+Sizes are those of the papers: ViT-22B (arXiv 2302.05442, table 1) and Scaling ViTs (arXiv 2106.04560) for its family.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Pool = Literal["map", "mean", "cls"]
+Recompute = Literal["none", "full", "selective"]
+Loss = Literal["sigmoid", "softmax"]
+Augment = Literal["inception", "none"]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint `; did you mean 'x'?` for an unknown `name`, or '' when nothing known is close."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def _require_positive(owner: str, config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{owner}.{name} must be at least 1, got {getattr(config, name)}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of one vision transformer. The defaults are ViT-22B's choices (arXiv 2302.05442, section 2).
+
+    Args:
+        name: preset that fills every field not given (vit_tiny, vit_s16, ..., vit_22b).
+        image_size: height and width of the square input, in pixels.
+        patch_size: height and width of a patch, in pixels; must divide image_size.
+        channels: input channels (1 decodes to grey, 3 to RGB).
+        num_classes: width of the classifier; 0 returns the pooled features instead.
+        dim: token width D.
+        depth: number of transformer blocks.
+        num_heads: attention heads; must divide dim.
+        mlp_dim: hidden width F of the MLP.
+        dropout: drop rate after the MLP's GELU and on each block's output.
+        emb_dropout: drop rate after the position embedding.
+        block: parallel (one norm, attention and MLP side by side, one add) or sequential (the classic pre-norm pair).
+        pool: map (attention pooling), mean (over patch tokens) or cls (a learned class token).
+        num_registers: learned tokens without position that join the sequence and are dropped before pooling.
+        qk_norm: normalise queries and keys over head_dim before the dot product.
+        qkv_bias: biases on query, key and value projections, in the blocks and in the MAP head.
+        norm_centring: subtract the mean too (LayerNorm); false is RMSNorm.
+        norm_bias: a learned bias in the norms.
+        norm_eps: added to the variance inside the norms.
+        layer_scale: initial value of a learned per-channel scale on each residual branch; none leaves it out.
+        head_bias: initial classifier bias; log_prior is -log(num_classes), ViT-22B uses -10.
+    """
+
+    name: str = "vit_tiny"
+    image_size: int = 224
+    patch_size: int = 14
+    channels: int = 3
+    num_classes: int = 1000
+    dim: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_dim: int = 1536
+    dropout: float = 0.0
+    emb_dropout: float = 0.0
+    block: Literal["parallel", "sequential"] = "parallel"
+    pool: Pool = "map"
+    num_registers: int = 0
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    norm_centring: bool = False
+    norm_bias: bool = False
+    norm_eps: float = 1e-6
+    layer_scale: float | None = None
+    head_bias: float | Literal["log_prior"] = "log_prior"
+
+    def __post_init__(self) -> None:
+        _require_positive("model", self, "image_size", "patch_size", "channels", "dim", "depth", "num_heads", "mlp_dim")
+        if self.image_size % self.patch_size:
+            lower = self.image_size // self.patch_size * self.patch_size
+            raise ValueError(
+                f"model.image_size {self.image_size} is not a multiple of model.patch_size {self.patch_size}; "
+                f"use image_size {lower or self.patch_size} or {lower + self.patch_size}"
+            )
+        if self.dim % self.num_heads:
+            raise ValueError(
+                f"model.dim {self.dim} is not a multiple of model.num_heads {self.num_heads}; "
+                f"use dim {self.num_heads * max(1, self.dim // self.num_heads)} or another head count"
+            )
+        for name in ("dropout", "emb_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"model.{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.num_classes < 0 or self.num_registers < 0:
+            raise ValueError(
+                f"model.num_classes and model.num_registers cannot be negative, "
+                f"got {self.num_classes} and {self.num_registers}"
+            )
+        for name, allowed in (("pool", ("map", "mean", "cls")), ("block", ("parallel", "sequential"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"model.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size**2
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: registers and, with pool='cls', the class token."""
+        return self.num_registers + (self.pool == "cls")
+
+    @property
+    def num_tokens(self) -> int:
+        """Sequence length N inside the blocks."""
+        return self.num_patches + self.num_prefix_tokens
+
+    def check_tensor_parallel(self, tp_size: int) -> None:
+        """Raise ValueError unless `tp_size` divides what tensor parallelism shards (classes are padded instead)."""
+        for name in ("num_heads", "mlp_dim"):
+            if getattr(self, name) % tp_size:
+                divisors = [n for n in range(1, tp_size) if self.num_heads % n == 0 and self.mlp_dim % n == 0]
+                raise ValueError(
+                    f"tensor_parallel_size {tp_size} does not divide model.{name} {getattr(self, name)}; "
+                    f"use --tensor_parallel_size {divisors[-1]} or change model.{name}"
+                )
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate against the step. The peak is the optimizer's `lr` in the DeepSpeed JSON.
+
+    Args:
+        name: rsqrt (ViT-22B), cosine, linear or constant, after the warm-up.
+        warmup_steps: linear rise from 0 to the peak.
+        cooldown_steps: linear fall to 0 over the last steps, on top of the shape.
+        timescale_steps: rsqrt decays as 1/sqrt(1 + (step - warmup) / timescale).
+    """
+
+    name: Literal["rsqrt", "cosine", "linear", "constant"] = "rsqrt"
+    warmup_steps: int = 10_000
+    cooldown_steps: int = 30_000
+    timescale_steps: int = 10_000
+
+    def __post_init__(self) -> None:
+        allowed = ("rsqrt", "cosine", "linear", "constant")
+        if self.name not in allowed:
+            raise ValueError(f"schedule.name must be one of {', '.join(allowed)}, got {self.name!r}")
+        if self.warmup_steps < 0 or self.cooldown_steps < 0:
+            raise ValueError(
+                f"schedule.warmup_steps {self.warmup_steps} and schedule.cooldown_steps {self.cooldown_steps} "
+                "cannot be negative"
+            )
+        _require_positive("schedule", self, "timescale_steps")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from and how they are augmented.
+
+    Args:
+        shards: training shards: a path with braces or wildcards, e.g. data/train-{000000..000099}.tar.
+        val_shards: validation shards, same notation; empty trains without evaluation.
+        workers: decoding processes per rank; 0 decodes in the training process.
+        augment: inception (random crop of crop_area of the image, aspect 3/4 to 4/3) or none (the evaluation transform).
+        crop_area: smallest and largest share of the image's area that the inception crop keeps.
+        flip: mirror half of the training images left to right.
+        shift: move training images by up to this share of their side (black border); for tiny images.
+        rotate_degrees: turn training images by up to this angle (black border); for tiny images.
+        zoom: scale training images by 1 - zoom to 1 + zoom (black border); for tiny images.
+        eval_crop: share of the side kept by the evaluation's centre crop (0.875 is the ImageNet convention).
+    """
+
+    shards: str = ""
+    val_shards: str = ""
+    workers: int = 4
+    augment: Augment = "inception"
+    crop_area: tuple[float, float] = (0.05, 1.0)
+    flip: bool = True
+    shift: float = 0.0
+    rotate_degrees: float = 0.0
+    zoom: float = 0.0
+    eval_crop: float = 0.875
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_area
+        if not 0.0 < low <= high <= 1.0:
+            raise ValueError(f"data.crop_area must satisfy 0 < smallest <= largest <= 1, got [{low}, {high}]")
+        if not 0.0 < self.eval_crop <= 1.0:
+            raise ValueError(f"data.eval_crop must lie in (0, 1], got {self.eval_crop}")
+        for name in ("shift", "rotate_degrees", "zoom"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name} cannot be negative, got {getattr(self, name)}")
+        if self.augment not in ("inception", "none"):
+            raise ValueError(f"data.augment must be inception or none, got {self.augment!r}")
+        if self.workers < 0:
+            raise ValueError(f"data.workers cannot be negative, got {self.workers}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run.
+
+    Args:
+        run_dir: folder for logs, TensorBoard and weights; empty makes runs/<model>-<time>.
+        seed: fixes the weights, the order of the data, the augmentation and dropout.
+        max_steps: optimizer steps of the whole run.
+        log_every: steps between two log lines.
+        eval_every: steps between two evaluations; 0 evaluates at the end only.
+        tensor_parallel_size: ranks that share one copy of each block; must divide heads, mlp_dim and the rank count.
+        recompute: activations to recompute in backward; selective keeps the matmul inputs that are dear to rebuild.
+        loss: sigmoid (multi-label, ViT-22B) or softmax cross-entropy.
+        head_weight_decay: decoupled weight decay of the classifier; the body's is in the DeepSpeed JSON.
+        compile: torch.compile each block.
+        export_dir: also write the final model.safetensors and config.json here; empty exports to <run_dir>/export.
+        model: the architecture.
+        data: the input.
+        schedule: the learning rate.
+    """
+
+    run_dir: str = ""
+    seed: int = 0
+    max_steps: int = 177_000
+    log_every: int = 50
+    eval_every: int = 5_000
+    tensor_parallel_size: int = 1
+    recompute: Recompute = "none"
+    loss: Loss = "sigmoid"
+    head_weight_decay: float = 3.0
+    compile: bool = False
+    export_dir: str = ""
+    model: ModelConfig = field(default_factory=lambda: model_preset("vit_tiny"))
+    data: DataConfig = field(default_factory=DataConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def __post_init__(self) -> None:
+        _require_positive("run", self, "max_steps", "log_every", "tensor_parallel_size")
+        if self.eval_every < 0 or self.head_weight_decay < 0:
+            raise ValueError(
+                f"eval_every {self.eval_every} and head_weight_decay {self.head_weight_decay} cannot be negative"
+            )
+        if self.model.num_classes < 1:
+            raise ValueError("training needs model.num_classes of at least 1, got 0")
+        self.model.check_tensor_parallel(self.tensor_parallel_size)
+
+
+def _sized(dim: int, depth: int, mlp_dim: int, num_heads: int, patch_size: int, **fields: Any) -> dict[str, Any]:
+    shape = {"dim": dim, "depth": depth, "mlp_dim": mlp_dim, "num_heads": num_heads, "patch_size": patch_size}
+    return shape | fields
+
+
+# Width, depth, MLP width, heads, patch. The family's classifiers are ImageNet's; ViT-22B keeps JFT-3B's 29,593 classes.
+_SHAPES: dict[str, dict[str, Any]] = {
+    "vit_tiny": _sized(64, 4, 256, 4, 2, image_size=8, channels=1, num_classes=10),
+    "vit_ti16": _sized(192, 12, 768, 3, 16),
+    "vit_s16": _sized(384, 12, 1536, 6, 16),
+    "vit_b16": _sized(768, 12, 3072, 12, 16),
+    "vit_l16": _sized(1024, 24, 4096, 16, 16),
+    "vit_h14": _sized(1280, 32, 5120, 16, 14),
+    "vit_g14": _sized(1408, 40, 6144, 16, 14),
+    "vit_G14": _sized(1664, 48, 8192, 16, 14),
+    "vit_e14": _sized(1792, 56, 15360, 16, 14),
+    "vit_22b": _sized(6144, 48, 24576, 48, 14, num_classes=29_593, head_bias=-10.0),
+}
+
+# What a preset changes in the run beside the model. ViT-22B's recipe (177k steps, warm-up 10k, cool-down 30k, sigmoid
+# loss, decay 3.0 on the head, inception crop and flip) is the default of the dataclasses above.
+_RECIPES: dict[str, dict[str, Any]] = {
+    "vit_tiny": {
+        "max_steps": 1_500,
+        "log_every": 50,
+        "eval_every": 500,
+        "head_weight_decay": 0.05,
+        "data": {
+            "shards": "data/digits/train-*.tar",
+            "val_shards": "data/digits/test-*.tar",
+            "workers": 0,
+            "augment": "none",
+            "flip": False,
+            "shift": 0.125,
+            "rotate_degrees": 10.0,
+            "zoom": 0.1,
+            "eval_crop": 1.0,
+        },
+        "schedule": {"name": "cosine", "warmup_steps": 100, "cooldown_steps": 0},
+    },
+    "vit_22b": {"recompute": "selective", "log_every": 10, "data": {"workers": 8}},
+}
+
+PRESETS: tuple[str, ...] = tuple(_SHAPES)
+
+
+def model_preset(name: str, **overrides: Any) -> ModelConfig:
+    """The architecture called `name`, with fields replaced by `overrides`; ValueError for an unknown name or field."""
+    if name not in _SHAPES:
+        raise ValueError(f"unknown model preset {name!r}{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}")
+    known = {f.name for f in dataclasses.fields(ModelConfig)}
+    for key in overrides:
+        if key not in known:
+            raise ValueError(f"unknown model field {key!r}{nearest(key, known)}")
+    return ModelConfig(**({"name": name} | _SHAPES[name] | overrides))
+
+
+def run_preset(name: str) -> RunConfig:
+    """The run that preset `name` stands for: its model and its recipe (seen by `--help` as the defaults)."""
+    recipe = dict(_RECIPES.get(name, {}))
+    data = DataConfig(**recipe.pop("data", {}))
+    schedule = ScheduleConfig(**recipe.pop("schedule", {}))
+    return RunConfig(model=model_preset(name), data=data, schedule=schedule, **recipe)

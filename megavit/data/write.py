@@ -1,0 +1,256 @@
+"""Writing WebDataset shards from data sets in their own on-disk formats: digits, CIFAR-10/100, folders of images.
+
+A shard appears under its name only when it is complete, and one that exists is not written again, so a run that was
+interrupted is continued by running it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import webdataset as wds
+from PIL import Image
+from tqdm import tqdm
+
+from megavit.data.index import IMAGE_EXTENSIONS
+
+DIGITS_TRAIN = 1437  # of load_digits' 1,797 images; the last 360 come from other writers
+
+
+@dataclass(frozen=True)
+class Split:
+    """A named sequence of samples; `load(i)` gives (image bytes, extension, class id) and is thread-safe."""
+
+    name: str
+    size: int
+    load: Callable[[int], tuple[bytes, str, int]]
+    fingerprint: str
+
+
+def digest(*parts: object) -> str:
+    """A short hash that names the content of a split, so that other data are not taken for it."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+
+def write_splits(splits: Sequence[Split], out: str | Path, shard_size: int, workers: int) -> list[Path]:
+    """Write each split as `out/<name>-<number>.tar` of `shard_size` samples, `workers` shards at a time.
+
+    Returns the shard paths in order. Finished shards of the same content are kept; ValueError if `out` holds shards of
+    other content or another shard size.
+    """
+    if shard_size < 1 or workers < 1:
+        raise ValueError(f"--shard_size {shard_size} and --workers {workers} must be at least 1")
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    jobs = []
+    for split in splits:
+        _claim(out, split, shard_size)
+        count = -(-split.size // shard_size)
+        for number in range(count):
+            path = out / f"{split.name}-{number:06d}.tar"
+            paths.append(path)
+            if not path.exists():
+                jobs.append((split, path, number * shard_size, min(split.size, (number + 1) * shard_size)))
+    with tqdm(total=len(paths), initial=len(paths) - len(jobs), desc=f"shards in {out}", unit="shard") as bar:
+        # Threads: encoding and file reads release the interpreter lock, and arrays need not travel to processes.
+        pool = ThreadPoolExecutor(workers)
+        try:
+            for _ in pool.map(lambda job: _write_shard(*job), jobs):
+                bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return paths
+
+
+def _claim(out: Path, split: Split, shard_size: int) -> None:
+    record = out / f"{split.name}.json"
+    content = {"samples": split.size, "shard_size": shard_size, "fingerprint": split.fingerprint}
+    if record.exists():
+        if json.loads(record.read_text()) != content:
+            raise ValueError(f"{record} describes other data or another shard size; choose another --out or delete it")
+    elif any(out.glob(f"{split.name}-*.tar")):
+        raise ValueError(f"{out} already holds {split.name} shards of unknown content; choose another --out")
+    else:
+        record.write_text(json.dumps(content) + "\n")
+
+
+def _write_shard(split: Split, path: Path, start: int, stop: int) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        # A whole-second time: webdataset's default, a fraction, costs three extra blocks a member.
+        with open(partial, "wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as tar:
+            for i in range(start, stop):
+                data, extension, label = split.load(i)
+                tar.write({"__key__": f"{split.name}_{i:09d}", extension: data, "cls": str(label).encode()})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images [n, S, S] or [n, S, S, 3] uint8 and class ids [n], stored as PNG."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __call__(self, i: int) -> tuple[bytes, str, int]:
+        buffer = io.BytesIO()
+        Image.fromarray(self.images[i]).save(buffer, "PNG")
+        return buffer.getvalue(), "png", int(self.labels[i])
+
+    def split(self, name: str) -> Split:
+        content = hashlib.blake2b(self.images.tobytes() + self.labels.tobytes(), digest_size=8).hexdigest()
+        return Split(name, len(self.labels), self, content)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files and class ids; the bytes are stored as they are."""
+
+    paths: tuple[str, ...]
+    labels: tuple[int, ...]
+
+    def __call__(self, i: int) -> tuple[bytes, str, int]:
+        path = Path(self.paths[i])
+        return path.read_bytes(), path.suffix[1:].lower(), self.labels[i]
+
+
+def digits_arrays() -> tuple[ArrayImages, ArrayImages]:
+    """scikit-learn's load_digits, 8x8 grey scaled to 0..255: the first 1,437 for training, the last 360 for test."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = np.round(data.images * (255 / 16)).astype(np.uint8)
+    labels = data.target.astype(np.int64)
+    return (
+        ArrayImages(images[:DIGITS_TRAIN], labels[:DIGITS_TRAIN]),
+        ArrayImages(images[DIGITS_TRAIN:], labels[DIGITS_TRAIN:]),
+    )
+
+
+def digits_baselines() -> dict[str, float]:
+    """Test accuracy of three classic classifiers on the digits' pixels, same split as `digits_splits` (2 seconds).
+
+    Pixels scaled to 0..16 and the SVC's gamma 0.001 are those of scikit-learn's own digits example.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.svm import SVC
+
+    train, test = (
+        ArrayImages(part.images.reshape(len(part.labels), -1) * (16 / 255), part.labels) for part in digits_arrays()
+    )
+    models = {
+        "logistic regression": LogisticRegression(max_iter=5000),
+        "1-nearest neighbour": KNeighborsClassifier(1),
+        "SVC, RBF kernel": SVC(gamma=0.001),
+    }
+    return {
+        name: float(model.fit(train.images, train.labels).score(test.images, test.labels)) for name, model in models.items()
+    }
+
+
+def digits_splits(holdout: int = 0) -> list[Split]:
+    """Train and test; with `holdout`, the last so many training images become the split 'val' for choosing settings."""
+    train, test = digits_arrays()
+    if not holdout:
+        return [train.split("train"), test.split("test")]
+    if not 0 < holdout < DIGITS_TRAIN:
+        raise ValueError(f"--holdout must lie in 1..{DIGITS_TRAIN - 1}, got {holdout}")
+    cut = DIGITS_TRAIN - holdout
+    kept = ArrayImages(train.images[:cut], train.labels[:cut])
+    held = ArrayImages(train.images[cut:], train.labels[cut:])
+    return [kept.split("train"), held.split("val"), test.split("test")]
+
+
+def cifar_splits(root: str | Path, num_classes: int) -> list[Split]:
+    """CIFAR-10 or -100 from the python pickles (`cifar-10-batches-py`, `cifar-100-python`); fine labels for 100.
+
+    `root` is that folder or its parent. Raises ValueError naming the file that is missing or malformed.
+    """
+    folder = "cifar-10-batches-py" if num_classes == 10 else "cifar-100-python"
+    root = Path(root)
+    root = root / folder if (root / folder).is_dir() else root
+    train = [f"data_batch_{i}" for i in range(1, 6)] if num_classes == 10 else ["train"]
+    test = ["test_batch"] if num_classes == 10 else ["test"]
+    key = b"labels" if num_classes == 10 else b"fine_labels"
+    return [_cifar_arrays(root, train, key).split("train"), _cifar_arrays(root, test, key).split("test")]
+
+
+def _cifar_arrays(root: Path, files: Iterable[str], label_key: bytes) -> ArrayImages:
+    images, labels = [], []
+    for name in files:
+        path = root / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; --root must hold the 'python version' of CIFAR, extracted")
+        with open(path, "rb") as file:
+            batch = _CifarUnpickler(file, encoding="bytes").load()
+        if not isinstance(batch, dict) or b"data" not in batch or label_key not in batch:
+            raise ValueError(f"{path} is not a CIFAR batch with {label_key.decode()}")
+        pixels = np.asarray(batch[b"data"], np.uint8)
+        if pixels.ndim != 2 or pixels.shape[1] != 3072 or len(pixels) != len(batch[label_key]):
+            raise ValueError(f"{path}: data of shape {pixels.shape} with {len(batch[label_key])} labels is not CIFAR")
+        images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        labels.append(np.asarray(batch[label_key], np.int64))
+    return ArrayImages(np.ascontiguousarray(np.concatenate(images)), np.concatenate(labels))
+
+
+class _CifarUnpickler(pickle.Unpickler):
+    """Allows numpy arrays only: a pickle from the network may otherwise run any code."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if module.split(".")[0] == "numpy" and name in {"_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer"}:
+            return super().find_class(module, name)
+        raise ValueError(f"a CIFAR batch may hold arrays only, not {module}.{name}")
+
+
+def imagefolder_splits(root: str | Path) -> list[Split]:
+    """Folders of images, one a class: `root/<class>/...`, or `root/{train,val,test}/<class>/...`.
+
+    Class ids are the sorted class names of the training split (of the root without splits), and are written to
+    `classes.txt` by the caller. Raises ValueError for no images, or a split with classes that training lacks.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"--root {root} is not a folder")
+    names = [name for name in ("train", "val", "test") if (root / name).is_dir()] or ["."]
+    classes = class_names(root)
+    splits = []
+    for name in names:
+        folder = root / name
+        extra = sorted({d.name for d in folder.iterdir() if d.is_dir()} - set(classes))
+        if extra:
+            raise ValueError(f"{folder} has classes that the training split lacks: {', '.join(extra[:5])}")
+        paths, labels = [], []
+        for label, class_name in enumerate(classes):
+            for path in sorted((folder / class_name).rglob("*")):
+                if path.suffix[1:].lower() in IMAGE_EXTENSIONS:
+                    paths.append(str(path))
+                    labels.append(label)
+        if not paths:
+            raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}) in class folders")
+        # Neighbours of one class would fill whole shards: spread the classes over the shards.
+        order = np.argsort([hashlib.blake2b(p.encode(), digest_size=8).digest() for p in map(os.path.basename, paths)])
+        files = Files(tuple(paths[i] for i in order), tuple(labels[i] for i in order))
+        sizes = [os.path.getsize(path) for path in files.paths]
+        relative = [os.path.relpath(path, root) for path in files.paths]
+        splits.append(Split("train" if name == "." else name, len(paths), files, digest(relative, sizes, classes)))
+    return splits
+
+
+def class_names(root: str | Path) -> list[str]:
+    """Sorted class folder names of the training split; the index is the class id."""
+    root = Path(root)
+    folder = root / "train" if (root / "train").is_dir() else root
+    return sorted(d.name for d in folder.iterdir() if d.is_dir())

@@ -1,0 +1,179 @@
+"""Transformer blocks of ViT-22B: RMSNorm, QK-normalised attention and an MLP, side by side (arXiv 2302.05442, section 2).
+
+Letters: B batch, N tokens, D width, H heads, K head_dim, F MLP width; /tp marks a rank's share. Every class here works on
+one rank's shard and, with a single rank, is the plain layer.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megavit.config import ModelConfig, Recompute
+from megavit.model.recompute import recompute_with
+from megavit.parallel.collectives import copy_to_tp, dropout, gather_from_tp
+from megavit.parallel.init import Initializer
+from megavit.parallel.layout import Layout
+from megavit.parallel.linear import ColumnParallelLinear, RowParallelLinear
+
+# MLP biases start at Normal(0, 1e-6), as in big_vision's vit.py.
+MLP_BIAS_STD = 1e-6
+
+
+def normalize(x: Tensor, scale: Tensor, bias: Tensor | None, *, centring: bool, eps: float) -> Tensor:
+    """x / rms(x) * scale (+ bias) over the last dim, about the mean if `centring`; statistics in float32 in any dtype."""
+    if centring:
+        return F.layer_norm(x, scale.shape, scale, bias, eps)
+    y = F.rms_norm(x, scale.shape, scale, eps)
+    return y if bias is None else y + bias
+
+
+class Norm(nn.Module):
+    """RMSNorm [..., D] -> [..., D], or LayerNorm with `norm_centring`; no bias unless `norm_bias` (section 2)."""
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        super().__init__()
+        self.centring, self.eps = config.norm_centring, config.norm_eps
+        self.weight = init.constant("weight", Layout((config.dim,)), 1.0)
+        self.bias = init.constant("bias", Layout((config.dim,)), 0.0) if config.norm_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normalize(x, self.weight, self.bias, centring=self.centring, eps=self.eps)
+
+
+class SelfAttention(nn.Module):
+    """Attention of this rank's H/tp heads, queries and keys normalised over head_dim by scales shared by all heads.
+
+    `reduce=False` returns the partial sum of the output projection, without bias, for the parallel block to add to.
+    """
+
+    def __init__(self, config: ModelConfig, init: Initializer, *, reduce: bool):
+        super().__init__()
+        dim = config.dim
+        self.mesh = init.mesh
+        self.head_dim = config.head_dim
+        self.centring, self.eps = config.norm_centring, config.norm_eps
+        self.qkv = ColumnParallelLinear(dim, (dim, dim, dim), init.scope("qkv"), bias=config.qkv_bias)
+        self.out = RowParallelLinear(dim, dim, init.scope("out"), bias=reduce, reduce=reduce)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_scale = init.constant("q_scale", Layout((self.head_dim,)), 1.0)
+            self.k_scale = init.constant("k_scale", Layout((self.head_dim,)), 1.0)
+
+    @property
+    def scales(self) -> tuple[Tensor, ...]:
+        """The QK-norm scales: replicated, but each rank's gradient sees local heads only, so `copy_to_tp` must sum it."""
+        return (self.q_scale, self.k_scale) if self.qk_norm else ()
+
+    def forward(self, n: Tensor, *scales: Tensor, return_map: bool = False) -> tuple[Tensor, Tensor | None]:
+        """[B, N, D] -> ([B, N, D], attention map [B, H, N, N] or None); `n` and `scales` come through `copy_to_tp`."""
+        qkv = self.qkv(n).unflatten(-1, (3, -1, self.head_dim))  # [B, N, 3, H/tp, K]
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # [B, H/tp, N, K]
+        if self.qk_norm:
+            q = normalize(q, scales[0], None, centring=self.centring, eps=self.eps)
+            k = normalize(k, scales[1], None, centring=self.centring, eps=self.eps)
+        attended, weights = attend(q, k, v, return_map=return_map)
+        if weights is not None:
+            weights = gather_from_tp(self.mesh, weights, dim=1)
+        return self.out(attended.transpose(1, 2).flatten(2)), weights
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, return_map: bool) -> tuple[Tensor, Tensor | None]:
+    """softmax(q k^T / sqrt(K)) v on [B, H, N, K]; fused kernels, or the explicit matrix [B, H, N, N] if it is wanted."""
+    if not return_map:
+        return F.scaled_dot_product_attention(q, k, v), None
+    scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+    weights = scores.float().softmax(-1).to(v.dtype)
+    return weights @ v, weights
+
+
+class Mlp(nn.Module):
+    """[B, N, D] -> GELU (tanh form) -> [B, N, D]; both linears with bias. The input comes through `copy_to_tp`."""
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        super().__init__()
+        self.mesh = init.mesh
+        self.dropout = config.dropout
+        dim, hidden = config.dim, config.mlp_dim
+        self.up = ColumnParallelLinear(dim, (hidden,), init.scope("up"), bias=True, bias_std=MLP_BIAS_STD)
+        self.down = RowParallelLinear(hidden, dim, init.scope("down"), bias=True, bias_std=MLP_BIAS_STD)
+
+    def forward(self, n: Tensor, addend: Tensor | None = None) -> Tensor:
+        """`addend` [B, N, D] is another layer's partial sum: it joins inside the matmul, before the one reduce."""
+        hidden = F.gelu(self.up(n), approximate="tanh")  # [B, N, F/tp]
+        hidden = dropout(self.mesh, hidden, self.dropout, self.training, sharded=True)
+        return self.down(hidden, addend)
+
+
+class _Residual(nn.Module):
+    """x + dropout(scale * y): the end of a branch."""
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        super().__init__()
+        self.mesh, self.rate = init.mesh, config.dropout
+        initial = config.layer_scale
+        self.scale = None if initial is None else init.constant("scale", Layout((config.dim,)), initial)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        y = y if self.scale is None else y * self.scale
+        return x + dropout(self.mesh, y, self.rate, self.training, sharded=False)
+
+
+class ParallelBlock(nn.Module):
+    """y = x + Attn(n) + MLP(n), n = Norm(x): one norm, one residual add, one output bias.
+
+    Costs one all-reduce of [B, N, D] forward and one backward when tp_size > 1; the sequential block costs two and two.
+    """
+
+    def __init__(self, config: ModelConfig, init: Initializer, recompute: Recompute):
+        super().__init__()
+        self.mesh, self.recompute = init.mesh, recompute
+        self.norm = Norm(config, init.scope("norm"))
+        self.attn = SelfAttention(config, init.scope("attn"), reduce=False)
+        self.mlp = Mlp(config, init.scope("mlp"))
+        self.residual = _Residual(config, init.scope("residual"))
+
+    def forward(self, x: Tensor, return_map: bool = False) -> tuple[Tensor, Tensor | None]:
+        """[B, N, D] -> ([B, N, D], attention map [B, H, N, N] if asked for, else None)."""
+        return recompute_with(self.recompute, self._forward, x, return_map)
+
+    def _forward(self, x: Tensor, return_map: bool) -> tuple[Tensor, Tensor | None]:
+        n, *scales = copy_to_tp(self.mesh, self.norm(x), *self.attn.scales)
+        partial, weights = self.attn(n, *scales, return_map=return_map)
+        return self.residual(x, self.mlp(n, addend=partial)), weights
+
+
+class SequentialBlock(nn.Module):
+    """The pre-norm block of ViT-G and ViT-e: x + Attn(Norm(x)), then x + MLP(Norm(x))."""
+
+    def __init__(self, config: ModelConfig, init: Initializer, recompute: Recompute):
+        super().__init__()
+        if recompute == "selective":
+            raise ValueError("recompute='selective' is made for block='parallel'; use 'full' or 'none'")
+        self.mesh, self.recompute = init.mesh, recompute
+        self.norm = Norm(config, init.scope("norm"))
+        self.attn = SelfAttention(config, init.scope("attn"), reduce=True)
+        self.attn_residual = _Residual(config, init.scope("attn_residual"))
+        self.mlp_norm = Norm(config, init.scope("mlp_norm"))
+        self.mlp = Mlp(config, init.scope("mlp"))
+        self.residual = _Residual(config, init.scope("residual"))
+
+    def forward(self, x: Tensor, return_map: bool = False) -> tuple[Tensor, Tensor | None]:
+        """[B, N, D] -> ([B, N, D], attention map [B, H, N, N] if asked for, else None)."""
+        return recompute_with(self.recompute, self._forward, x, return_map)
+
+    def _forward(self, x: Tensor, return_map: bool) -> tuple[Tensor, Tensor | None]:
+        n, *scales = copy_to_tp(self.mesh, self.norm(x), *self.attn.scales)
+        y, weights = self.attn(n, *scales, return_map=return_map)
+        x = self.attn_residual(x, y)
+        (n,) = copy_to_tp(self.mesh, self.mlp_norm(x))
+        return self.residual(x, self.mlp(n)), weights
+
+
+Block = ParallelBlock | SequentialBlock
+
+
+def make_block(config: ModelConfig, init: Initializer, recompute: Recompute) -> Block:
+    """The block that `config.block` names, running its forward under the recompute policy."""
+    return (ParallelBlock if config.block == "parallel" else SequentialBlock)(config, init, recompute)
+

@@ -1,0 +1,70 @@
+"""From tokens to classes: attention pooling (MAP) and the class-sharded classifier.
+
+Letters: B batch, N tokens, D width, H heads, K head_dim, C classes. MAP follows big_vision's MAPHead (arXiv 2106.04560):
+one learned probe attends to all tokens, then a residual MLP. Its attention is standard: no QK norm, an output bias.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megavit.config import ModelConfig
+from megavit.model.block import Mlp, Norm
+from megavit.parallel.collectives import copy_to_tp, gather_from_tp
+from megavit.parallel.init import Initializer
+from megavit.parallel.layout import Layout
+from megavit.parallel.linear import ColumnParallelLinear, RowParallelLinear, _Linear
+
+
+class MapHead(nn.Module):
+    """Attention pooling: [B, N, D] -> [B, D]. Two all-reduces of [B, D] forward, one of [B, N, D] backward if sharded.
+
+    With `qkv_bias` the key bias exists, as in big_vision, but softmax cancels it: its gradient is rounding noise.
+    """
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        super().__init__()
+        dim = config.dim
+        self.mesh = init.mesh
+        self.head_dim = config.head_dim
+        self.probe = init.xavier_uniform("probe", Layout((dim,)))
+        self.q = ColumnParallelLinear(dim, (dim,), init.scope("q"), bias=config.qkv_bias)
+        self.kv = ColumnParallelLinear(dim, (dim, dim), init.scope("kv"), bias=config.qkv_bias)
+        self.out = RowParallelLinear(dim, dim, init.scope("out"), bias=True)
+        self.norm = Norm(config, init.scope("norm"))
+        self.mlp = Mlp(config, init.scope("mlp"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, probe = copy_to_tp(self.mesh, x, self.probe)
+        q = self.q(probe.expand(x.shape[0], -1)).view(x.shape[0], -1, 1, self.head_dim)  # [B, H/tp, 1, K]
+        kv = self.kv(x).unflatten(-1, (2, -1, self.head_dim))  # [B, N, 2, H/tp, K]
+        k, v = (t.transpose(1, 2) for t in kv.unbind(2))  # [B, H/tp, N, K]
+        pooled = self.out(F.scaled_dot_product_attention(q, k, v).flatten(1))  # [B, D]
+        (n,) = copy_to_tp(self.mesh, self.norm(pooled))
+        return pooled + self.mlp(n)
+
+
+class Classifier(nn.Module):
+    """[B, D] -> this rank's logits [B, ceil(C/tp)], or all [B, C]; weights start at zero.
+
+    Classes that do not divide by tp_size are padded at the end; `gather_logits` and the losses leave the padding out.
+    """
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        super().__init__()
+        self.mesh = init.mesh
+        self.num_classes = config.num_classes
+        bias = -math.log(config.num_classes) if config.head_bias == "log_prior" else config.head_bias
+        self.weight = init.constant("weight", Layout((config.num_classes, config.dim), 0), 0.0)
+        self.bias = init.constant("bias", Layout((config.num_classes,), 0), bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        (features,) = copy_to_tp(self.mesh, features)
+        return _Linear.apply(features, self.weight, self.bias, None)
+
+    def gather_logits(self, local: Tensor) -> Tensor:
+        """[B, ceil(C/tp)] -> [B, C] in class order on every rank; one all-gather."""
+        return gather_from_tp(self.mesh, local)[:, : self.num_classes]

@@ -1,0 +1,222 @@
+"""MegaVit: patch embedding, blocks, pooling, classifier; its constructors, and loading exported weights.
+
+Letters: B batch, C channels, S image side, P patch side, N tokens, D width. The model never sees DeepSpeed: `train.engine`
+builds it inside `deepspeed.zero.Init` and hands in the mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from megavit.config import ModelConfig, Recompute, model_preset, nearest
+from megavit.model.block import Norm, make_block
+from megavit.model.head import Classifier, MapHead
+from megavit.parallel.collectives import dropout
+from megavit.parallel.init import Initializer
+from megavit.parallel.layout import Layout, layout_of
+from megavit.parallel.linear import _Linear
+from megavit.parallel.mesh import Mesh
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class PatchEmbedding(nn.Module):
+    """[B, C, S, S] -> [B, (S/P)^2, D]: a convolution of stride P as one matmul, plus a learned position embedding."""
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        super().__init__()
+        self.patch_size = config.patch_size
+        fan_in = config.channels * config.patch_size**2
+        self.weight = init.lecun_normal("weight", Layout((config.dim, fan_in)))
+        self.bias = init.constant("bias", Layout((config.dim,)), 0.0)
+        self.position = init.normal("position", Layout((config.num_patches, config.dim)), config.dim**-0.5)
+
+    def forward(self, img: Tensor) -> Tensor:
+        p = self.patch_size
+        patches = rearrange(img, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        return _Linear.apply(patches, self.weight, self.bias, None) + self.position
+
+
+class MegaVit(nn.Module):
+    """The vision transformer of "Scaling Vision Transformers to 22 Billion Parameters" (arXiv 2302.05442).
+
+    `MegaVit(image_size=..., patch_size=..., ...)` builds any shape, `from_preset` the paper's, `from_pretrained` loads an
+    export. `options` are the further fields of `ModelConfig` (pool, num_registers, qk_norm, ...). With a `mesh` of
+    tp_size > 1 it holds this rank's shard; the weights depend on `seed` and the logical shape only.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        patch_size: int,
+        num_classes: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_dim: int,
+        dropout: float = 0.0,
+        emb_dropout: float = 0.0,
+        channels: int = 3,
+        mesh: Mesh | None = None,
+        seed: int = 0,
+        recompute: Recompute = "none",
+        **options: Any,
+    ):
+        super().__init__()
+        fields = {"name": "custom"} | options
+        known = {f.name for f in dataclasses.fields(ModelConfig)}
+        for key in options:
+            if key not in known:
+                raise ValueError(f"MegaVit has no option {key!r}{nearest(key, known)}")
+        self.config = config = ModelConfig(
+            image_size=image_size,
+            patch_size=patch_size,
+            num_classes=num_classes,
+            dim=dim,
+            depth=depth,
+            num_heads=heads,
+            mlp_dim=mlp_dim,
+            dropout=dropout,
+            emb_dropout=emb_dropout,
+            channels=channels,
+            **fields,
+        )
+        self.mesh = mesh = mesh or Mesh.single()
+        config.check_tensor_parallel(mesh.tp_size)
+        init = Initializer(seed, mesh)
+        self.embed = PatchEmbedding(config, init.scope("embed"))
+        self.prefix = (
+            init.normal("prefix", Layout((config.num_prefix_tokens, config.dim)), 1e-6)
+            if config.num_prefix_tokens
+            else None
+        )
+        self.blocks = nn.ModuleList(
+            make_block(config, init.scope("blocks").scope(i), recompute) for i in range(config.depth)
+        )
+        self.norm = Norm(config, init.scope("norm"))
+        self.pool = MapHead(config, init.scope("pool")) if config.pool == "map" else None
+        self.head = Classifier(config, init.scope("head")) if config.num_classes else None
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, **arguments: Any) -> MegaVit:
+        """Build from a `ModelConfig`; `arguments` are `mesh`, `seed` and `recompute`."""
+        fields = dataclasses.asdict(config)
+        return cls(heads=fields.pop("num_heads"), **fields, **arguments)
+
+    @classmethod
+    def from_preset(cls, name: str, *, seed: int = 0, **overrides: Any) -> MegaVit:
+        """The paper family's model `name` (see `megavit.PRESETS`), e.g. `from_preset("vit_22b")`, 22.4e9 parameters.
+
+        `overrides` replace fields of its `ModelConfig`. Use `with torch.device("meta")` to build without memory.
+        """
+        return cls.from_config(model_preset(name, **overrides), seed=seed)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, mesh: Mesh | None = None, **overrides: Any) -> MegaVit:
+        """Load an export (`config.json` and `model.safetensors`) on one process, or this rank's shard of it on a mesh.
+
+        `overrides` replace fields of the saved configuration; with another `image_size` the position embedding is
+        resized. Raises ValueError for a folder that is no export, and for tensors that do not match.
+        """
+        from safetensors import safe_open
+
+        folder = Path(folder)
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / file).is_file():
+                raise ValueError(f"{folder} is not an exported model: {file} is missing (see launch/export.py)")
+        saved = json.loads((folder / CONFIG_FILE).read_text())
+        model = cls.from_config(ModelConfig(**(saved | overrides)), mesh=mesh)
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
+            model.load_logical(set(weights.keys()), weights.get_tensor)
+        return model
+
+    @torch.no_grad()
+    def load_logical(self, names: set[str], get: Callable[[str], Tensor]) -> None:
+        """Copy logical tensors, fetched one at a time with `get(name)`, into this rank's shards.
+
+        Raises ValueError when names or shapes do not match; the position embedding alone is resized to fit.
+        """
+        parameters = dict(self.named_parameters())
+        missing, unknown = sorted(parameters.keys() - names), sorted(names - parameters.keys())
+        if missing or unknown:
+            raise ValueError(f"weights do not fit the model: missing {missing or 'none'}, unknown {unknown or 'none'}")
+        for name, parameter in parameters.items():
+            layout, logical = layout_of(parameter), get(name)
+            if name == "embed.position":
+                logical = resize_position(logical, self.config.grid_size)
+            if tuple(logical.shape) != layout.shape:
+                raise ValueError(f"{name} has shape {tuple(logical.shape)}, the model needs {layout.shape}")
+            parameter.copy_(layout.take(logical, self.mesh.tp_rank, self.mesh.tp_size))
+
+    def forward(
+        self, img: Tensor, *, return_maps: bool = False, local_logits: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Logits [B, num_classes] of images [B, C, S, S] in [-1, 1]; pooled features [B, D] if num_classes is 0.
+
+        `return_maps` adds every block's attention matrix [B, H, N, N], by an explicit softmax that agrees with the
+        fused kernel to rounding but holds the matrix. `local_logits` leaves the classes sharded: [B, ceil(C/tp)].
+        Raises ValueError for another image shape.
+        """
+        tokens, maps = self.encode(img, return_maps=return_maps)
+        out = self.pool_tokens(tokens)
+        if self.head is not None:
+            out = self.head(out)
+            out = out if local_logits else self.head.gather_logits(out)
+        return (out, maps) if return_maps else out
+
+    def encode(self, img: Tensor, *, return_maps: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """Normalised tokens [B, N, D] after the last block, prefix tokens first, and the attention maps if asked for."""
+        self._check_image(img)
+        x = self.embed(img)
+        x = dropout(self.mesh, x, self.config.emb_dropout, self.training, sharded=False)
+        if self.prefix is not None:
+            x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)
+        maps = []
+        for block in self.blocks:
+            x, attention = block(x, return_maps)
+            maps.append(attention)
+        return self.norm(x), maps if return_maps else []
+
+    def pool_tokens(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] -> [B, D], the features that the classifier reads ("pre_logits"). Registers do not take part."""
+        patches = tokens[:, self.config.num_prefix_tokens :]
+        if self.pool is not None:
+            return self.pool(patches)
+        return patches.mean(1) if self.config.pool == "mean" else tokens[:, self.config.num_registers]
+
+    def compile_blocks(self) -> None:
+        """torch.compile each block's forward, inside ZeRO's hooks; blocks share one compiled graph."""
+        for block in self.blocks:
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+
+    def _check_image(self, img: Tensor) -> None:
+        config = self.config
+        expected = (config.channels, config.image_size, config.image_size)
+        if img.ndim != 4 or tuple(img.shape[1:]) != expected:
+            raise ValueError(
+                f"images of shape {tuple(img.shape)} do not fit this model, which takes [batch, {config.channels}, "
+                f"{config.image_size}, {config.image_size}]; resize them, or build the model with another image_size"
+            )
+
+
+def resize_position(position: Tensor, grid_size: int) -> Tensor:
+    """A position embedding [n^2, D] of an n x n grid, resized bilinearly to [grid_size^2, D]; float32 inside."""
+    old = round(position.shape[0] ** 0.5)
+    if old * old != position.shape[0]:
+        raise ValueError(f"a position embedding of {position.shape[0]} tokens is no square grid")
+    if old == grid_size:
+        return position
+    grid = rearrange(position.float(), "(h w) d -> 1 d h w", h=old)
+    grid = F.interpolate(grid, size=(grid_size, grid_size), mode="bilinear", antialias=True)
+    return rearrange(grid, "1 d h w -> (h w) d").to(position.dtype)

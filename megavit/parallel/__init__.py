@@ -1,0 +1,1 @@
+"""Tensor parallelism: the rank grid, collectives with gradients, sharded linears, and weights that ignore the sharding."""

@@ -1,0 +1,109 @@
+"""Collectives over the TP group with the gradients that tensor parallelism needs (Megatron-LM's f and g, arXiv 1909.08053).
+
+With `tp_size == 1` each is the identity, so the layers above have no such branch. None of them is asynchronous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megavit.parallel.mesh import Mesh
+
+
+class _CopyToTp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mesh: Mesh, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.mesh = mesh
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        # One flat buffer: one collective, and no gradient that autograd may share with another branch is overwritten.
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        dist.all_reduce(flat, group=ctx.mesh.tp_group)
+        pieces = flat.split([g.numel() for g in grads])
+        return None, *(piece.view(g.shape) for piece, g in zip(pieces, grads, strict=True))
+
+
+class _ReduceFromTp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mesh: Mesh, partial: Tensor) -> Tensor:
+        # detach() shares memory and version counter: no copy, and autograd still notices if someone saved `partial`.
+        total = partial.contiguous().detach()
+        dist.all_reduce(total, group=mesh.tp_group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return None, grad
+
+
+class _GatherFromTp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mesh: Mesh, local: Tensor, dim: int) -> Tensor:
+        ctx.mesh, ctx.dim = mesh, dim
+        pieces = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(mesh.tp_size)]
+        dist.all_gather(pieces, local.contiguous(), group=mesh.tp_group)
+        return torch.cat(pieces, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return None, grad.chunk(ctx.mesh.tp_size, ctx.dim)[ctx.mesh.tp_rank].contiguous(), None
+
+
+def copy_to_tp(mesh: Mesh, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Enter a sharded region: identity forward, one all-reduce of all the tensors' gradients (of one dtype) backward.
+
+    Replicated parameters used inside the region (QK-norm scales see local heads only) ride along in that all-reduce.
+    """
+    return tensors if mesh.tp_size == 1 else _CopyToTp.apply(mesh, *tensors)
+
+
+def reduce_from_tp(mesh: Mesh, partial: Tensor) -> Tensor:
+    """Leave a sharded region: all-reduce (sum) of `partial` forward, in place; identity backward."""
+    return partial if mesh.tp_size == 1 else _ReduceFromTp.apply(mesh, partial)
+
+
+def gather_from_tp(mesh: Mesh, local: Tensor, dim: int = -1) -> Tensor:
+    """Concatenate the ranks' equal-sized pieces along `dim` forward; take this rank's slice of the gradient backward."""
+    return local if mesh.tp_size == 1 else _GatherFromTp.apply(mesh, local, dim)
+
+
+@torch.no_grad()
+def max_over_tp(mesh: Mesh, local: Tensor) -> Tensor:
+    """Elementwise maximum over the TP group; carries no gradient."""
+    if mesh.tp_size == 1:
+        return local
+    result = local.clone()
+    dist.all_reduce(result, op=dist.ReduceOp.MAX, group=mesh.tp_group)
+    return result
+
+
+@torch.no_grad()
+def sum_over_dp(mesh: Mesh, local: Tensor) -> Tensor:
+    """Elementwise sum over the data-parallel ranks, for metrics; carries no gradient."""
+    if mesh.dp_size == 1:
+        return local
+    result = local.clone()
+    dist.all_reduce(result, group=mesh.dp_group)
+    return result
+
+
+def dropout(mesh: Mesh, x: Tensor, rate: float, training: bool, *, sharded: bool) -> Tensor:
+    """Dropout whose mask does not depend on the TP size.
+
+    All TP ranks hold the default generator in the same state. In a sharded region (last dim split over TP) each rank draws
+    the mask of the whole width and keeps its own slice: ranks drop different units, the generators stay in step, and
+    recomputation, which restores the generator, repeats the mask. Costs `tp_size` times the random numbers.
+    """
+    if not training or rate == 0.0:
+        return x
+    shares = mesh.tp_size if sharded else 1
+    keep = torch.empty(*x.shape[:-1], x.shape[-1] * shares, device=x.device, dtype=x.dtype).bernoulli_(1.0 - rate)
+    if sharded:
+        keep = keep.chunk(shares, -1)[mesh.tp_rank]
+    return x * keep / (1.0 - rate)
