@@ -11,7 +11,9 @@ from pathlib import Path
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run_dir", type=Path, help="run folder, e.g. runs/vit_tiny-20260101-120000")
     parser.add_argument("out", type=Path, help="folder for the exported model")
     arguments = parser.parse_args()
@@ -23,7 +25,9 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"exported {checkpoint} to {arguments.out}; load it with MegaVit.from_pretrained({str(arguments.out)!r})")
+    print(
+        f"exported {checkpoint} to {arguments.out}; load it with MegaVit.from_pretrained({str(arguments.out)!r})"
+    )
     return 0
 
 

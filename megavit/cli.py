@@ -42,9 +42,13 @@ def make_parser(preset: str) -> ArgumentParser:
         "Batch sizes, precision, clipping, ZeRO, the optimizer and its learning rate are in the DeepSpeed JSON. "
         f"Presets for --model.name: {', '.join(PRESETS)}; the defaults shown are those of {preset}.",
     )
-    parser.add_argument("--deepspeed_config", type=str, required=True, help="DeepSpeed JSON, see ds_configs/README.md")
+    parser.add_argument(
+        "--deepspeed_config", type=str, required=True, help="DeepSpeed JSON, see ds_configs/README.md"
+    )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the flags below")
-    parser.add_argument("--local_rank", type=int, default=0, help="appended by the deepspeed launcher; not used")
+    parser.add_argument(
+        "--local_rank", type=int, default=0, help="appended by the deepspeed launcher; not used"
+    )
     parser.add_class_arguments(RunConfig, None)
     parser.set_defaults(_flatten(dataclasses.asdict(run_preset(preset))))
     return parser
@@ -69,9 +73,14 @@ def parse_run(argv: Sequence[str] | None = None) -> tuple[RunConfig, Path]:
 
 def _complete_switches(argv: list[str]) -> list[str]:
     """`--compile` alone means `--compile=true`."""
-    switches = {f"--{name}" for name in _flatten(_types(RunConfig)) if _flatten(_types(RunConfig))[name] is bool}
+    switches = {
+        f"--{name}" for name in _flatten(_types(RunConfig)) if _flatten(_types(RunConfig))[name] is bool
+    }
     following = [*argv[1:], "--"]
-    return [f"{word}=true" if word in switches and after.startswith("--") else word for word, after in zip(argv, following)]
+    return [
+        f"{word}=true" if word in switches and after.startswith("--") else word
+        for word, after in zip(argv, following)
+    ]
 
 
 def _types(config: type) -> dict[str, Any]:
@@ -90,6 +99,11 @@ def _from_root(path: str) -> str:
     """A relative path that starts in no folder or file here is taken from the project's root, so that the defaults and
     `ds_configs/...` work from any working directory."""
     first = Path(path).parts[:1]
-    if not first or Path(path).is_absolute() or Path(first[0]).exists() or not (PROJECT_ROOT / first[0]).exists():
+    if (
+        not first
+        or Path(path).is_absolute()
+        or Path(first[0]).exists()
+        or not (PROJECT_ROOT / first[0]).exists()
+    ):
         return path
     return str(PROJECT_ROOT / path)

@@ -82,7 +82,9 @@ class ModelConfig:
     head_bias: float | Literal["log_prior"] = "log_prior"
 
     def __post_init__(self) -> None:
-        _require_positive("model", self, "image_size", "patch_size", "channels", "dim", "depth", "num_heads", "mlp_dim")
+        _require_positive(
+            "model", self, "image_size", "patch_size", "channels", "dim", "depth", "num_heads", "mlp_dim"
+        )
         if self.image_size % self.patch_size:
             lower = self.image_size // self.patch_size * self.patch_size
             raise ValueError(
@@ -104,7 +106,9 @@ class ModelConfig:
             )
         for name, allowed in (("pool", ("map", "mean", "cls")), ("block", ("parallel", "sequential"))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"model.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"model.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
 
     @property
     def head_dim(self) -> int:
@@ -256,9 +260,19 @@ class RunConfig:
         if self.model.num_classes < 1:
             raise ValueError("training needs model.num_classes of at least 1, got 0")
         self.model.check_tensor_parallel(self.tensor_parallel_size)
+        if self.recompute == "selective" and self.model.block != "parallel":
+            raise ValueError("--recompute selective is made for --model.block parallel; use full or none")
+        if self.compile and self.tensor_parallel_size > 1 and self.recompute != "none":
+            # The collectives break the graph inside the recomputed region, where torch.compile then gives up silently.
+            raise ValueError(
+                f"--compile with --tensor_parallel_size {self.tensor_parallel_size} needs --recompute none, "
+                f"got {self.recompute}; leave --compile out or use one TP rank"
+            )
 
 
-def _sized(dim: int, depth: int, mlp_dim: int, num_heads: int, patch_size: int, **fields: Any) -> dict[str, Any]:
+def _sized(
+    dim: int, depth: int, mlp_dim: int, num_heads: int, patch_size: int, **fields: Any
+) -> dict[str, Any]:
     shape = {"dim": dim, "depth": depth, "mlp_dim": mlp_dim, "num_heads": num_heads, "patch_size": patch_size}
     return shape | fields
 
@@ -307,7 +321,9 @@ PRESETS: tuple[str, ...] = tuple(_SHAPES)
 def model_preset(name: str, **overrides: Any) -> ModelConfig:
     """The architecture called `name`, with fields replaced by `overrides`; ValueError for an unknown name or field."""
     if name not in _SHAPES:
-        raise ValueError(f"unknown model preset {name!r}{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}")
+        raise ValueError(
+            f"unknown model preset {name!r}{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}"
+        )
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     for key in overrides:
         if key not in known:

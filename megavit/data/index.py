@@ -47,7 +47,9 @@ def expand_shards(pattern: str) -> list[str]:
         found = sorted(glob.glob(part)) if glob.has_magic(part) else [part]
         paths.extend(path for path in found if os.path.isfile(path))
         if not any(os.path.isfile(path) for path in found):
-            raise ShardError(f"shard {part} does not exist (from {pattern!r}); write it with launch/shards.py")
+            raise ShardError(
+                f"shard {part} does not exist (from {pattern!r}); write it with launch/shards.py"
+            )
     return paths
 
 
@@ -99,14 +101,18 @@ def walk_tar(path: str | Path) -> list[tuple[str, int, int]]:
                 raise ShardError(f"shard {path} is damaged or truncated: {error} at byte {offset}") from error
             data, offset = offset + _BLOCK, offset + _BLOCK + -(-info.size // _BLOCK) * _BLOCK
             if data + info.size > size_on_disk:
-                raise ShardError(f"shard {path} is truncated: {info.name!r} ends past its {size_on_disk} bytes")
+                raise ShardError(
+                    f"shard {path} is truncated: {info.name!r} ends past its {size_on_disk} bytes"
+                )
             if info.type == tarfile.GNUTYPE_LONGNAME:
                 overrides["path"] = file.read(info.size).rstrip(b"\0").decode("utf-8", "surrogateescape")
             elif info.type == tarfile.XHDTYPE:
                 overrides.update(_pax_records(file.read(info.size)))
             elif info.type != tarfile.XGLTYPE:
                 if info.isreg():
-                    members.append((overrides.get("path", info.name), data, int(overrides.get("size", info.size))))
+                    members.append(
+                        (overrides.get("path", info.name), data, int(overrides.get("size", info.size)))
+                    )
                 overrides = {}
 
 
@@ -137,7 +143,9 @@ class ShardReader:
         for offset, size in (entry.images[index], entry.labels[index]):
             data = os.pread(file, int(size), int(offset))
             if len(data) != size:
-                raise ShardError(f"shard {entry.path}: sample {entry.keys[index]!r} is cut off at byte {offset}")
+                raise ShardError(
+                    f"shard {entry.path}: sample {entry.keys[index]!r} is cut off at byte {offset}"
+                )
             parts.append(data)
         return parts[0], parts[1]
 

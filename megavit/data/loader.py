@@ -42,13 +42,17 @@ class _Decoder:
                 return eval_transform(image, self.model.image_size, self.config), label
             return train_transform(image, self.model.image_size, self.config, u), label
         except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for damaged files
-            raise SampleError(f"{entry.path}: sample {entry.keys[index]!r} cannot be decoded: {error}") from error
+            raise SampleError(
+                f"{entry.path}: sample {entry.keys[index]!r} cannot be decoded: {error}"
+            ) from error
 
     def _label(self, data: bytes, entry: ShardIndex, index: int) -> int:
         text = data.decode("utf-8", "replace").strip()
         classes = self.model.num_classes
         if not text.lstrip("-").isdecimal():
-            raise SampleError(f"{entry.path}: sample {entry.keys[index]!r}: label {text[:40]!r} is not a class number")
+            raise SampleError(
+                f"{entry.path}: sample {entry.keys[index]!r}: label {text[:40]!r} is not a class number"
+            )
         if not 0 <= int(text) < classes:
             raise SampleError(
                 f"{entry.path}: sample {entry.keys[index]!r}: label {text} is outside 0..{classes - 1}; "
@@ -60,7 +64,9 @@ class _Decoder:
 class _TrainItems(Dataset[Batch]):
     """Micro-batch number i of this rank: accumulation index i % grad_accum of step i // grad_accum."""
 
-    def __init__(self, decoder: _Decoder, lanes: Lanes, seed: int, dp_rank: int, dp_size: int, micro_batch: int):
+    def __init__(
+        self, decoder: _Decoder, lanes: Lanes, seed: int, dp_rank: int, dp_size: int, micro_batch: int
+    ):
         self.decoder, self.lanes, self.seed = decoder, lanes, seed
         self.micro_batch = micro_batch
         self.share = lanes.global_batch // dp_size
@@ -70,7 +76,8 @@ class _TrainItems(Dataset[Batch]):
         step, accumulation = divmod(item, self.share // self.micro_batch)
         slots = self.lanes.slots(step, self.first + accumulation * self.micro_batch, self.micro_batch)
         samples = [
-            self.decoder.load(s.shard, s.index, uniforms(NUM_RANDOM, self.seed, 2, s.epoch, s.position)) for s in slots
+            self.decoder.load(s.shard, s.index, uniforms(NUM_RANDOM, self.seed, 2, s.epoch, s.position))
+            for s in slots
         ]
         return _stack(samples)
 
@@ -81,7 +88,9 @@ class _EvalItems(Dataset[Batch]):
     A rank with nothing left gets one black image labelled -1, since all ranks must run the model equally often.
     """
 
-    def __init__(self, decoder: _Decoder, places: Sequence[tuple[int, int]], dp_rank: int, dp_size: int, batch: int):
+    def __init__(
+        self, decoder: _Decoder, places: Sequence[tuple[int, int]], dp_rank: int, dp_size: int, batch: int
+    ):
         self.decoder, self.batch = decoder, batch
         self.places = places[dp_rank::dp_size]
 
@@ -114,7 +123,9 @@ class TrainLoader:
         dp_size: int,
     ):
         self.lanes = Lanes([len(shard) for shard in shards], global_batch, seed)
-        self._items = _TrainItems(_Decoder(shards, model, config), self.lanes, seed, dp_rank, dp_size, micro_batch)
+        self._items = _TrainItems(
+            _Decoder(shards, model, config), self.lanes, seed, dp_rank, dp_size, micro_batch
+        )
         self._workers = config.workers
         self._per_step = global_batch // dp_size // micro_batch
 

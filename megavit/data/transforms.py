@@ -31,7 +31,9 @@ def train_transform(image: Image.Image, size: int, config: DataConfig, u: np.nda
     if config.augment == "none":
         image = _center(image, size, config.eval_crop)
     else:
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=_inception_box(image.size, config.crop_area, u))
+        image = image.resize(
+            (size, size), Image.Resampling.BILINEAR, box=_inception_box(image.size, config.crop_area, u)
+        )
     if config.rotate_degrees or config.shift or config.zoom:
         image = _affine(image, config, u)
     pixels = _pixels(image)

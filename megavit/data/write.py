@@ -77,7 +77,9 @@ def _claim(out: Path, split: Split, shard_size: int) -> None:
     content = {"samples": split.size, "shard_size": shard_size, "fingerprint": split.fingerprint}
     if record.exists():
         if json.loads(record.read_text()) != content:
-            raise ValueError(f"{record} describes other data or another shard size; choose another --out or delete it")
+            raise ValueError(
+                f"{record} describes other data or another shard size; choose another --out or delete it"
+            )
     elif any(out.glob(f"{split.name}-*.tar")):
         raise ValueError(f"{out} already holds {split.name} shards of unknown content; choose another --out")
     else:
@@ -149,7 +151,8 @@ def digits_baselines() -> dict[str, float]:
     from sklearn.svm import SVC
 
     train, test = (
-        ArrayImages(part.images.reshape(len(part.labels), -1) * (16 / 255), part.labels) for part in digits_arrays()
+        ArrayImages(part.images.reshape(len(part.labels), -1) * (16 / 255), part.labels)
+        for part in digits_arrays()
     )
     models = {
         "logistic regression": LogisticRegression(max_iter=5000),
@@ -157,7 +160,8 @@ def digits_baselines() -> dict[str, float]:
         "SVC, RBF kernel": SVC(gamma=0.001),
     }
     return {
-        name: float(model.fit(train.images, train.labels).score(test.images, test.labels)) for name, model in models.items()
+        name: float(model.fit(train.images, train.labels).score(test.images, test.labels))
+        for name, model in models.items()
     }
 
 
@@ -200,7 +204,9 @@ def _cifar_arrays(root: Path, files: Iterable[str], label_key: bytes) -> ArrayIm
             raise ValueError(f"{path} is not a CIFAR batch with {label_key.decode()}")
         pixels = np.asarray(batch[b"data"], np.uint8)
         if pixels.ndim != 2 or pixels.shape[1] != 3072 or len(pixels) != len(batch[label_key]):
-            raise ValueError(f"{path}: data of shape {pixels.shape} with {len(batch[label_key])} labels is not CIFAR")
+            raise ValueError(
+                f"{path}: data of shape {pixels.shape} with {len(batch[label_key])} labels is not CIFAR"
+            )
         images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels.append(np.asarray(batch[label_key], np.int64))
     return ArrayImages(np.ascontiguousarray(np.concatenate(images)), np.concatenate(labels))
@@ -210,7 +216,13 @@ class _CifarUnpickler(pickle.Unpickler):
     """Allows numpy arrays only: a pickle from the network may otherwise run any code."""
 
     def find_class(self, module: str, name: str) -> object:
-        if module.split(".")[0] == "numpy" and name in {"_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer"}:
+        if module.split(".")[0] == "numpy" and name in {
+            "_reconstruct",
+            "ndarray",
+            "dtype",
+            "scalar",
+            "_frombuffer",
+        }:
             return super().find_class(module, name)
         raise ValueError(f"a CIFAR batch may hold arrays only, not {module}.{name}")
 
@@ -241,11 +253,15 @@ def imagefolder_splits(root: str | Path) -> list[Split]:
         if not paths:
             raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}) in class folders")
         # Neighbours of one class would fill whole shards: spread the classes over the shards.
-        order = np.argsort([hashlib.blake2b(p.encode(), digest_size=8).digest() for p in map(os.path.basename, paths)])
+        order = np.argsort(
+            [hashlib.blake2b(p.encode(), digest_size=8).digest() for p in map(os.path.basename, paths)]
+        )
         files = Files(tuple(paths[i] for i in order), tuple(labels[i] for i in order))
         sizes = [os.path.getsize(path) for path in files.paths]
         relative = [os.path.relpath(path, root) for path in files.paths]
-        splits.append(Split("train" if name == "." else name, len(paths), files, digest(relative, sizes, classes)))
+        splits.append(
+            Split("train" if name == "." else name, len(paths), files, digest(relative, sizes, classes))
+        )
     return splits
 
 

@@ -176,4 +176,3 @@ Block = ParallelBlock | SequentialBlock
 def make_block(config: ModelConfig, init: Initializer, recompute: Recompute) -> Block:
     """The block that `config.block` names, running its forward under the recompute policy."""
     return (ParallelBlock if config.block == "parallel" else SequentialBlock)(config, init, recompute)
-

@@ -30,7 +30,9 @@ _SAVED_MATMULS = (0, 1)
 
 def _save_in_projections() -> Any:
     """Contexts for one checkpointed call of a parallel block: keep its first two matmuls and the attention output."""
-    seen: defaultdict[bool, int] = defaultdict(int)  # matmuls so far, counted apart in forward and in recomputation
+    seen: defaultdict[bool, int] = defaultdict(
+        int
+    )  # matmuls so far, counted apart in forward and in recomputation
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op in _ATTENTION:

@@ -115,12 +115,14 @@ class MegaVit(nn.Module):
         return cls(heads=fields.pop("num_heads"), **fields, **arguments)
 
     @classmethod
-    def from_preset(cls, name: str, *, seed: int = 0, **overrides: Any) -> MegaVit:
+    def from_preset(
+        cls, name: str, *, mesh: Mesh | None = None, seed: int = 0, recompute: Recompute = "none", **overrides: Any
+    ) -> MegaVit:
         """The paper family's model `name` (see `megavit.PRESETS`), e.g. `from_preset("vit_22b")`, 22.4e9 parameters.
 
         `overrides` replace fields of its `ModelConfig`. Use `with torch.device("meta")` to build without memory.
         """
-        return cls.from_config(model_preset(name, **overrides), seed=seed)
+        return cls.from_config(model_preset(name, **overrides), mesh=mesh, seed=seed, recompute=recompute)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, mesh: Mesh | None = None, **overrides: Any) -> MegaVit:
@@ -134,7 +136,9 @@ class MegaVit(nn.Module):
         folder = Path(folder)
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / file).is_file():
-                raise ValueError(f"{folder} is not an exported model: {file} is missing (see launch/export.py)")
+                raise ValueError(
+                    f"{folder} is not an exported model: {file} is missing (see launch/export.py)"
+                )
         saved = json.loads((folder / CONFIG_FILE).read_text())
         model = cls.from_config(ModelConfig(**(saved | overrides)), mesh=mesh)
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
@@ -150,7 +154,9 @@ class MegaVit(nn.Module):
         parameters = dict(self.named_parameters())
         missing, unknown = sorted(parameters.keys() - names), sorted(names - parameters.keys())
         if missing or unknown:
-            raise ValueError(f"weights do not fit the model: missing {missing or 'none'}, unknown {unknown or 'none'}")
+            raise ValueError(
+                f"weights do not fit the model: missing {missing or 'none'}, unknown {unknown or 'none'}"
+            )
         for name, parameter in parameters.items():
             layout, logical = layout_of(parameter), get(name)
             if name == "embed.position":

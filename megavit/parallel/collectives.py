@@ -55,22 +55,28 @@ class _GatherFromTp(torch.autograd.Function):
         return None, grad.chunk(ctx.mesh.tp_size, ctx.dim)[ctx.mesh.tp_rank].contiguous(), None
 
 
+# torch.compile cannot trace a collective inside an autograd.Function: compiled blocks break their graph here.
+_apply_copy = torch.compiler.disable(_CopyToTp.apply)
+_apply_reduce = torch.compiler.disable(_ReduceFromTp.apply)
+_apply_gather = torch.compiler.disable(_GatherFromTp.apply)
+
+
 def copy_to_tp(mesh: Mesh, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Enter a sharded region: identity forward, one all-reduce of all the tensors' gradients (of one dtype) backward.
 
     Replicated parameters used inside the region (QK-norm scales see local heads only) ride along in that all-reduce.
     """
-    return tensors if mesh.tp_size == 1 else _CopyToTp.apply(mesh, *tensors)
+    return tensors if mesh.tp_size == 1 else _apply_copy(mesh, *tensors)
 
 
 def reduce_from_tp(mesh: Mesh, partial: Tensor) -> Tensor:
     """Leave a sharded region: all-reduce (sum) of `partial` forward, in place; identity backward."""
-    return partial if mesh.tp_size == 1 else _ReduceFromTp.apply(mesh, partial)
+    return partial if mesh.tp_size == 1 else _apply_reduce(mesh, partial)
 
 
 def gather_from_tp(mesh: Mesh, local: Tensor, dim: int = -1) -> Tensor:
     """Concatenate the ranks' equal-sized pieces along `dim` forward; take this rank's slice of the gradient backward."""
-    return local if mesh.tp_size == 1 else _GatherFromTp.apply(mesh, local, dim)
+    return local if mesh.tp_size == 1 else _apply_gather(mesh, local, dim)
 
 
 @torch.no_grad()
@@ -103,7 +109,9 @@ def dropout(mesh: Mesh, x: Tensor, rate: float, training: bool, *, sharded: bool
     if not training or rate == 0.0:
         return x
     shares = mesh.tp_size if sharded else 1
-    keep = torch.empty(*x.shape[:-1], x.shape[-1] * shares, device=x.device, dtype=x.dtype).bernoulli_(1.0 - rate)
+    keep = torch.empty(*x.shape[:-1], x.shape[-1] * shares, device=x.device, dtype=x.dtype).bernoulli_(
+        1.0 - rate
+    )
     if sharded:
         keep = keep.chunk(shares, -1)[mesh.tp_rank]
     return x * keep / (1.0 - rate)

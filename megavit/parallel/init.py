@@ -83,7 +83,9 @@ class Initializer:
             pieces = layout.pieces(self.mesh.tp_rank, self.mesh.tp_size) or [Piece(0, 0, rows)]
             for part, piece in zip(parts, pieces, strict=True):
                 values = self._uniform(name, piece.start * cols, piece.length * cols).reshape(-1, cols)
-                local[piece.local_start : piece.local_start + piece.length] = values * (2.0 * _xavier_bound(cols, part))
+                local[piece.local_start : piece.local_start + piece.length] = values * (
+                    2.0 * _xavier_bound(cols, part)
+                )
         with torch.no_grad():
             parameter.copy_(torch.from_numpy(local).view(parameter.shape))
         return parameter

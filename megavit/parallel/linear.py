@@ -55,7 +55,13 @@ class ColumnParallelLinear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, parts: tuple[int, ...], init: Initializer, *, bias: bool, bias_std: float = 0.0
+        self,
+        in_features: int,
+        parts: tuple[int, ...],
+        init: Initializer,
+        *,
+        bias: bool,
+        bias_std: float = 0.0,
     ) -> None:
         super().__init__()
         out_features = sum(parts)

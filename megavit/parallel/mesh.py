@@ -155,5 +155,7 @@ def _init_process_group(device: torch.device, global_rank: int, world_size: int)
         return
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise ValueError(f"WORLD_SIZE is {world_size} but {' and '.join(missing)} is not set; start with `deepspeed`")
+        raise ValueError(
+            f"WORLD_SIZE is {world_size} but {' and '.join(missing)} is not set; start with `deepspeed`"
+        )
     dist.init_process_group(backend, rank=global_rank, world_size=world_size, timeout=_PROCESS_GROUP_TIMEOUT)

@@ -76,7 +76,9 @@ def export_weights(checkpoint: Path, out: Path) -> Path:
     tp_size: int = manifest["tp_size"]
     files = [safe_open(_shard_file(checkpoint, tp_rank), framework="pt") for tp_rank in range(tp_size)]
     weights: dict[str, Tensor] = {}
-    for name, fields in tqdm(manifest["layouts"].items(), desc=f"export to {out}", unit="tensor", leave=False):
+    for name, fields in tqdm(
+        manifest["layouts"].items(), desc=f"export to {out}", unit="tensor", leave=False
+    ):
         layout = Layout(tuple(fields["shape"]), fields["dim"], tuple(fields["parts"]))
         needed = files if layout.dim is not None else files[:1]
         weights[name] = layout.join([file.get_tensor(name) for file in needed])
@@ -92,7 +94,9 @@ def newest_checkpoint(run_dir: Path) -> Path:
     """The committed checkpoint with the highest step; ValueError if the run folder has none."""
     folders = sorted(path.parent for path in (run_dir / "checkpoints").glob(f"step_*/{MANIFEST_FILE}"))
     if not folders:
-        raise ValueError(f"{run_dir} holds no committed checkpoint (looked for checkpoints/step_*/{MANIFEST_FILE})")
+        raise ValueError(
+            f"{run_dir} holds no committed checkpoint (looked for checkpoints/step_*/{MANIFEST_FILE})"
+        )
     return folders[-1]
 
 
@@ -103,7 +107,11 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads(path.read_text())
     if manifest.get("format") != _FORMAT:
         raise ValueError(f"{path}: format {manifest.get('format')!r} is not {_FORMAT!r}")
-    missing = [file.name for rank in range(manifest["tp_size"]) if not (file := _shard_file(checkpoint, rank)).is_file()]
+    missing = [
+        file.name
+        for rank in range(manifest["tp_size"])
+        if not (file := _shard_file(checkpoint, rank)).is_file()
+    ]
     if missing:
         raise ValueError(f"{checkpoint} lacks {', '.join(missing)}")
     ModelConfig(**manifest["model"])  # names a field that this version does not know, before any work

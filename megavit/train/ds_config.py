@@ -64,7 +64,9 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
     for feature in ("zero_hpz_partition_size", "zero_quantized_gradients"):
         if raw.get("zero_optimization", {}).get(feature, 1) not in (1, False):
-            raise ValueError(f"{path}: zero_optimization.{feature} groups ranks without regard to tensor parallelism")
+            raise ValueError(
+                f"{path}: zero_optimization.{feature} groups ranks without regard to tensor parallelism"
+            )
     return raw
 
 

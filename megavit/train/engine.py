@@ -61,7 +61,9 @@ class Engine:
         self._where = ""
         self._grad_norm = math.nan
 
-    def train_step(self, micro_batches: Iterable[tuple[Tensor, Tensor]], step: int, lr: float) -> tuple[float, float]:
+    def train_step(
+        self, micro_batches: Iterable[tuple[Tensor, Tensor]], step: int, lr: float
+    ) -> tuple[float, float]:
         """One optimizer step on `grad_accum` micro-batches of (images [b, C, S, S] in [-1, 1], class ids [b]).
 
         Returns the loss averaged over the global batch and the gradient's global norm before clipping. Raises
@@ -84,7 +86,9 @@ class Engine:
             self._grad_norm = self._whole_grad_norm()
         self._deepspeed.step()
         if getattr(self._deepspeed.optimizer, "overflow", False):  # ZeRO-3 skips such a step without a word
-            raise NonFiniteError(f"gradient norm is not finite {self._where} (all ranks agree); weights unchanged")
+            raise NonFiniteError(
+                f"gradient norm is not finite {self._where} (all ranks agree); weights unchanged"
+            )
         return loss_mean, self._grad_norm
 
     @torch.no_grad()
@@ -121,7 +125,9 @@ class Engine:
         if not self._keeps_gradients_whole:
             self._grad_norm = float(self._deepspeed.optimizer._global_grad_norm)
         if not math.isfinite(self._grad_norm):
-            raise NonFiniteError(f"gradient norm is {self._grad_norm} {self._where} (all ranks agree); weights unchanged")
+            raise NonFiniteError(
+                f"gradient norm is {self._grad_norm} {self._where} (all ranks agree); weights unchanged"
+            )
 
     def _agreed_loss(self, local: Tensor) -> float:
         """The mean over DP ranks; raises on every rank, naming the culprits, if one rank's loss is not finite."""
@@ -131,7 +137,9 @@ class Engine:
         flags = torch.zeros(self.mesh.dp_size, device=local.device)
         flags[self.mesh.dp_rank] = float(not math.isfinite(float(local)))
         bad = sum_over_dp(self.mesh, flags).nonzero().flatten().tolist()
-        ranks = ", ".join(str(dp_rank * self.mesh.tp_size) for dp_rank in bad) or "none alone (the sum overflows)"
+        ranks = (
+            ", ".join(str(dp_rank * self.mesh.tp_size) for dp_rank in bad) or "none alone (the sum overflows)"
+        )
         raise NonFiniteError(f"loss is {mean} {self._where}, on rank(s) {ranks}; weights unchanged")
 
 

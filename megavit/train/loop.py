@@ -45,7 +45,9 @@ def train(run: RunConfig, raw_ds_config: dict[str, Any], mesh: Mesh) -> float | 
 
         _seed_dropout(run.seed, step, mesh)
         lr = lr_at(step, run.max_steps, peak_lr, run.schedule)
-        inputs = ((to_model_input(images, mesh.device), labels.to(mesh.device)) for images, labels in micro_batches)
+        inputs = (
+            (to_model_input(images, mesh.device), labels.to(mesh.device)) for images, labels in micro_batches
+        )
         loss, grad_norm = engine.train_step(inputs, step, lr)
 
         monitor.log_step(

@@ -81,7 +81,15 @@ class Monitor:
             self._board.add_image("data/augmented", grid, step)
 
     def log_step(
-        self, step: int, *, loss: float, lr: float, grad_norm: float, epoch: float, step_time_s: float, data_time_s: float
+        self,
+        step: int,
+        *,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        epoch: float,
+        step_time_s: float,
+        data_time_s: float,
     ) -> None:
         """Record update number `step` (from 0); every `log_every`-th, the first and the last are written."""
         self._step_times.append(step_time_s)
@@ -122,7 +130,9 @@ class Monitor:
         if self._enabled:
             self._write({"step": step, "eval_top1": top1, "eval_samples": num_samples})
             self._board.add_scalar("eval/top1", top1, step)
-            self.say(f"step {step:>6}/{self.run.max_steps}  evaluation: top-1 {top1:.4f} on {num_samples} images")
+            self.say(
+                f"step {step:>6}/{self.run.max_steps}  evaluation: top-1 {top1:.4f} on {num_samples} images"
+            )
 
     def close(self) -> None:
         if self._enabled:
@@ -152,7 +162,9 @@ def new_run_dir(run: RunConfig, mesh: Mesh) -> Path:
     name = run.run_dir or f"runs/{run.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, taken = mesh.broadcast((Path(name), (Path(name) / LOG_FILE).exists()))
     if taken:
-        raise ValueError(f"--run_dir {path} already holds a run ({LOG_FILE}); choose another folder or remove it")
+        raise ValueError(
+            f"--run_dir {path} already holds a run ({LOG_FILE}); choose another folder or remove it"
+        )
     return path
 
 
@@ -161,7 +173,9 @@ def reference_results(val_shards: str, top1: float) -> str:
     path = Path(val_shards).parent / BASELINES_FILE
     known: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
     rows = sorted([*known.items(), ("this run", top1)], key=lambda row: -row[1])
-    return "\n".join(["final top-1 on the validation shards:", *(f"  {name:<24} {value:.4f}" for name, value in rows)])
+    return "\n".join(
+        ["final top-1 on the validation shards:", *(f"  {name:<24} {value:.4f}" for name, value in rows)]
+    )
 
 
 def _plain(run: RunConfig) -> dict[str, Any]:
@@ -199,7 +213,16 @@ def _environment(mesh: Mesh) -> dict[str, Any]:
     """Versions, commit and layout: what one needs to know to repeat the run."""
     import importlib.metadata as metadata
 
-    packages = ("megavit", "torch", "torchvision", "deepspeed", "einops", "webdataset", "numpy", "safetensors")
+    packages = (
+        "megavit",
+        "torch",
+        "torchvision",
+        "deepspeed",
+        "einops",
+        "webdataset",
+        "numpy",
+        "safetensors",
+    )
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
@@ -208,7 +231,9 @@ def _environment(mesh: Mesh) -> dict[str, Any]:
         "packages": {name: metadata.version(name) for name in packages},
         "commit": commit.stdout.strip() if commit.returncode == 0 else "not a git checkout",
         "host": platform.node(),
-        "device": torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(mesh.device)
+        if mesh.device.type == "cuda"
+        else platform.processor() or "cpu",
         "ranks": mesh.world_size,
         "dp_size": mesh.dp_size,
         "tp_size": mesh.tp_size,

@@ -1,0 +1,202 @@
+"""The model as a user meets it: constructors, shapes, errors, maps, loading."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megavit import MegaVit
+from megavit.config import ModelConfig
+from megavit.model.vit import resize_position
+
+SMALL = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 32, "depth": 2, "heads": 4, "mlp_dim": 64}
+
+
+def small(**fields: Any) -> MegaVit:
+    model = MegaVit(**(SMALL | fields))
+    if model.head is not None:
+        torch.nn.init.normal_(model.head.weight)  # the zero head would hide what comes before it
+    return model
+
+
+def images(count: int, side: int = 16, channels: int = 3) -> torch.Tensor:
+    return torch.rand(count, channels, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("pool", ["map", "mean", "cls"])
+@pytest.mark.parametrize("registers", [0, 3])
+def test_logits_have_the_promised_shape(pool: str, registers: int) -> None:
+    """Catches prefix tokens lost or pooled by mistake."""
+    model = small(pool=pool, num_registers=registers)
+    assert model(images(3)).shape == (3, 5)
+    tokens, _ = model.encode(images(3))
+    assert tokens.shape == (3, 16 + registers + (pool == "cls"), 32)
+    assert small(pool=pool, num_classes=0)(images(3)).shape == (3, 32)
+
+
+def test_mean_pool_leaves_registers_out() -> None:
+    """Catches registers averaged into the feature."""
+    model = small(pool="mean", num_registers=2)
+    tokens, _ = model.encode(images(2))
+    assert torch.equal(model.pool_tokens(tokens), tokens[:, 2:].mean(1))
+
+
+def test_patch_embedding_is_the_convolution() -> None:
+    """Catches a patch flattened in another order than a convolution's weight."""
+    model = small()
+    weight = model.embed.weight.view(32, 3, 4, 4)
+    expected = torch.nn.functional.conv2d(images(2), weight, model.embed.bias, stride=4).flatten(2).transpose(1, 2)
+    assert torch.allclose(model.embed(images(2)) - model.embed.position, expected, atol=1e-5)
+
+
+def test_attention_maps_and_their_logits() -> None:
+    """Catches an explicit path that computes something else than the fused one."""
+    model = small(depth=3)
+    logits, maps = model(images(2), return_maps=True)
+    assert (logits - model(images(2))).abs().max() < 1e-5
+    assert [tuple(m.shape) for m in maps] == [(2, 4, 16, 16)] * 3
+    assert all(torch.allclose(m.sum(-1), torch.ones(2, 4, 16), atol=1e-5) for m in maps)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    """Catches dropout rates that are not passed on, or left on in evaluation."""
+    model = small(dropout=0.5, emb_dropout=0.5)
+    assert not torch.equal(model(images(2)), model(images(2)))
+    model.eval()
+    assert torch.equal(model(images(2)), model(images(2)))
+
+
+def test_head_bias() -> None:
+    """Catches a sigmoid head that starts far from the classes' prior."""
+    assert MegaVit(**SMALL).head.bias[0].item() == pytest.approx(-1.6094379)  # -log 5
+    assert MegaVit(**SMALL, head_bias=-10.0).head.bias[0].item() == -10.0
+    assert torch.equal(MegaVit(**SMALL)(images(1)), torch.full((1, 5), -1.609437912434)), "the head starts at zero"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"image_size": 18}, ["18", "4", "16 or 20"]),
+        ({"heads": 5}, ["32", "5"]),
+        ({"dropout": 1.0}, ["dropout", "1.0"]),
+        ({"pool": "max"}, ["map, mean, cls", "max"]),
+        ({"num_registres": 1}, ["num_registres", "num_registers"]),
+        ({"depth": 0}, ["depth", "0"]),
+    ],
+)
+def test_bad_sizes_name_both_numbers(fields: dict[str, Any], words: list[str]) -> None:
+    """Catches errors that leave the user guessing."""
+    with pytest.raises(ValueError) as error:
+        MegaVit(**(SMALL | fields))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_unknown_preset_names_the_nearest() -> None:
+    """Catches a KeyError where the name of the right preset is due."""
+    with pytest.raises(ValueError, match="vit_22b"):
+        MegaVit.from_preset("vit-22b")
+
+
+def test_wrong_image_names_both_shapes() -> None:
+    """Catches a position embedding broadcast over the wrong grid."""
+    with pytest.raises(ValueError, match=r"\(2, 3, 20, 20\).*16, 16"):
+        small()(images(2, side=20))
+    with pytest.raises(ValueError, match=r"\(2, 1, 16, 16\)"):
+        small()(images(2, channels=1))
+
+
+def export(model: MegaVit, folder: Path) -> None:
+    folder.mkdir()
+    save_file({name: p.detach().clone() for name, p in model.named_parameters()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(model.config)))
+
+
+def test_from_pretrained_gives_the_same_logits(tmp_path: Path) -> None:
+    """Catches a field or tensor that the export does not carry."""
+    model = small(pool="cls", num_registers=2, layer_scale=0.5, qkv_bias=True)
+    export(model, tmp_path / "m")
+    assert torch.equal(MegaVit.from_pretrained(tmp_path / "m")(images(2)), model(images(2)))
+
+
+def test_from_pretrained_resizes_the_position_embedding(tmp_path: Path) -> None:
+    """Catches a resized model whose other weights changed, or that cannot run."""
+    model = small()
+    export(model, tmp_path / "m")
+    larger = MegaVit.from_pretrained(tmp_path / "m", image_size=32)
+    assert larger(images(1, side=32)).shape == (1, 5)
+    assert torch.equal(larger.blocks[1].mlp.up.weight, model.blocks[1].mlp.up.weight)
+
+
+def test_resize_position_keeps_a_linear_ramp_monotonic_and_the_identity_exact() -> None:
+    """Catches rows and columns exchanged in the grid."""
+    ramp = torch.arange(4.0).repeat_interleave(4)[:, None]  # value = row
+    assert torch.equal(resize_position(ramp, 4), ramp)
+    large = resize_position(ramp, 8).view(8, 8)
+    assert torch.allclose(large, large[:, :1].expand(8, 8))
+    assert (large[1:, 0] >= large[:-1, 0]).all() and large[7, 0] > large[0, 0]
+
+
+def test_from_pretrained_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    """Catches silently ignored or missing tensors."""
+    with pytest.raises(ValueError, match="config.json is missing"):
+        MegaVit.from_pretrained(tmp_path)
+    export(small(), tmp_path / "m")
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    weights["extra"] = weights.pop("norm.weight")
+    save_file(weights, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing \['norm.weight'\], unknown \['extra'\]"):
+        MegaVit.from_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match=r"missing|head.weight"):
+        MegaVit.from_pretrained(tmp_path / "m", num_classes=7)
+
+
+@pytest.mark.parametrize("block", ["parallel", "sequential"])
+@pytest.mark.parametrize("policy", ["full", "selective"])
+def test_recompute_changes_nothing(policy: str, block: str) -> None:
+    """Catches a recomputed activation that differs from the kept one, dropout masks included."""
+    if (policy, block) == ("selective", "sequential"):
+        pytest.skip("refused by make_block, tested there")
+    fields = {"block": block, "dropout": 0.2, "num_registers": 1}
+    plain, again = small(**fields), small(**fields, recompute=policy)
+    results = []
+    for model in (plain, again):
+        torch.manual_seed(0)
+        torch.nn.init.ones_(model.head.weight)
+        torch.manual_seed(1)
+        loss = model(images(3)).square().sum()
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def held_elements(model: MegaVit, batch: int) -> float:
+    """Elements kept for backward by one forward pass, each storage counted once, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes() // 4
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(images(batch)).sum()
+    return sum(held.values())
+
+
+def test_full_recompute_keeps_one_tensor_a_block() -> None:
+    """Catches a policy that is not applied: full must hold D per token and block, none about 19 D."""
+    tokens, dim, batch = 16, 32, 4
+    per_block = {}
+    for policy in ("none", "full"):
+        deep, shallow = (held_elements(small(depth=d, recompute=policy), batch) for d in (6, 2))
+        per_block[policy] = (deep - shallow) / 4 / (batch * tokens * dim)
+    assert per_block["full"] == pytest.approx(1.0, abs=0.1)
+    assert per_block["none"] > 12

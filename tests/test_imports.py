@@ -1,0 +1,83 @@
+"""Holds the picture of who may import whom, so that the layers stay apart."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "megavit"
+
+# package -> what it must not import
+FORBIDDEN = {
+    "config.py": ("torch", "deepspeed", "numpy", "megavit"),
+    "cli.py": ("torch", "deepspeed", "megavit.model", "megavit.train", "megavit.parallel", "megavit.data"),
+    "parallel": ("deepspeed", "megavit.model", "megavit.data", "megavit.train", "megavit.config"),
+    "model": ("deepspeed", "torch.distributed", "megavit.data", "megavit.train"),
+    "data": ("deepspeed", "torch.distributed", "megavit.model", "megavit.parallel", "megavit.train"),
+    "train/schedule.py": ("torch", "deepspeed"),
+    "train/ds_config.py": ("torch", "deepspeed"),
+}
+ONLY_IN = {"deepspeed": {"train/engine.py"}, "SummaryWriter": {"train/monitor.py"}}
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "MASTER_ADDR")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of everything a file imports, also inside functions; not what only type checkers see."""
+    tree = ast.parse(path.read_text())
+    type_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in type_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+@pytest.mark.parametrize("part", FORBIDDEN)
+def test_layers_import_downwards_only(part: str) -> None:
+    """Catches a lower layer reaching up, or a light file pulling in torch."""
+    files = [ROOT / part] if part.endswith(".py") else sorted((ROOT / part).rglob("*.py"))
+    assert files
+    for path in files:
+        bad = {name for name in imports(path) for package in FORBIDDEN[part] if is_within(name, package)}
+        assert not bad, f"{path.relative_to(ROOT)} imports {sorted(bad)}"
+
+
+def test_deepspeed_and_summary_writer_have_one_importer() -> None:
+    """Catches a second place that knows DeepSpeed or TensorBoard."""
+    for path in ROOT.rglob("*.py"):
+        where = str(path.relative_to(ROOT))
+        for name, owners in ONLY_IN.items():
+            if any(name in imported.split(".") for imported in imports(path)):
+                assert where in owners, f"{where} imports {name}"
+
+
+def test_only_the_mesh_reads_the_launcher_variables() -> None:
+    """Catches code that asks the environment instead of the mesh for its rank."""
+    for path in [*ROOT.rglob("*.py"), *(ROOT.parent / "launch").glob("*.py")]:
+        if path.name == "mesh.py":
+            continue
+        strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not strings & set(RANK_VARIABLES), f"{path} reads {strings & set(RANK_VARIABLES)}"
+
+
+def test_config_and_cli_load_without_torch() -> None:
+    """Catches an import that makes --help slow."""
+    code = "import sys, megavit.cli, megavit.train.ds_config; sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
