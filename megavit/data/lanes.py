@@ -1,6 +1,7 @@
 """The order of training samples: "lanes", a pure function of (seed, step, global batch).
 
-The shards of an epoch, permuted, form one line of samples, cut into L equal lanes. Slot j of a global batch reads lane
+The shards of an epoch, permuted, form one line of samples, rotated by a random amount and cut into L equal lanes; what
+does not fill a lane or a step is left out, other samples each epoch. Slot j of a global batch reads lane
 j // m at consecutive positions (m = global_batch / L), and a lane's positions are permuted among themselves. So which
 samples make up a step does not depend on ranks, workers or what was read before, and any step can be computed at once.
 All arithmetic is on 64-bit integers (splitmix64), tied to no library's random stream.
@@ -30,9 +31,9 @@ def mix(*keys: int | np.ndarray) -> np.ndarray:
     return state
 
 
-def uniforms(count: int, *keys: int) -> np.ndarray:
-    """`count` float64 in [0, 1) that depend on `keys` only."""
-    return (mix(*keys, np.arange(count)) >> _U64(11)) * 2.0**-53
+def uniforms(count: int, *keys: int | np.ndarray) -> np.ndarray:
+    """[..., count] float64 in [0, 1) that depend on the keys (integers or arrays of shape [...]) only."""
+    return (mix(*(np.asarray(key)[..., None] for key in keys), np.arange(count)) >> _U64(11)) * 2.0**-53
 
 
 def permutation(count: int, *keys: int) -> np.ndarray:
@@ -41,13 +42,13 @@ def permutation(count: int, *keys: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Slot:
-    """One sample of a global batch: where it lies, and the key of its random augmentation."""
+class Slots:
+    """Samples of a global batch, int64 [n] each: where they lie, and the key (epoch, position) of their augmentation."""
 
-    shard: int
-    index: int
+    shard: np.ndarray
+    index: np.ndarray
+    position: np.ndarray
     epoch: int
-    position: int
 
 
 class Lanes:
@@ -73,25 +74,25 @@ class Lanes:
     def epoch_of(self, step: int) -> int:
         return step // self.steps_per_epoch
 
-    def slots(self, step: int, first: int, count: int) -> list[Slot]:
+    def slots(self, step: int, first: int, count: int) -> Slots:
         """Slots [first, first + count) of the global batch of optimizer step `step`."""
         epoch = self.epoch_of(step)
         self._prepare(epoch)
-        start = (step % self.steps_per_epoch) * self.per_lane
-        found = []
-        for slot in range(first, first + count):
-            lane, within = divmod(slot, self.per_lane)
-            position = lane * self.lane_length + int(self._lane_order(lane)[start + within])
-            place = int(np.searchsorted(self._ends, position, side="right"))
-            index = position - (int(self._ends[place - 1]) if place else 0)
-            found.append(Slot(int(self._shards[place]), index, epoch, position))
-        return found
+        lanes, within = np.divmod(np.arange(first, first + count), self.per_lane)
+        turns = (step % self.steps_per_epoch) * self.per_lane + within
+        in_lane = [self._lane_order(lane)[turn] for lane, turn in zip(lanes.tolist(), turns.tolist(), strict=True)]
+        position = lanes * self.lane_length + np.array(in_lane, np.int64)
+        on_line = (position + self._rotation) % self._ends[-1]
+        place = np.searchsorted(self._ends, on_line, side="right")
+        starts = self._ends - self.counts[self._shards]
+        return Slots(self._shards[place], on_line - starts[place], position, epoch)
 
     def _prepare(self, epoch: int) -> None:
         if epoch != self._epoch:
             self._epoch = epoch
             self._shards = permutation(len(self.counts), self.seed, epoch, 0)
             self._ends = np.cumsum(self.counts[self._shards])
+            self._rotation = int(mix(self.seed, epoch, 3)) % int(self._ends[-1])
             self._orders: dict[int, np.ndarray] = {}
 
     def _lane_order(self, lane: int) -> np.ndarray:

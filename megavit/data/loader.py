@@ -75,11 +75,9 @@ class _TrainItems(Dataset[Batch]):
     def __getitem__(self, item: int) -> Batch:
         step, accumulation = divmod(item, self.share // self.micro_batch)
         slots = self.lanes.slots(step, self.first + accumulation * self.micro_batch, self.micro_batch)
-        samples = [
-            self.decoder.load(s.shard, s.index, uniforms(NUM_RANDOM, self.seed, 2, s.epoch, s.position))
-            for s in slots
-        ]
-        return _stack(samples)
+        random = uniforms(NUM_RANDOM, self.seed, 2, slots.epoch, slots.position)
+        places = zip(slots.shard.tolist(), slots.index.tolist(), random, strict=True)
+        return _stack([self.decoder.load(shard, index, u) for shard, index, u in places])
 
 
 class _EvalItems(Dataset[Batch]):

@@ -198,8 +198,11 @@ def _cifar_arrays(root: Path, files: Iterable[str], label_key: bytes) -> ArrayIm
         path = root / name
         if not path.is_file():
             raise ValueError(f"{path} is missing; --root must hold the 'python version' of CIFAR, extracted")
-        with open(path, "rb") as file:
-            batch = _CifarUnpickler(file, encoding="bytes").load()
+        try:
+            with open(path, "rb") as file:
+                batch = _CifarUnpickler(file, encoding="bytes").load()
+        except (pickle.UnpicklingError, EOFError, ValueError) as error:
+            raise ValueError(f"{path} is not a CIFAR batch: {error}") from error
         if not isinstance(batch, dict) or b"data" not in batch or label_key not in batch:
             raise ValueError(f"{path} is not a CIFAR batch with {label_key.decode()}")
         pixels = np.asarray(batch[b"data"], np.uint8)
@@ -213,18 +216,15 @@ def _cifar_arrays(root: Path, files: Iterable[str], label_key: bytes) -> ArrayIm
 
 
 class _CifarUnpickler(pickle.Unpickler):
-    """Allows numpy arrays only: a pickle from the network may otherwise run any code."""
+    """Allows numpy arrays and bytes only: a pickle from the network may otherwise run any code."""
+
+    _ARRAYS = frozenset({"_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer"})
 
     def find_class(self, module: str, name: str) -> object:
-        if module.split(".")[0] == "numpy" and name in {
-            "_reconstruct",
-            "ndarray",
-            "dtype",
-            "scalar",
-            "_frombuffer",
-        }:
+        is_array = module.split(".")[0] == "numpy" and name in self._ARRAYS
+        if is_array or (module, name) == ("_codecs", "encode"):
             return super().find_class(module, name)
-        raise ValueError(f"a CIFAR batch may hold arrays only, not {module}.{name}")
+        raise pickle.UnpicklingError(f"it may hold arrays only, not {module}.{name}")
 
 
 def imagefolder_splits(root: str | Path) -> list[Split]:

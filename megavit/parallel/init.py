@@ -36,10 +36,10 @@ class Initializer:
         return Initializer(self.seed, self.mesh, f"{self.path}.{name}" if self.path else str(name))
 
     def constant(self, name: str, layout: Layout, value: float) -> torch.nn.Parameter:
+        """All entries `value`, padding zero."""
         parameter = self._allocate(layout)
         if not parameter.is_meta:
-            with torch.no_grad():
-                parameter.fill_(value)
+            self._fill(parameter, layout, np.full(layout.shape, value, np.float32))
         return parameter
 
     def normal(self, name: str, layout: Layout, std: float) -> torch.nn.Parameter:

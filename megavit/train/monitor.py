@@ -52,7 +52,7 @@ class Monitor:
         from torch.utils.tensorboard import SummaryWriter
 
         run_dir.mkdir(parents=True, exist_ok=True)
-        resolved = yaml.safe_dump(_plain(run), sort_keys=False)
+        resolved = yaml.safe_dump(plain_config(run), sort_keys=False)
         (run_dir / "config.yaml").write_text(resolved)
         (run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
         (run_dir / "environment.json").write_text(json.dumps(_environment(mesh), indent=2) + "\n")
@@ -178,7 +178,7 @@ def reference_results(val_shards: str, top1: float) -> str:
     )
 
 
-def _plain(run: RunConfig) -> dict[str, Any]:
+def plain_config(run: RunConfig) -> dict[str, Any]:
     """The configuration as `--config` reads it."""
     fields = dataclasses.asdict(run)
     fields["data"]["crop_area"] = list(fields["data"]["crop_area"])

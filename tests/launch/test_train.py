@@ -1,0 +1,206 @@
+"""The real command through the real launcher, on the digits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import webdataset as wds
+from safetensors.torch import load_file
+
+from megavit import MegaVit
+from megavit.config import run_preset
+from megavit.data.index import index_shards
+from megavit.data.loader import EvalLoader
+from megavit.data.transforms import to_model_input
+from tests.ranks import free_port
+
+ROOT = Path(__file__).parents[2]
+TRAIN = str(ROOT / "launch" / "train.py")
+BIN = Path(sys.executable).parent
+
+
+@dataclass
+class Run:
+    code: int
+    output: str
+    folder: Path
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return [row for row in self.log if "loss" in row]
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / "export" / "model.safetensors")
+
+
+def launch(folder: Path, data: Path, *flags: str, ranks: int | None = None, json_file: str = "zero3.json") -> Run:
+    """One training run; `ranks=None` starts plain python instead of the deepspeed launcher. Runs in `folder`'s parent."""
+    start = [sys.executable] if ranks is None else [str(BIN / "deepspeed"), "--num_accelerators", str(ranks)]
+    start += [] if ranks is None else ["--master_port", str(free_port())]
+    config = str(ROOT / "ds_configs" / json_file) if "/" not in json_file else json_file
+    shards = ["--data.shards", f"{data}/train-*.tar", "--data.val_shards", f"{data}/test-*.tar"]
+    command = [*start, TRAIN, "--deepspeed_config", config, "--run_dir", str(folder), *shards, *flags]
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=folder.parent, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300
+    )
+    return Run(done.returncode, done.stdout, folder)
+
+
+SHORT = ["--max_steps", "20", "--log_every", "1", "--schedule.warmup_steps", "5"]
+
+
+@pytest.fixture(scope="module")
+def reference(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = launch(tmp_path_factory.mktemp("runs") / "one", digits, *SHORT, ranks=1)
+    assert run.code == 0, run.output
+    return run
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_run_folder_keeps_its_contract(reference: Run) -> None:
+    """Catches a file, key or tag that tools around a run rely on."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    keys = "step loss lr grad_norm images_per_s tokens_per_s mfu step_time_s data_time_s memory_gib epoch".split()
+    assert [row["step"] for row in reference.steps] == list(range(1, 21))
+    assert all(list(row) == keys for row in reference.steps)
+    assert [row for row in reference.log if "eval_top1" in row][0]["eval_samples"] == 360
+    for name in ("config.yaml", "ds_config.json", "environment.json", "checkpoints/step_00000020/manifest.json"):
+        assert (reference.folder / name).is_file(), name
+    board = EventAccumulator(str(reference.folder / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    tags = board.Tags()
+    wanted = "loss/train optim/lr optim/grad_norm speed/images_per_s speed/mfu memory/peak_gib eval/top1".split()
+    assert set(wanted) <= set(tags["scalars"])
+    assert len(board.Scalars("loss/train")) == 20
+    assert tags["images"] == ["data/augmented"] and len(tags["tensors"]) == 2
+    assert "final top-1" in reference.output and "this run" in reference.output
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_same_seed_twice_is_bitwise_equal_and_another_seed_is_not(reference: Run, digits: Path) -> None:
+    """Catches any source of randomness that the seed does not fix."""
+    again = launch(reference.folder.with_name("again"), digits, *SHORT)
+    other = launch(reference.folder.with_name("other"), digits, *SHORT, "--seed", "1")
+    assert again.code == other.code == 0, again.output
+    assert [row["loss"] for row in again.steps] == [row["loss"] for row in reference.steps]
+    assert all(torch.equal(again.weights[name], w) for name, w in reference.weights.items())
+    assert not torch.equal(other.weights["head.weight"], reference.weights["head.weight"])
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "tp", "flags"),
+    [(2, 1, []), (2, 2, ["--recompute", "selective"]), (4, 2, ["--data.workers", "1"]), (4, 4, ["--recompute", "full"])],
+)
+def test_every_layout_gives_the_same_run(reference: Run, digits: Path, ranks: int, tp: int, flags: list[str]) -> None:
+    """Catches anything that depends on ranks: data order, dropout seeds, averaging, evaluation, export."""
+    folder = reference.folder.with_name(f"ranks{ranks}tp{tp}")
+    run = launch(folder, digits, *SHORT, "--tensor_parallel_size", str(tp), *flags, ranks=ranks)
+    assert run.code == 0, run.output
+    for mine, expected in zip(run.steps, reference.steps, strict=True):
+        assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    for name, expected in reference.weights.items():
+        assert (run.weights[name] - expected).abs().max() < 1e-4, name
+    check_export(run, digits)
+
+
+def check_export(run: Run, digits: Path) -> None:
+    """The exported model, in this one process, classifies the test set as the run's last evaluation did."""
+    preset = run_preset("vit_tiny")
+    loader = EvalLoader(index_shards(f"{digits}/test-*.tar"), preset.model, preset.data, batch=360, dp_rank=0, dp_size=1)
+    ((images, labels),) = list(loader)
+    with torch.no_grad():
+        predicted = MegaVit.from_pretrained(run.folder / "export")(to_model_input(images, torch.device("cpu"))).argmax(1)
+    assert (predicted == labels).float().mean().item() == pytest.approx(run.log[-1]["eval_top1"])
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("json_file", ["zero2.json", "zero3_fp32.json", "zero3_offload.json", "zero3_bf16.json"])
+def test_shipped_json_files_train(reference: Run, digits: Path, json_file: str) -> None:
+    """Catches a shipped file that DeepSpeed refuses; float32 ones must take the reference's steps."""
+    run = launch(reference.folder.with_name(json_file), digits, *SHORT, json_file=json_file)
+    assert run.code == 0, run.output
+    tolerance = 0.05 if "bf16" in json_file else 1e-4
+    for mine, expected in zip(run.steps, reference.steps, strict=True):
+        assert mine["loss"] == pytest.approx(expected["loss"], rel=tolerance)
+
+
+@pytest.mark.slow
+def test_export_command_repeats_the_export(reference: Run, tmp_path: Path) -> None:
+    """Catches an export at the end of a run that differs from the offline one."""
+    command = [sys.executable, str(ROOT / "launch" / "export.py"), str(reference.folder), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(exported[name], w) for name, w in reference.weights.items())
+    command[2] = str(tmp_path)
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1 and "holds no committed checkpoint" in refused.stderr
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_bad_label_on_one_rank_ends_the_whole_run(tmp_path: Path) -> None:
+    """Catches ranks left hanging when one of them meets an error."""
+    bad_shards(tmp_path)
+    run = launch(tmp_path / "run", tmp_path, *SHORT, "--model.num_classes", "3", ranks=2)
+    assert run.code != 0
+    assert "train-0.tar" in run.output and "outside 0..2" in run.output
+
+
+def bad_shards(folder: Path) -> None:
+    """80 good samples of 3 classes with one label 7 among them, and a test shard."""
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), 100).save(buffer, "PNG")
+    for name, labels in {"train-0.tar": [i % 3 for i in range(79)] + [7], "test-0.tar": [0, 1]}.items():
+        with wds.TarWriter(str(folder / name), encoder=False, mtime=0) as tar:
+            for i, label in enumerate(labels):
+                tar.write({"__key__": f"{i:03}", "png": buffer.getvalue(), "cls": str(label).encode()})
+
+
+@pytest.mark.slow
+def test_mistakes_before_the_first_step(reference: Run, digits: Path, tmp_path: Path) -> None:
+    """Catches errors that come late, as tracebacks, or at the cost of an earlier run's results."""
+    missing = launch(tmp_path / "a", digits, "--data.shards", f"{digits}/train-{{000000..000020}}.tar")
+    assert missing.code == 1 and "train-000015.tar does not exist" in missing.output
+    bad_shards(tmp_path)
+    data = (tmp_path / "train-0.tar").read_bytes()
+    (tmp_path / "train-0.tar").write_bytes(data[:30_000])
+    corrupt = launch(tmp_path / "b", tmp_path)
+    assert corrupt.code == 1 and "train-0.tar is damaged or truncated" in corrupt.output
+    small = launch(tmp_path / "c", tmp_path, "--data.shards", f"{tmp_path}/test-0.tar")
+    assert small.code == 1 and "2 samples, too few for a global batch of 64" in small.output
+    log = (reference.folder / "log.jsonl").read_bytes()
+    taken = launch(reference.folder, digits)
+    assert taken.code == 1 and "already holds a run" in taken.output
+    assert (reference.folder / "log.jsonl").read_bytes() == log
+    typo = tmp_path / "typo.json"
+    typo.write_text((ROOT / "ds_configs" / "zero3.json").read_text().replace("gradient_clipping", "gradient_cliping"))
+    refused = launch(tmp_path / "d", digits, json_file=str(typo))
+    assert refused.code == 2 and "did you mean 'gradient_clipping'" in refused.output
+    for run in (missing, corrupt, small, taken, refused):
+        assert "Traceback" not in run.output, run.output

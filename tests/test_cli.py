@@ -1,0 +1,110 @@
+"""The command line: precedence, early refusals, help."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megavit.cli import PROJECT_ROOT, make_parser, parse_run
+from megavit.config import DataConfig, RunConfig, ScheduleConfig, run_preset
+
+JSON = ["--deepspeed_config", "ds_configs/zero3.json"]
+
+
+def parse(*flags: str) -> RunConfig:
+    return parse_run([*JSON, *flags])[0]
+
+
+def test_precedence_is_preset_then_file_then_flags(tmp_path: Path) -> None:
+    """Catches a preset that overwrites a flag, or defaults that overwrite a preset."""
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"model": {"name": "vit_s16", "depth": 5, "num_heads": 8}, "seed": 7}))
+    run = parse("--config", str(file), "--model.depth", "3")
+    assert (run.model.name, run.model.dim, run.model.patch_size) == ("vit_s16", 384, 16)
+    assert (run.model.depth, run.model.num_heads, run.seed) == (3, 8, 7)
+    assert run.schedule == ScheduleConfig() and run.loss == "sigmoid" and run.head_weight_decay == 3.0
+
+
+def test_default_is_the_demo() -> None:
+    """Catches a default command that does not train the digits."""
+    run = parse()
+    assert dataclasses.replace(run, data=run_preset("vit_tiny").data) == run_preset("vit_tiny")
+    assert run.data.shards.endswith("data/digits/train-*.tar")
+
+
+def test_vit_22b_preset_is_the_papers_recipe() -> None:
+    """Catches a recipe that drifted from the paper's (arXiv 2302.05442, appendix)."""
+    run = parse("--model.name", "vit_22b")
+    assert (run.max_steps, run.loss, run.head_weight_decay) == (177_000, "sigmoid", 3.0)
+    assert run.schedule == ScheduleConfig("rsqrt", 10_000, 30_000, 10_000)
+    assert run.data == DataConfig(workers=8) and run.model.head_bias == -10.0
+
+
+def test_resolved_configuration_reads_back(tmp_path: Path) -> None:
+    """Catches a config.yaml in the run folder that cannot repeat the run."""
+    from megavit.train.monitor import plain_config
+
+    run = parse("--model.name", "vit_b16", "--model.layer_scale", "0.1", "--data.crop_area", "[0.2,0.9]", "--compile")
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(plain_config(run)))
+    assert parse("--config", str(file)) == run
+
+
+def test_switches_and_the_launchers_flag() -> None:
+    """Catches a bare --compile that swallows the next flag, and the launcher's --local_rank refused."""
+    run = parse("--compile", "--model.qkv_bias", "--seed", "3", "--local_rank=1", "--data.flip", "true")
+    assert (run.compile, run.model.qkv_bias, run.seed, run.data.flip) == (True, True, 3, True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--modle.dim", "3"], ["--modle.dim", "--model.dim"]),
+        (["--model.name", "vit_22c"], ["vit_22c", "vit_22b"]),
+        (["--max_steps", "many"], ["max_steps", "many"]),
+        (["--max_steps", "0"], ["max_steps", "0"]),
+        (["--model.dim", "70", "--model.num_heads", "7", "--tensor_parallel_size", "2"], ["2", "num_heads 7"]),
+        (["--loss", "hinge"], ["loss", "hinge"]),
+        (["--data.crop_area", "[0.9,0.1]"], ["crop_area", "0.9"]),
+        (["--compile", "--recompute", "full", "--tensor_parallel_size", "2"], ["--compile", "--recompute"]),
+        (["--schedule.name", "step"], ["step"]),
+        (["--recompute", "selective", "--model.block", "sequential"], ["selective", "parallel"]),
+    ],
+)
+def test_mistakes_end_with_one_line(capsys: pytest.CaptureFixture[str], flags: list[str], words: list[str]) -> None:
+    """Catches tracebacks and usage screens where one sentence helps."""
+    with pytest.raises(SystemExit) as exit:
+        parse(*flags)
+    message = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert all(word in message for word in words), message
+
+
+def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches keys of a configuration file that are silently ignored."""
+    file = tmp_path / "run.yaml"
+    file.write_text("model:\n  num_head: 3\n")
+    with pytest.raises(SystemExit):
+        parse("--config", str(file))
+    assert "num_heads" in capsys.readouterr().err
+
+
+def test_every_flag_is_explained() -> None:
+    """Catches a field without a line in its dataclass's docstring."""
+    help_text = " ".join(make_parser("vit_22b").format_help().split())
+    for action in make_parser("vit_22b")._actions:
+        for option in action.option_strings:
+            assert option in help_text
+        assert action.help, action.option_strings
+    assert "default: 177000" in help_text
+
+
+def test_project_paths_work_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches defaults that only work from the checkout's root, and local files that are passed over."""
+    monkeypatch.chdir(tmp_path)
+    assert parse_run(JSON)[1] == PROJECT_ROOT / "ds_configs/zero3.json"
+    (tmp_path / "ds_configs").mkdir()
+    assert parse_run(JSON)[1] == Path("ds_configs/zero3.json")

@@ -1,0 +1,151 @@
+"""DeepSpeed's ZeRO stages, recompute policies, accumulation and precision against plain PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from megavit.config import RunConfig, run_preset
+from megavit.model.vit import MegaVit
+from megavit.parallel.layout import layout_of
+from megavit.parallel.mesh import Mesh
+from megavit.train.ds_config import resolve_ds_config
+from megavit.train.loss import cross_entropy
+from megavit.train.optim import parameter_groups
+from tests.ranks import run_ranks
+
+STEPS, BATCH, LR = 4, 8, 3e-3
+RUN = dataclasses.replace(
+    run_preset("vit_tiny"), model=dataclasses.replace(run_preset("vit_tiny").model, depth=2, num_classes=7)
+)
+
+
+def ds_config(stage: int, micro_batch: int = BATCH, **more: Any) -> dict[str, Any]:
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    return {
+        "train_batch_size": BATCH,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_clipping": 0.5,
+        "optimizer": {"type": "AdamW", "params": {"lr": LR, "weight_decay": 0.1}},
+        "zero_optimization": zero | more.pop("zero", {}),
+    } | more
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.rand(BATCH, 1, 8, 8, generator=generator) * 2 - 1
+    return images, torch.randint(0, 7, (BATCH,), generator=generator)
+
+
+def plain_pytorch(run: RunConfig) -> dict[str, Any]:
+    """The same steps with nothing but torch: what every engine must reproduce."""
+    model = MegaVit.from_config(run.model, seed=run.seed)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1, run.head_weight_decay), lr=LR)
+    losses, norms = [], []
+    for step in range(STEPS):
+        images, labels = batch(step)
+        loss = cross_entropy(run.loss, model(images), labels, 7, Mesh.single())
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        losses.append(loss.item())
+        optimizer.step()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    return {"losses": losses, "norms": norms, "weights": weights}
+
+
+def run_engine(tp_size: int, run: RunConfig, raw: dict[str, Any]) -> float | dict[str, float]:
+    """The largest relative differences of one engine's losses, norms and weights from plain PyTorch."""
+    from megavit.train.engine import Engine
+
+    mesh = Mesh.from_environment(tp_size)
+    run = dataclasses.replace(run, tensor_parallel_size=tp_size)
+    engine = Engine(run, resolve_ds_config(raw, mesh.dp_size, "cpu"), mesh)
+    expected = plain_pytorch(run)
+    share = BATCH // mesh.dp_size
+    losses, norms = [], []
+    for step in range(STEPS):
+        images, labels = (t[mesh.dp_rank * share :][:share].split(engine.micro_batch) for t in batch(step))
+        loss, norm = engine.train_step(zip(images, labels, strict=True), step, LR)
+        losses.append(loss)
+        norms.append(norm)
+    layouts = {name: layout_of(p) for name, p in engine.model.named_parameters()}
+    weights = 0.0
+    for name, shard in engine.shards():
+        mine = layouts[name].take(expected["weights"][name], mesh.tp_rank, mesh.tp_size)
+        weights = max(weights, float((shard - mine).abs().max()))
+    pairs = {"losses": losses, "norms": norms}
+    relative = {k: max(abs(a / b - 1) for a, b in zip(v, expected[k], strict=True)) for k, v in pairs.items()}
+    return relative | {"weights": weights}
+
+
+CASES = {
+    "stage 0, tp 2": (2, 2, {}, ds_config(0)),
+    "stage 1, dp 2": (2, 1, {}, ds_config(1)),
+    "stage 2, dp 2 x tp 2": (4, 2, {}, ds_config(2, micro_batch=2)),
+    "stage 3, one rank": (1, 1, {"loss": "softmax"}, ds_config(3)),
+    "stage 3, dp 2 x tp 2, accumulation": (4, 2, {}, ds_config(3, micro_batch=1)),
+    "stage 3, tp 4": (4, 4, {}, ds_config(3)),
+    "stage 3, dp 2, selective": (2, 1, {"recompute": "selective"}, ds_config(3)),
+    "stage 3, tp 2, full": (2, 2, {"recompute": "full"}, ds_config(3)),
+    "stage 3, dp 2, persistent": (2, 1, {}, ds_config(3, zero={"stage3_param_persistence_threshold": 100_000})),
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("case", CASES)
+def test_every_layout_takes_the_same_steps_as_plain_pytorch(case: str) -> None:
+    """Catches wrong gradient averaging, clipping by a rank's own norm, decay lost with groups, stale gathered weights."""
+    ranks, tp_size, change, raw = CASES[case]
+    for found in run_ranks(ranks, run_engine, tp_size, dataclasses.replace(RUN, **change), raw):
+        assert found["losses"] < 1e-5 and found["norms"] < 1e-5 and found["weights"] < 1e-4, found
+
+
+@pytest.mark.dist
+def test_bfloat16_stays_close() -> None:
+    """Catches bf16 runs whose float32 master weights are not what is read back: 2^-9 of a weight is more than 2e-3."""
+    raw = ds_config(3, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"})
+    for found in run_ranks(2, run_engine, 2, RUN, raw):
+        assert found["losses"] < 5e-3 and found["weights"] < 2e-2, found
+
+
+def poisoned(tp_size: int, stage: int, where: str) -> list[Any]:
+    """Train one good and one poisoned step; the error's text, and whether the weights stayed."""
+    from megavit.train.engine import Engine, NonFiniteError
+
+    mesh = Mesh.from_environment(tp_size)
+    engine = Engine(RUN, resolve_ds_config(ds_config(stage), mesh.dp_size, "cpu"), mesh)
+    share = BATCH // mesh.dp_size
+    images, labels = (t[mesh.dp_rank * share :][:share] for t in batch(0))
+    engine.train_step([(images, labels)], 0, LR)
+    before = {name: shard.clone() for name, shard in engine.shards()}
+    if where == "loss" and mesh.dp_rank == 1:
+        images = images * float("nan")
+    if where == "gradient" and mesh.dp_rank == 1:
+        dict(engine.model.named_parameters())["norm.weight"].register_hook(lambda grad: grad * float("inf"))
+    try:
+        engine.train_step([(images, labels)], 1, LR)
+    except NonFiniteError as error:
+        return [str(error), all(torch.equal(before[name], shard) for name, shard in engine.shards())]
+    return ["no error", False]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_non_finite_loss_stops_every_rank_before_the_weights_change(stage: int) -> None:
+    """Catches a rank that stops alone and leaves the others waiting, and weights ruined by one bad step."""
+    for message, unchanged in run_ranks(2, poisoned, 1, stage, "loss"):
+        assert "loss is nan at step 1, learning rate 0.003, on rank(s) 1" in message
+        assert unchanged
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_non_finite_gradient_stops_every_rank_before_the_weights_change(stage: int) -> None:
+    """Catches DeepSpeed's silent skipping (stage 3) or silent stepping (stage 0) on an infinite norm."""
+    for message, unchanged in run_ranks(2, poisoned, 1, stage, "gradient"):
+        assert "gradient norm" in message and "at step 1" in message, message
+        assert unchanged
