@@ -1,4 +1,5 @@
-"""Export a run's newest weights: `python launch/export.py RUN_DIR OUT` writes OUT/model.safetensors and OUT/config.json.
+"""Export a run's newest weights: `python launch/export.py RUN_DIR OUT` writes OUT/model.safetensors and
+OUT/config.json.
 
 Needs no GPU, ranks or DeepSpeed, whatever TP size and ZeRO stage the run had.
 """
@@ -25,9 +26,7 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(
-        f"exported {checkpoint} to {arguments.out}; load it with MegaVit.from_pretrained({str(arguments.out)!r})"
-    )
+    print(f"exported {checkpoint} to {arguments.out}, for MegaVit.from_pretrained({str(arguments.out)!r})")
     return 0
 
 

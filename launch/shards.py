@@ -1,4 +1,5 @@
-"""Write WebDataset shards: `python launch/shards.py {digits,cifar10,cifar100,imagefolder} [--root R] [--out O]`.
+"""Write WebDataset shards: `python launch/shards.py {digits,cifar10,cifar100,imagefolder} [--root R] [--out
+O]`.
 
 Interrupted runs are continued by running them again; finished shards are kept.
 """

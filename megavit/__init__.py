@@ -1,4 +1,5 @@
-"""MegaViT: a trainer for very large vision transformers (ViT-22B, arXiv 2302.05442) on PyTorch and DeepSpeed."""
+"""MegaViT: a trainer for very large vision transformers (ViT-22B, arXiv 2302.05442) on PyTorch and
+DeepSpeed."""
 
 from __future__ import annotations
 

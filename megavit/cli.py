@@ -1,7 +1,7 @@
 """The command line of a training run: flags and `--config` files onto the dataclasses of `megavit.config`.
 
-Precedence: defaults < preset (`--model.name`) < `--config file.yaml` < flags. Imports neither torch nor deepspeed, so that
-`--help` is quick and a mistake is reported before anything is started.
+Precedence: defaults < preset (`--model.name`) < `--config file.yaml` < flags. Imports neither torch nor
+deepspeed, so that `--help` is quick and a mistake is reported before anything is started.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def make_parser(preset: str) -> ArgumentParser:
     """A parser whose defaults are those of `preset`'s model and recipe."""
     parser = _Parser(
         prog="deepspeed launch/train.py",
-        description="Train a vision transformer of the ViT-22B family with tensor parallelism and DeepSpeed ZeRO. "
-        "Batch sizes, precision, clipping, ZeRO, the optimizer and its learning rate are in the DeepSpeed JSON. "
+        description="Train a vision transformer of the ViT-22B family with tensor parallelism and DeepSpeed. "
+        "Batch sizes, precision, clipping, ZeRO, optimizer and learning rate are in the DeepSpeed JSON. "
         f"Presets for --model.name: {', '.join(PRESETS)}; the defaults shown are those of {preset}.",
     )
     parser.add_argument(
@@ -55,7 +55,8 @@ def make_parser(preset: str) -> ArgumentParser:
 
 
 def parse_run(argv: Sequence[str] | None = None) -> tuple[RunConfig, Path]:
-    """(run configuration, path of the DeepSpeed JSON) from the command line; exits with a message on any mistake."""
+    """(run configuration, path of the DeepSpeed JSON) from the command line; exits with a message on any
+    mistake."""
     argv = _complete_switches(list(sys.argv[1:] if argv is None else argv))
     first = make_parser("vit_tiny")
     preset = first.parse_args([word for word in argv if word not in ("-h", "--help")] or argv).model.name
@@ -73,14 +74,11 @@ def parse_run(argv: Sequence[str] | None = None) -> tuple[RunConfig, Path]:
 
 def _complete_switches(argv: list[str]) -> list[str]:
     """`--compile` alone means `--compile=true`."""
-    switches = {
-        f"--{name}" for name in _flatten(_types(RunConfig)) if _flatten(_types(RunConfig))[name] is bool
-    }
-    following = [*argv[1:], "--"]
-    return [
-        f"{word}=true" if word in switches and after.startswith("--") else word
-        for word, after in zip(argv, following)
-    ]
+    switches = {f"--{name}" for name, hint in _flatten(_types(RunConfig)).items() if hint is bool}
+    words = []
+    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+        words.append(f"{word}=true" if word in switches and following.startswith("--") else word)
+    return words
 
 
 def _types(config: type) -> dict[str, Any]:
@@ -96,8 +94,8 @@ def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _from_root(path: str) -> str:
-    """A relative path that starts in no folder or file here is taken from the project's root, so that the defaults and
-    `ds_configs/...` work from any working directory."""
+    """A relative path that starts in no folder or file here is taken from the project's root, so that the
+    defaults and `ds_configs/...` work from any working directory."""
     first = Path(path).parts[:1]
     if (
         not first

@@ -1,8 +1,9 @@
 """Run configuration: typed, frozen, validated on construction; imports neither torch nor deepspeed.
 
-Who owns what: the DeepSpeed JSON owns batch sizes, precision, clipping, ZeRO, the optimizer and its peak learning rate; the
-dataclasses here own everything else. Precedence is defaults < preset < `--config` file < flags (see `megavit.cli`).
-Sizes are those of the papers: ViT-22B (arXiv 2302.05442, table 1) and Scaling ViTs (arXiv 2106.04560) for its family.
+Who owns what: the DeepSpeed JSON owns batch sizes, precision, clipping, ZeRO, the optimizer and its peak
+learning rate; the dataclasses here own everything else. Precedence is defaults < preset < `--config` file <
+flags (see `megavit.cli`). Sizes are those of the papers: ViT-22B (arXiv 2302.05442, table 1) and Scaling ViTs
+(arXiv 2106.04560) for its family.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def _require_positive(owner: str, config: Any, *names: str) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of one vision transformer. The defaults are ViT-22B's choices (arXiv 2302.05442, section 2).
+    """Architecture of one vision transformer. The defaults are ViT-22B's choices (arXiv 2302.05442, section
+    2).
 
     Args:
         name: preset that fills every field not given (vit_tiny, vit_s16, ..., vit_22b).
@@ -47,7 +49,8 @@ class ModelConfig:
         mlp_dim: hidden width F of the MLP.
         dropout: drop rate after the MLP's GELU and on each block's output.
         emb_dropout: drop rate after the position embedding.
-        block: parallel (one norm, attention and MLP side by side, one add) or sequential (the classic pre-norm pair).
+        block: parallel (one norm, attention and MLP side by side, one add) or sequential (the classic
+            pre-norm pair).
         pool: map (attention pooling), mean (over patch tokens) or cls (a learned class token).
         num_registers: learned tokens without position that join the sequence and are dropped before pooling.
         qk_norm: normalise queries and keys over head_dim before the dot product.
@@ -88,7 +91,7 @@ class ModelConfig:
         if self.image_size % self.patch_size:
             lower = self.image_size // self.patch_size * self.patch_size
             raise ValueError(
-                f"model.image_size {self.image_size} is not a multiple of model.patch_size {self.patch_size}; "
+                f"model.image_size {self.image_size} is no multiple of model.patch_size {self.patch_size}; "
                 f"use image_size {lower or self.patch_size} or {lower + self.patch_size}"
             )
         if self.dim % self.num_heads:
@@ -134,7 +137,8 @@ class ModelConfig:
         return self.num_patches + self.num_prefix_tokens
 
     def check_tensor_parallel(self, tp_size: int) -> None:
-        """Raise ValueError unless `tp_size` divides what tensor parallelism shards (classes are padded instead)."""
+        """Raise ValueError unless `tp_size` divides what tensor parallelism shards (classes are padded
+        instead)."""
         for name in ("num_heads", "mlp_dim"):
             if getattr(self, name) % tp_size:
                 divisors = [n for n in range(1, tp_size) if self.num_heads % n == 0 and self.mlp_dim % n == 0]
@@ -166,8 +170,8 @@ class ScheduleConfig:
             raise ValueError(f"schedule.name must be one of {', '.join(allowed)}, got {self.name!r}")
         if self.warmup_steps < 0 or self.cooldown_steps < 0:
             raise ValueError(
-                f"schedule.warmup_steps {self.warmup_steps} and schedule.cooldown_steps {self.cooldown_steps} "
-                "cannot be negative"
+                f"schedule.warmup_steps and schedule.cooldown_steps cannot be negative, "
+                f"got {self.warmup_steps} and {self.cooldown_steps}"
             )
         _require_positive("schedule", self, "timescale_steps")
 
@@ -180,7 +184,8 @@ class DataConfig:
         shards: training shards: a path with braces or wildcards, e.g. data/train-{000000..000099}.tar.
         val_shards: validation shards, same notation; empty trains without evaluation.
         workers: decoding processes per rank; 0 decodes in the training process.
-        augment: inception (random crop of crop_area of the image, aspect 3/4 to 4/3) or none (the evaluation transform).
+        augment: inception (random crop of crop_area of the image, aspect 3/4 to 4/3) or none (the evaluation
+            transform).
         crop_area: smallest and largest share of the image's area that the inception crop keeps.
         flip: mirror half of the training images left to right.
         shift: move training images by up to this share of their side (black border); for tiny images.
@@ -225,12 +230,15 @@ class RunConfig:
         max_steps: optimizer steps of the whole run.
         log_every: steps between two log lines.
         eval_every: steps between two evaluations; 0 evaluates at the end only.
-        tensor_parallel_size: ranks that share one copy of each block; must divide heads, mlp_dim and the rank count.
-        recompute: activations to recompute in backward; selective keeps the matmul inputs that are dear to rebuild.
+        tensor_parallel_size: ranks that share one copy of each block; must divide heads, mlp_dim and the rank
+            count.
+        recompute: activations to recompute in backward; selective keeps the matmul inputs that are dear to
+            rebuild.
         loss: sigmoid (multi-label, ViT-22B) or softmax cross-entropy.
         head_weight_decay: decoupled weight decay of the classifier; the body's is in the DeepSpeed JSON.
         compile: torch.compile each block.
-        export_dir: also write the final model.safetensors and config.json here; empty exports to <run_dir>/export.
+        export_dir: also write the final model.safetensors and config.json here; empty exports to
+            <run_dir>/export.
         model: the architecture.
         data: the input.
         schedule: the learning rate.
@@ -255,7 +263,8 @@ class RunConfig:
         _require_positive("run", self, "max_steps", "log_every", "tensor_parallel_size")
         if self.eval_every < 0 or self.head_weight_decay < 0:
             raise ValueError(
-                f"eval_every {self.eval_every} and head_weight_decay {self.head_weight_decay} cannot be negative"
+                f"eval_every and head_weight_decay cannot be negative, "
+                f"got {self.eval_every} and {self.head_weight_decay}"
             )
         if self.model.num_classes < 1:
             raise ValueError("training needs model.num_classes of at least 1, got 0")
@@ -263,7 +272,8 @@ class RunConfig:
         if self.recompute == "selective" and self.model.block != "parallel":
             raise ValueError("--recompute selective is made for --model.block parallel; use full or none")
         if self.compile and self.tensor_parallel_size > 1 and self.recompute != "none":
-            # The collectives break the graph inside the recomputed region, where torch.compile then gives up silently.
+            # The collectives break the graph inside the recomputed region, where torch.compile then gives up
+            # silently.
             raise ValueError(
                 f"--compile with --tensor_parallel_size {self.tensor_parallel_size} needs --recompute none, "
                 f"got {self.recompute}; leave --compile out or use one TP rank"
@@ -277,7 +287,8 @@ def _sized(
     return shape | fields
 
 
-# Width, depth, MLP width, heads, patch. The family's classifiers are ImageNet's; ViT-22B keeps JFT-3B's 29,593 classes.
+# Width, depth, MLP width, heads, patch. The family's classifiers are ImageNet's; ViT-22B keeps JFT-3B's
+# 29,593 classes.
 _SHAPES: dict[str, dict[str, Any]] = {
     "vit_tiny": _sized(64, 4, 256, 4, 2, image_size=8, channels=1, num_classes=10),
     "vit_ti16": _sized(192, 12, 768, 3, 16),
@@ -291,8 +302,8 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "vit_22b": _sized(6144, 48, 24576, 48, 14, num_classes=29_593, head_bias=-10.0),
 }
 
-# What a preset changes in the run beside the model. ViT-22B's recipe (177k steps, warm-up 10k, cool-down 30k, sigmoid
-# loss, decay 3.0 on the head, inception crop and flip) is the default of the dataclasses above.
+# What a preset changes in the run beside the model. ViT-22B's recipe (177k steps, warm-up 10k, cool-down 30k,
+# sigmoid loss, decay 3.0 on the head, inception crop and flip) is the default of the dataclasses above.
 _RECIPES: dict[str, dict[str, Any]] = {
     "vit_tiny": {
         "max_steps": 1_500,
@@ -319,7 +330,8 @@ PRESETS: tuple[str, ...] = tuple(_SHAPES)
 
 
 def model_preset(name: str, **overrides: Any) -> ModelConfig:
-    """The architecture called `name`, with fields replaced by `overrides`; ValueError for an unknown name or field."""
+    """The architecture called `name`, with fields replaced by `overrides`; ValueError for an unknown name or
+    field."""
     if name not in _SHAPES:
         raise ValueError(
             f"unknown model preset {name!r}{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}"

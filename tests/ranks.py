@@ -22,7 +22,8 @@ def free_port() -> int:
 def run_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(*arguments)` on `count` ranks at once; returns their results in rank order.
 
-    `function` must be defined at a test module's top level. A rank's exception is raised here with its traceback.
+    `function` must be defined at a test module's top level. A rank's exception is raised here with its
+    traceback.
     """
     queue = _context.Queue()
     port = free_port()
@@ -47,11 +48,19 @@ def run_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list
     return [results[rank] for rank in range(count)]
 
 
-def _rank_main(queue: Any, rank: int, count: int, port: int, function: Callable[..., Any], arguments: Any) -> None:
+def _rank_main(
+    queue: Any, rank: int, count: int, port: int, function: Callable[..., Any], arguments: Any
+) -> None:
     import torch
 
     torch.set_num_threads(1)
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port, "LOCAL_WORLD_SIZE": count}
+    variables = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": count,
+        "MASTER_PORT": port,
+        "LOCAL_WORLD_SIZE": count,
+    }
     os.environ |= {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
     try:
         queue.put((rank, None, function(*arguments)))

@@ -47,7 +47,9 @@ def test_resolved_configuration_reads_back(tmp_path: Path) -> None:
     """Catches a config.yaml in the run folder that cannot repeat the run."""
     from megavit.train.monitor import plain_config
 
-    run = parse("--model.name", "vit_b16", "--model.layer_scale", "0.1", "--data.crop_area", "[0.2,0.9]", "--compile")
+    run = parse(
+        "--model.name", "vit_b16", "--model.layer_scale", "0.1", "--data.crop_area", "[0.2,0.9]", "--compile"
+    )
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(plain_config(run)))
     assert parse("--config", str(file)) == run
@@ -66,7 +68,10 @@ def test_switches_and_the_launchers_flag() -> None:
         (["--model.name", "vit_22c"], ["vit_22c", "vit_22b"]),
         (["--max_steps", "many"], ["max_steps", "many"]),
         (["--max_steps", "0"], ["max_steps", "0"]),
-        (["--model.dim", "70", "--model.num_heads", "7", "--tensor_parallel_size", "2"], ["2", "num_heads 7"]),
+        (
+            ["--model.dim", "70", "--model.num_heads", "7", "--tensor_parallel_size", "2"],
+            ["2", "num_heads 7"],
+        ),
         (["--loss", "hinge"], ["loss", "hinge"]),
         (["--data.crop_area", "[0.9,0.1]"], ["crop_area", "0.9"]),
         (["--compile", "--recompute", "full", "--tensor_parallel_size", "2"], ["--compile", "--recompute"]),
@@ -74,7 +79,9 @@ def test_switches_and_the_launchers_flag() -> None:
         (["--recompute", "selective", "--model.block", "sequential"], ["selective", "parallel"]),
     ],
 )
-def test_mistakes_end_with_one_line(capsys: pytest.CaptureFixture[str], flags: list[str], words: list[str]) -> None:
+def test_mistakes_end_with_one_line(
+    capsys: pytest.CaptureFixture[str], flags: list[str], words: list[str]
+) -> None:
     """Catches tracebacks and usage screens where one sentence helps."""
     with pytest.raises(SystemExit) as exit:
         parse(*flags)

@@ -1,7 +1,7 @@
 """Where every sample lies inside its tar shard: one walk over the headers, then reading by offset.
 
-A shard is a plain WebDataset tar: members `KEY.EXT` grouped by key. Python's tarfile and webdataset take a damaged header for
-the end of the archive and silently drop the rest; the walk here raises instead.
+A shard is a plain WebDataset tar: members `KEY.EXT` grouped by key. Python's tarfile and webdataset take a
+damaged header for the end of the archive and silently drop the rest; the walk here raises instead.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class ShardIndex:
 
 
 def expand_shards(pattern: str) -> list[str]:
-    """Paths of a pattern with braces (`{000..009}`) and wildcards (`*`), sorted. ShardError if one does not exist."""
+    """Paths of a pattern with braces (`{000..009}`) and wildcards (`*`), sorted. ShardError if one does not
+    exist."""
     paths: list[str] = []
     for part in braceexpand.braceexpand(pattern):
         found = sorted(glob.glob(part)) if glob.has_magic(part) else [part]
@@ -61,7 +62,8 @@ def index_shards(pattern: str) -> list[ShardIndex]:
 
 
 def index_shard(path: str | Path) -> ShardIndex:
-    """Walk one tar's headers (USTAR, PAX and GNU long names). Raises ShardError for damage, with the byte offset."""
+    """Walk one tar's headers (USTAR, PAX and GNU long names). Raises ShardError for damage, with the byte
+    offset."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     for name, offset, size in walk_tar(path):
         key, extension = base_plus_ext(name)
@@ -84,7 +86,8 @@ def index_shard(path: str | Path) -> ShardIndex:
 
 
 def walk_tar(path: str | Path) -> list[tuple[str, int, int]]:
-    """(name, data offset, size) of each regular file in a tar. Raises ShardError where tarfile would stop in silence."""
+    """(name, data offset, size) of each regular file in a tar. Raises ShardError where tarfile would stop in
+    silence."""
     members: list[tuple[str, int, int]] = []
     size_on_disk = os.path.getsize(path)
     overrides: dict[str, str] = {}

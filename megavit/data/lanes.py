@@ -1,10 +1,11 @@
 """The order of training samples: "lanes", a pure function of (seed, step, global batch).
 
-The shards of an epoch, permuted, form one line of samples, rotated by a random amount and cut into L equal lanes; what
-does not fill a lane or a step is left out, other samples each epoch. Slot j of a global batch reads lane
-j // m at consecutive positions (m = global_batch / L), and a lane's positions are permuted among themselves. So which
-samples make up a step does not depend on ranks, workers or what was read before, and any step can be computed at once.
-All arithmetic is on 64-bit integers (splitmix64), tied to no library's random stream.
+The shards of an epoch, permuted, form one line of samples, rotated by a random amount and cut into L equal
+lanes; what does not fill a lane or a step is left out, other samples each epoch. Slot j of a global batch
+reads lane j // m at consecutive positions (m = global_batch / L), and a lane's positions are permuted among
+themselves. So which samples make up a step does not depend on ranks, workers or what was read before, and any
+step can be computed at once. All arithmetic is on 64-bit integers (splitmix64), tied to no library's random
+stream.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def permutation(count: int, *keys: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Slots:
-    """Samples of a global batch, int64 [n] each: where they lie, and the key (epoch, position) of their augmentation."""
+    """Samples of a global batch, int64 [n] each: where they lie, and the key (epoch, position) of their
+    augmentation."""
 
     shard: np.ndarray
     index: np.ndarray
@@ -54,8 +56,8 @@ class Slots:
 class Lanes:
     """The order of `counts[s]` samples in shards s, for global batches of one size.
 
-    Raises ValueError if the data hold fewer samples than one global batch. Costs O(shards) memory an epoch and
-    O(lane length) for each lane touched.
+    Raises ValueError if the data hold fewer samples than one global batch. Costs O(shards) memory an epoch
+    and O(lane length) for each lane touched.
     """
 
     def __init__(self, counts: Sequence[int], global_batch: int, seed: int):
@@ -67,7 +69,8 @@ class Lanes:
         self.steps_per_epoch = self.lane_length // self.per_lane
         if self.steps_per_epoch == 0:
             raise ValueError(
-                f"the training shards hold {int(self.counts.sum())} samples, too few for a global batch of {global_batch}"
+                f"the training shards hold {int(self.counts.sum())} samples, too few for a "
+                f"global batch of {global_batch}"
             )
         self._epoch = -1
 
@@ -80,7 +83,9 @@ class Lanes:
         self._prepare(epoch)
         lanes, within = np.divmod(np.arange(first, first + count), self.per_lane)
         turns = (step % self.steps_per_epoch) * self.per_lane + within
-        in_lane = [self._lane_order(lane)[turn] for lane, turn in zip(lanes.tolist(), turns.tolist(), strict=True)]
+        in_lane = [
+            self._lane_order(lane)[turn] for lane, turn in zip(lanes.tolist(), turns.tolist(), strict=True)
+        ]
         position = lanes * self.lane_length + np.array(in_lane, np.int64)
         on_line = (position + self._rotation) % self._ends[-1]
         place = np.searchsorted(self._ends, on_line, side="right")

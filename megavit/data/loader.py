@@ -1,7 +1,8 @@
 """Batches for one rank: which slots of the global batch are its own, decoded in worker processes, in order.
 
-A work item is one micro-batch, addressed by its number, so the stream does not depend on the number of workers, and a run
-can start at any step. Ranks of one TP group ask for the same slots and decode the same images.
+A work item is one micro-batch, addressed by its number, so the stream does not depend on the number of
+workers, and a run can start at any step. Ranks of one TP group ask for the same slots and decode the same
+images.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class _Decoder:
         self.reader, self.model, self.config = ShardReader(shards), model, config
 
     def load(self, shard: int, index: int, u: np.ndarray | None) -> tuple[np.ndarray, int]:
-        """(uint8 [S, S, C], class id); augmented with the uniforms `u`, or by the evaluation transform if None."""
+        """(uint8 [S, S, C], class id); augmented with the uniforms `u`, or by the evaluation transform if
+        None."""
         entry = self.reader.shards[shard]
         image_bytes, label_bytes = self.reader.read(shard, index)
         label = self._label(label_bytes, entry, index)
@@ -83,7 +85,8 @@ class _TrainItems(Dataset[Batch]):
 class _EvalItems(Dataset[Batch]):
     """Batch number i of this rank's share, every dp_size-th sample in file order; shorter at the end.
 
-    A rank with nothing left gets one black image labelled -1, since all ranks must run the model equally often.
+    A rank with nothing left gets one black image labelled -1, since all ranks must run the model equally
+    often.
     """
 
     def __init__(
@@ -138,7 +141,8 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """The whole validation set, each sample on exactly one DP rank, the same number of batches on every rank."""
+    """The whole validation set, each sample on exactly one DP rank, the same number of batches on every
+    rank."""
 
     def __init__(
         self,

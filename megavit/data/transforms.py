@@ -1,7 +1,7 @@
 """From encoded bytes to a uint8 image of the model's size, and from uint8 to the model's input.
 
-Letters: S image side, C channels. Randomness comes in as numbers, never from a generator, so that an image's augmentation
-depends on (seed, epoch, position) alone.
+Letters: S image side, C channels. Randomness comes in as numbers, never from a generator, so that an image's
+augmentation depends on (seed, epoch, position) alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _ASPECT = (3 / 4, 4 / 3)
 
 
 def decode(data: bytes, channels: int) -> Image.Image:
-    """JPEG, PNG or WebP bytes -> PIL image, grey (channels 1) or RGB (3). Raises OSError for undecodable bytes."""
+    """JPEG, PNG or WebP bytes -> PIL image, grey (channels 1) or RGB (3). Raises OSError for undecodable
+    bytes."""
     image = Image.open(io.BytesIO(data))
     return image.convert("L" if channels == 1 else "RGB")
 
@@ -46,7 +47,8 @@ def eval_transform(image: Image.Image, size: int, config: DataConfig) -> np.ndar
 
 
 def to_model_input(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 [B, S, S, C] on the host -> float32 [B, C, S, S] in [-1, 1] on `device`, as the paper's family is trained."""
+    """uint8 [B, S, S, C] on the host -> float32 [B, C, S, S] in [-1, 1] on `device`, as the paper's family is
+    trained."""
     images = images.to(device, non_blocking=True)
     return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
@@ -69,7 +71,8 @@ def _inception_box(
 ) -> tuple[float, float, float, float]:
     """Random box (left, top, right, bottom) of a share of the area and an aspect of 3/4 to 4/3, log-uniform.
 
-    One draw, clipped to the image, instead of the usual rejection loop: the number of random numbers stays fixed.
+    One draw, clipped to the image, instead of the usual rejection loop: the number of random numbers stays
+    fixed.
     """
     width, height = size
     share = area[0] + (area[1] - area[0]) * u[0]

@@ -1,7 +1,8 @@
-"""Writing WebDataset shards from data sets in their own on-disk formats: digits, CIFAR-10/100, folders of images.
+"""Writing WebDataset shards from data sets in their own on-disk formats: digits, CIFAR-10/100, folders of
+images.
 
-A shard appears under its name only when it is complete, and one that exists is not written again, so a run that was
-interrupted is continued by running it again.
+A shard appears under its name only when it is complete, and one that exists is not written again, so a run
+that was interrupted is continued by running it again.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def digest(*parts: object) -> str:
 def write_splits(splits: Sequence[Split], out: str | Path, shard_size: int, workers: int) -> list[Path]:
     """Write each split as `out/<name>-<number>.tar` of `shard_size` samples, `workers` shards at a time.
 
-    Returns the shard paths in order. Finished shards of the same content are kept; ValueError if `out` holds shards of
-    other content or another shard size.
+    Returns the shard paths in order. Finished shards of the same content are kept; ValueError if `out` holds
+    shards of other content or another shard size.
     """
     if shard_size < 1 or workers < 1:
         raise ValueError(f"--shard_size {shard_size} and --workers {workers} must be at least 1")
@@ -62,7 +63,8 @@ def write_splits(splits: Sequence[Split], out: str | Path, shard_size: int, work
             if not path.exists():
                 jobs.append((split, path, number * shard_size, min(split.size, (number + 1) * shard_size)))
     with tqdm(total=len(paths), initial=len(paths) - len(jobs), desc=f"shards in {out}", unit="shard") as bar:
-        # Threads: encoding and file reads release the interpreter lock, and arrays need not travel to processes.
+        # Threads: encoding and file reads release the interpreter lock, and arrays need not travel to
+        # processes.
         pool = ThreadPoolExecutor(workers)
         try:
             for _ in pool.map(lambda job: _write_shard(*job), jobs):
@@ -129,7 +131,8 @@ class Files:
 
 
 def digits_arrays() -> tuple[ArrayImages, ArrayImages]:
-    """scikit-learn's load_digits, 8x8 grey scaled to 0..255: the first 1,437 for training, the last 360 for test."""
+    """scikit-learn's load_digits, 8x8 grey scaled to 0..255: the first 1,437 for training, the last 360 for
+    test."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -142,7 +145,8 @@ def digits_arrays() -> tuple[ArrayImages, ArrayImages]:
 
 
 def digits_baselines() -> dict[str, float]:
-    """Test accuracy of three classic classifiers on the digits' pixels, same split as `digits_splits` (2 seconds).
+    """Test accuracy of three classic classifiers on the digits' pixels, same split as `digits_splits` (2
+    seconds).
 
     Pixels scaled to 0..16 and the SVC's gamma 0.001 are those of scikit-learn's own digits example.
     """
@@ -166,7 +170,8 @@ def digits_baselines() -> dict[str, float]:
 
 
 def digits_splits(holdout: int = 0) -> list[Split]:
-    """Train and test; with `holdout`, the last so many training images become the split 'val' for choosing settings."""
+    """Train and test; with `holdout`, the last so many training images become the split 'val' for choosing
+    settings."""
     train, test = digits_arrays()
     if not holdout:
         return [train.split("train"), test.split("test")]
@@ -179,7 +184,8 @@ def digits_splits(holdout: int = 0) -> list[Split]:
 
 
 def cifar_splits(root: str | Path, num_classes: int) -> list[Split]:
-    """CIFAR-10 or -100 from the python pickles (`cifar-10-batches-py`, `cifar-100-python`); fine labels for 100.
+    """CIFAR-10 or -100 from the python pickles (`cifar-10-batches-py`, `cifar-100-python`); fine labels for
+    100.
 
     `root` is that folder or its parent. Raises ValueError naming the file that is missing or malformed.
     """
@@ -230,8 +236,9 @@ class _CifarUnpickler(pickle.Unpickler):
 def imagefolder_splits(root: str | Path) -> list[Split]:
     """Folders of images, one a class: `root/<class>/...`, or `root/{train,val,test}/<class>/...`.
 
-    Class ids are the sorted class names of the training split (of the root without splits), and are written to
-    `classes.txt` by the caller. Raises ValueError for no images, or a split with classes that training lacks.
+    Class ids are the sorted class names of the training split (of the root without splits), and are written
+    to `classes.txt` by the caller. Raises ValueError for no images, or a split with classes that training
+    lacks.
     """
     root = Path(root)
     if not root.is_dir():

@@ -1,1 +1,2 @@
-"""The ViT-22B architecture: parallel block, attention pooling, and closed forms for its parameters and FLOPs."""
+"""The ViT-22B architecture: parallel block, attention pooling, and closed forms for its parameters and
+FLOPs."""

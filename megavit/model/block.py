@@ -1,7 +1,8 @@
-"""Transformer blocks of ViT-22B: RMSNorm, QK-normalised attention and an MLP, side by side (arXiv 2302.05442, section 2).
+"""Transformer blocks of ViT-22B: RMSNorm, QK-normalised attention and an MLP, side by side (arXiv 2302.05442,
+section 2).
 
-Letters: B batch, N tokens, D width, H heads, K head_dim, F MLP width; /tp marks a rank's share. Every class here works on
-one rank's shard and, with a single rank, is the plain layer.
+Letters: B batch, N tokens, D width, H heads, K head_dim, F MLP width; /tp marks a rank's share. Every class
+here works on one rank's shard and, with a single rank, is the plain layer.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ MLP_BIAS_STD = 1e-6
 
 
 def normalize(x: Tensor, scale: Tensor, bias: Tensor | None, *, centring: bool, eps: float) -> Tensor:
-    """x / rms(x) * scale (+ bias) over the last dim, about the mean if `centring`; statistics in float32 in any dtype."""
+    """x / rms(x) * scale (+ bias) over the last dim, about the mean if `centring`; statistics in float32 in
+    any dtype."""
     if centring:
         return F.layer_norm(x, scale.shape, scale, bias, eps)
     y = F.rms_norm(x, scale.shape, scale, eps)
@@ -29,7 +31,8 @@ def normalize(x: Tensor, scale: Tensor, bias: Tensor | None, *, centring: bool, 
 
 
 class Norm(nn.Module):
-    """RMSNorm [..., D] -> [..., D], or LayerNorm with `norm_centring`; no bias unless `norm_bias` (section 2)."""
+    """RMSNorm [..., D] -> [..., D], or LayerNorm with `norm_centring`; no bias unless `norm_bias` (section
+    2)."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
         super().__init__()
@@ -42,9 +45,11 @@ class Norm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention of this rank's H/tp heads, queries and keys normalised over head_dim by scales shared by all heads.
+    """Attention of this rank's H/tp heads, queries and keys normalised over head_dim by scales shared by all
+    heads.
 
-    `reduce=False` returns the partial sum of the output projection, without bias, for the parallel block to add to.
+    `reduce=False` returns the partial sum of the output projection, without bias, for the parallel block to
+    add to.
     """
 
     def __init__(self, config: ModelConfig, init: Initializer, *, reduce: bool):
@@ -62,11 +67,13 @@ class SelfAttention(nn.Module):
 
     @property
     def scales(self) -> tuple[Tensor, ...]:
-        """The QK-norm scales: replicated, but each rank's gradient sees local heads only, so `copy_to_tp` must sum it."""
+        """The QK-norm scales: replicated, but each rank's gradient sees local heads only, so `copy_to_tp`
+        must sum it."""
         return (self.q_scale, self.k_scale) if self.qk_norm else ()
 
     def forward(self, n: Tensor, *scales: Tensor, return_map: bool = False) -> tuple[Tensor, Tensor | None]:
-        """[B, N, D] -> ([B, N, D], attention map [B, H, N, N] or None); `n` and `scales` come through `copy_to_tp`."""
+        """[B, N, D] -> ([B, N, D], attention map [B, H, N, N] or None); `n` and `scales` come through
+        `copy_to_tp`."""
         qkv = self.qkv(n).unflatten(-1, (3, -1, self.head_dim))  # [B, N, 3, H/tp, K]
         q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # [B, H/tp, N, K]
         if self.qk_norm:
@@ -79,7 +86,8 @@ class SelfAttention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, return_map: bool) -> tuple[Tensor, Tensor | None]:
-    """softmax(q k^T / sqrt(K)) v on [B, H, N, K]; fused kernels, or the explicit matrix [B, H, N, N] if it is wanted."""
+    """softmax(q k^T / sqrt(K)) v on [B, H, N, K]; fused kernels, or the explicit matrix [B, H, N, N] if it is
+    wanted."""
     if not return_map:
         return F.scaled_dot_product_attention(q, k, v), None
     scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
@@ -88,7 +96,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, return_map: bool) -> tuple[Tensor
 
 
 class Mlp(nn.Module):
-    """[B, N, D] -> GELU (tanh form) -> [B, N, D]; both linears with bias. The input comes through `copy_to_tp`."""
+    """[B, N, D] -> GELU (tanh form) -> [B, N, D]; both linears with bias. The input comes through
+    `copy_to_tp`."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
         super().__init__()
@@ -99,7 +108,8 @@ class Mlp(nn.Module):
         self.down = RowParallelLinear(hidden, dim, init.scope("down"), bias=True, bias_std=MLP_BIAS_STD)
 
     def forward(self, n: Tensor, addend: Tensor | None = None) -> Tensor:
-        """`addend` [B, N, D] is another layer's partial sum: it joins inside the matmul, before the one reduce."""
+        """`addend` [B, N, D] is another layer's partial sum: it joins inside the matmul, before the one
+        reduce."""
         hidden = F.gelu(self.up(n), approximate="tanh")  # [B, N, F/tp]
         hidden = dropout(self.mesh, hidden, self.dropout, self.training, sharded=True)
         return self.down(hidden, addend)
@@ -122,7 +132,8 @@ class _Residual(nn.Module):
 class ParallelBlock(nn.Module):
     """y = x + Attn(n) + MLP(n), n = Norm(x): one norm, one residual add, one output bias.
 
-    Costs one all-reduce of [B, N, D] forward and one backward when tp_size > 1; the sequential block costs two and two.
+    Costs one all-reduce of [B, N, D] forward and one backward when tp_size > 1; the sequential block costs
+    two and two.
     """
 
     def __init__(self, config: ModelConfig, init: Initializer, recompute: Recompute):

@@ -1,7 +1,8 @@
 """Parameters and FLOPs in closed form from the configuration: no model, no memory.
 
-FLOPs are two per multiply-accumulate of matmuls only, as torch's FlopCounterMode counts them, attention unmasked. Model
-FLOPs utilisation divides three forwards (forward and backward) by time and peak; recomputation never counts.
+FLOPs are two per multiply-accumulate of matmuls only, as torch's FlopCounterMode counts them, attention
+unmasked. Model FLOPs utilisation divides three forwards (forward and backward) by time and peak;
+recomputation never counts.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def _map_head(config: ModelConfig) -> int:
 
 
 def forward_flops(config: ModelConfig) -> int:
-    """Matmul FLOPs of one image's forward pass, with pooling and classifier (11.25e12 for ViT-22B with JFT's head)."""
+    """Matmul FLOPs of one image's forward pass, with pooling and classifier (11.25e12 for ViT-22B with JFT's
+    head)."""
     dim, tokens = config.dim, config.num_tokens
     embed = 2 * config.num_patches * dim * config.channels * config.patch_size**2
     per_block = 2 * tokens * block_matrices(config) // config.depth + 4 * tokens**2 * dim
@@ -62,5 +64,6 @@ def train_flops(config: ModelConfig) -> int:
 
 
 def trunk_flops_per_token(config: ModelConfig) -> int:
-    """ViT-22B's own convention, 6 N + 12 L n D with N the block matrices: reproduces its 54.9% MFU at 1,150 tokens/s."""
+    """ViT-22B's own convention, 6 N + 12 L n D with N the block matrices: reproduces its 54.9% MFU at 1,150
+    tokens/s."""
     return 6 * block_matrices(config) + 12 * config.depth * config.num_tokens * config.dim

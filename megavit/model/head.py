@@ -1,7 +1,8 @@
 """From tokens to classes: attention pooling (MAP) and the class-sharded classifier.
 
-Letters: B batch, N tokens, D width, H heads, K head_dim, C classes. MAP follows big_vision's MAPHead (arXiv 2106.04560):
-one learned probe attends to all tokens, then a residual MLP. Its attention is standard: no QK norm, an output bias.
+Letters: B batch, N tokens, D width, H heads, K head_dim, C classes. MAP follows big_vision's MAPHead (arXiv
+2106.04560): one learned probe attends to all tokens, then a residual MLP. Its attention is standard: no QK
+norm, an output bias.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from megavit.parallel.linear import ColumnParallelLinear, RowParallelLinear, _Li
 
 
 class MapHead(nn.Module):
-    """Attention pooling: [B, N, D] -> [B, D]. Two all-reduces of [B, D] forward, one of [B, N, D] backward if sharded.
+    """Attention pooling: [B, N, D] -> [B, D]. Two all-reduces of [B, D] forward, one of [B, N, D] backward if
+    sharded.
 
-    With `qkv_bias` the key bias exists, as in big_vision, but softmax cancels it: its gradient is rounding noise.
+    With `qkv_bias` the key bias exists, as in big_vision, but softmax cancels it: its gradient is rounding
+    noise.
     """
 
     def __init__(self, config: ModelConfig, init: Initializer):
@@ -50,7 +53,8 @@ class MapHead(nn.Module):
 class Classifier(nn.Module):
     """[B, D] -> this rank's logits [B, ceil(C/tp)], or all [B, C]; weights start at zero.
 
-    Classes that do not divide by tp_size are padded at the end; `gather_logits` and the losses leave the padding out.
+    Classes that do not divide by tp_size are padded at the end; `gather_logits` and the losses leave the
+    padding out.
     """
 
     def __init__(self, config: ModelConfig, init: Initializer):

@@ -1,8 +1,9 @@
 """Which activations of a block are kept for backward and which are computed again.
 
-Per token and block, in elements (D width, F = 4D): none keeps about 19 D, selective 9 D (block input D, q k v 3 D, MLP
-hidden 4 D, attention output D), full 1 D. Selective rebuilds only norms and GELU, about 1% of the FLOPs; full repeats the
-forward pass (+33%). Always torch's non-reentrant checkpoint: the only kind that works under ZeRO-3's hooks.
+Per token and block, in elements (D width, F = 4D): none keeps about 19 D, selective 9 D (block input D, q k v
+3 D, MLP hidden 4 D, attention output D), full 1 D. Selective rebuilds only norms and GELU, about 1% of the
+FLOPs; full repeats the forward pass (+33%). Always torch's non-reentrant checkpoint: the only kind that works
+under ZeRO-3's hooks.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ _ATTENTION = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
 }
-# In the order of the parallel block's forward: qkv, MLP up, then the two out-projections, whose outputs backward never reads.
+# In the order of the parallel block's forward: qkv, MLP up, then the two out-projections, whose outputs
+# backward never reads.
 _SAVED_MATMULS = (0, 1)
 
 
 def _save_in_projections() -> Any:
-    """Contexts for one checkpointed call of a parallel block: keep its first two matmuls and the attention output."""
+    """Contexts for one checkpointed call of a parallel block: keep its first two matmuls and the attention
+    output."""
     seen: defaultdict[bool, int] = defaultdict(
         int
     )  # matmuls so far, counted apart in forward and in recomputation
@@ -47,7 +50,8 @@ def _save_in_projections() -> Any:
 
 
 def recompute_with(policy: Recompute, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, the body of a block, under the policy; the same outputs and gradients for every policy."""
+    """`function(*args)`, the body of a block, under the policy; the same outputs and gradients for every
+    policy."""
     if policy == "none" or not torch.is_grad_enabled():
         return function(*args)
     if policy == "full":

@@ -1,7 +1,7 @@
 """MegaVit: patch embedding, blocks, pooling, classifier; its constructors, and loading exported weights.
 
-Letters: B batch, C channels, S image side, P patch side, N tokens, D width. The model never sees DeepSpeed: `train.engine`
-builds it inside `deepspeed.zero.Init` and hands in the mesh.
+Letters: B batch, C channels, S image side, P patch side, N tokens, D width. The model never sees DeepSpeed:
+`train.engine` builds it inside `deepspeed.zero.Init` and hands in the mesh.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 class PatchEmbedding(nn.Module):
-    """[B, C, S, S] -> [B, (S/P)^2, D]: a convolution of stride P as one matmul, plus a learned position embedding."""
+    """[B, C, S, S] -> [B, (S/P)^2, D]: a convolution of stride P as one matmul, plus a learned position
+    embedding."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
         super().__init__()
@@ -50,9 +51,10 @@ class PatchEmbedding(nn.Module):
 class MegaVit(nn.Module):
     """The vision transformer of "Scaling Vision Transformers to 22 Billion Parameters" (arXiv 2302.05442).
 
-    `MegaVit(image_size=..., patch_size=..., ...)` builds any shape, `from_preset` the paper's, `from_pretrained` loads an
-    export. `options` are the further fields of `ModelConfig` (pool, num_registers, qk_norm, ...). With a `mesh` of
-    tp_size > 1 it holds this rank's shard; the weights depend on `seed` and the logical shape only.
+    `MegaVit(image_size=..., patch_size=..., ...)` builds any shape, `from_preset` the paper's,
+    `from_pretrained` loads an export. `options` are the further fields of `ModelConfig` (pool, num_registers,
+    qk_norm, ...). With a `mesh` of tp_size > 1 it holds this rank's shard; the weights depend on `seed` and
+    the logical shape only.
     """
 
     def __init__(
@@ -116,20 +118,30 @@ class MegaVit(nn.Module):
 
     @classmethod
     def from_preset(
-        cls, name: str, *, mesh: Mesh | None = None, seed: int = 0, recompute: Recompute = "none", **overrides: Any
+        cls,
+        name: str,
+        *,
+        mesh: Mesh | None = None,
+        seed: int = 0,
+        recompute: Recompute = "none",
+        **overrides: Any,
     ) -> MegaVit:
-        """The paper family's model `name` (see `megavit.PRESETS`), e.g. `from_preset("vit_22b")`, 22.4e9 parameters.
+        """The paper family's model `name` (see `megavit.PRESETS`), e.g. `from_preset("vit_22b")`, 22.4e9
+        parameters.
 
-        `overrides` replace fields of its `ModelConfig`. Use `with torch.device("meta")` to build without memory.
+        `overrides` replace fields of its `ModelConfig`. Use `with torch.device("meta")` to build without
+        memory.
         """
         return cls.from_config(model_preset(name, **overrides), mesh=mesh, seed=seed, recompute=recompute)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, mesh: Mesh | None = None, **overrides: Any) -> MegaVit:
-        """Load an export (`config.json` and `model.safetensors`) on one process, or this rank's shard of it on a mesh.
+        """Load an export (`config.json` and `model.safetensors`) on one process, or this rank's shard of it
+        on a mesh.
 
-        `overrides` replace fields of the saved configuration; with another `image_size` the position embedding is
-        resized. Raises ValueError for a folder that is no export, and for tensors that do not match.
+        `overrides` replace fields of the saved configuration; with another `image_size` the position
+        embedding is resized. Raises ValueError for a folder that is no export, and for tensors that do not
+        match.
         """
         from safetensors import safe_open
 
@@ -168,10 +180,12 @@ class MegaVit(nn.Module):
     def forward(
         self, img: Tensor, *, return_maps: bool = False, local_logits: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Logits [B, num_classes] of images [B, C, S, S] in [-1, 1]; pooled features [B, D] if num_classes is 0.
+        """Logits [B, num_classes] of images [B, C, S, S] in [-1, 1]; pooled features [B, D] if num_classes is
+        0.
 
-        `return_maps` adds every block's attention matrix [B, H, N, N], by an explicit softmax that agrees with the
-        fused kernel to rounding but holds the matrix. `local_logits` leaves the classes sharded: [B, ceil(C/tp)].
+        `return_maps` adds every block's attention matrix [B, H, N, N], by an explicit softmax that agrees
+        with the fused kernel to rounding but holds the matrix. `local_logits` leaves the classes sharded: [B,
+        ceil(C/tp)].
         Raises ValueError for another image shape.
         """
         tokens, maps = self.encode(img, return_maps=return_maps)
@@ -182,7 +196,8 @@ class MegaVit(nn.Module):
         return (out, maps) if return_maps else out
 
     def encode(self, img: Tensor, *, return_maps: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """Normalised tokens [B, N, D] after the last block, prefix tokens first, and the attention maps if asked for."""
+        """Normalised tokens [B, N, D] after the last block, prefix tokens first, and the attention maps if
+        asked for."""
         self._check_image(img)
         x = self.embed(img)
         x = dropout(self.mesh, x, self.config.emb_dropout, self.training, sharded=False)
@@ -195,7 +210,8 @@ class MegaVit(nn.Module):
         return self.norm(x), maps if return_maps else []
 
     def pool_tokens(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> [B, D], the features that the classifier reads ("pre_logits"). Registers do not take part."""
+        """[B, N, D] -> [B, D], the features that the classifier reads ("pre_logits"). Registers do not take
+        part."""
         patches = tokens[:, self.config.num_prefix_tokens :]
         if self.pool is not None:
             return self.pool(patches)
@@ -204,20 +220,21 @@ class MegaVit(nn.Module):
     def compile_blocks(self) -> None:
         """torch.compile each block's forward, inside ZeRO's hooks; blocks share one compiled graph."""
         for block in self.blocks:
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+            block.forward = torch.compile(block.forward)
 
     def _check_image(self, img: Tensor) -> None:
         config = self.config
         expected = (config.channels, config.image_size, config.image_size)
         if img.ndim != 4 or tuple(img.shape[1:]) != expected:
             raise ValueError(
-                f"images of shape {tuple(img.shape)} do not fit this model, which takes [batch, {config.channels}, "
-                f"{config.image_size}, {config.image_size}]; resize them, or build the model with another image_size"
+                f"images of shape {tuple(img.shape)} do not fit this model, which takes "
+                f"[batch, {', '.join(map(str, expected))}]; resize them or build it with another image_size"
             )
 
 
 def resize_position(position: Tensor, grid_size: int) -> Tensor:
-    """A position embedding [n^2, D] of an n x n grid, resized bilinearly to [grid_size^2, D]; float32 inside."""
+    """A position embedding [n^2, D] of an n x n grid, resized bilinearly to [grid_size^2, D]; float32
+    inside."""
     old = round(position.shape[0] ** 0.5)
     if old * old != position.shape[0]:
         raise ValueError(f"a position embedding of {position.shape[0]} tokens is no square grid")

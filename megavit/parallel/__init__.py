@@ -1,1 +1,2 @@
-"""Tensor parallelism: the rank grid, collectives with gradients, sharded linears, and weights that ignore the sharding."""
+"""Tensor parallelism: the rank grid, collectives with gradients, sharded linears, and weights that ignore the
+sharding."""

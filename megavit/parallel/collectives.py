@@ -1,6 +1,8 @@
-"""Collectives over the TP group with the gradients that tensor parallelism needs (Megatron-LM's f and g, arXiv 1909.08053).
+"""Collectives over the TP group with the gradients that tensor parallelism needs (Megatron-LM's f and g,
+arXiv 1909.08053).
 
-With `tp_size == 1` each is the identity, so the layers above have no such branch. None of them is asynchronous.
+With `tp_size == 1` each is the identity, so the layers above have no such branch. None of them is
+asynchronous.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ class _CopyToTp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        # One flat buffer: one collective, and no gradient that autograd may share with another branch is overwritten.
+        # One flat buffer: one collective, and no gradient that autograd may share with another branch is
+        # overwritten.
         flat = torch.cat([g.reshape(-1) for g in grads])
         dist.all_reduce(flat, group=ctx.mesh.tp_group)
         pieces = flat.split([g.numel() for g in grads])
@@ -32,7 +35,8 @@ class _CopyToTp(torch.autograd.Function):
 class _ReduceFromTp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mesh: Mesh, partial: Tensor) -> Tensor:
-        # detach() shares memory and version counter: no copy, and autograd still notices if someone saved `partial`.
+        # detach() shares memory and version counter: no copy, and autograd still notices if someone saved
+        # `partial`.
         total = partial.contiguous().detach()
         dist.all_reduce(total, group=mesh.tp_group)
         return total
@@ -62,9 +66,11 @@ _apply_gather = torch.compiler.disable(_GatherFromTp.apply)
 
 
 def copy_to_tp(mesh: Mesh, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Enter a sharded region: identity forward, one all-reduce of all the tensors' gradients (of one dtype) backward.
+    """Enter a sharded region: identity forward, one all-reduce of all the tensors' gradients (of one dtype)
+    backward.
 
-    Replicated parameters used inside the region (QK-norm scales see local heads only) ride along in that all-reduce.
+    Replicated parameters used inside the region (QK-norm scales see local heads only) ride along in that
+    all-reduce.
     """
     return tensors if mesh.tp_size == 1 else _apply_copy(mesh, *tensors)
 
@@ -75,7 +81,8 @@ def reduce_from_tp(mesh: Mesh, partial: Tensor) -> Tensor:
 
 
 def gather_from_tp(mesh: Mesh, local: Tensor, dim: int = -1) -> Tensor:
-    """Concatenate the ranks' equal-sized pieces along `dim` forward; take this rank's slice of the gradient backward."""
+    """Concatenate the ranks' equal-sized pieces along `dim` forward; take this rank's slice of the gradient
+    backward."""
     return local if mesh.tp_size == 1 else _apply_gather(mesh, local, dim)
 
 
@@ -102,9 +109,10 @@ def sum_over_dp(mesh: Mesh, local: Tensor) -> Tensor:
 def dropout(mesh: Mesh, x: Tensor, rate: float, training: bool, *, sharded: bool) -> Tensor:
     """Dropout whose mask does not depend on the TP size.
 
-    All TP ranks hold the default generator in the same state. In a sharded region (last dim split over TP) each rank draws
-    the mask of the whole width and keeps its own slice: ranks drop different units, the generators stay in step, and
-    recomputation, which restores the generator, repeats the mask. Costs `tp_size` times the random numbers.
+    All TP ranks hold the default generator in the same state. In a sharded region (last dim split over TP)
+    each rank draws the mask of the whole width and keeps its own slice: ranks drop different units, the
+    generators stay in step, and recomputation, which restores the generator, repeats the mask. Costs
+    `tp_size` times the random numbers.
     """
     if not training or rate == 0.0:
         return x

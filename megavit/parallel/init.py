@@ -1,8 +1,9 @@
-"""Initial weights that depend on (seed, parameter name) alone: not on the TP size, the DP size, the device or the order.
+"""Initial weights that depend on (seed, parameter name) alone: not on the TP size, the DP size, the device or
+the order.
 
-Each parameter has its own counter-based stream, addressed by the element's index in the logical tensor, so a rank draws
-only the elements it keeps. Values are made with numpy because `deepspeed.zero.Init` replaces torch's constructors and
-would round the draws to the model's dtype before they are scaled.
+Each parameter has its own counter-based stream, addressed by the element's index in the logical tensor, so a
+rank draws only the elements it keeps. Values are made with numpy because `deepspeed.zero.Init` replaces
+torch's constructors and would round the draws to the model's dtype before they are scaled.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ _TRUNCATED_STD = 0.87962566103423978
 
 
 class Initializer:
-    """Makes this rank's shards of the parameters under `path`; every method returns an `nn.Parameter` with a `tp_layout`.
+    """Makes this rank's shards of the parameters under `path`; every method returns an `nn.Parameter` with a
+    `tp_layout`.
 
-    The parameter is allocated with `torch.empty`, so a default device (meta, cuda) and `deepspeed.zero.Init` apply.
+    The parameter is allocated with `torch.empty`, so a default device (meta, cuda) and `deepspeed.zero.Init`
+    apply.
     """
 
     def __init__(self, seed: int, mesh: Mesh, path: str = ""):
@@ -51,7 +54,8 @@ class Initializer:
         return parameter
 
     def lecun_normal(self, name: str, layout: Layout) -> torch.nn.Parameter:
-        """Normal cut at two standard deviations, variance 1/fan_in of a [out, in] weight (flax's default for convs)."""
+        """Normal cut at two standard deviations, variance 1/fan_in of a [out, in] weight (flax's default for
+        convs)."""
         parameter = self._allocate(layout)
         if not parameter.is_meta:
             generator = self._generator(name)
@@ -63,10 +67,11 @@ class Initializer:
         return parameter
 
     def xavier_uniform(self, name: str, layout: Layout) -> torch.nn.Parameter:
-        """Uniform(-b, b), b = sqrt(6 / (fan_in + fan_out)) of a [out, in] weight; a rank draws only what it keeps.
+        """Uniform(-b, b), b = sqrt(6 / (fan_in + fan_out)) of a [out, in] weight; a rank draws only what it
+        keeps.
 
-        Each part of a fused weight has its own fan_out: q, k and v are three [D, D] matrices, not one [3D, D]. The
-        fans are the logical ones, whatever the sharding. A [D] vector counts as [D, 1].
+        Each part of a fused weight has its own fan_out: q, k and v are three [D, D] matrices, not one [3D,
+        D]. The fans are the logical ones, whatever the sharding. A [D] vector counts as [D, 1].
         """
         parameter = self._allocate(layout)
         if parameter.is_meta:
@@ -93,7 +98,8 @@ class Initializer:
     def _allocate(self, layout: Layout) -> torch.nn.Parameter:
         parameter = torch.nn.Parameter(torch.empty(layout.local_shape(self.mesh.tp_size)))
         parameter.tp_layout = layout  # type: ignore[attr-defined]
-        # DeepSpeed's name: counts the gradient norm of a sharded parameter on every TP rank, of a replicated one once.
+        # DeepSpeed's name: counts the gradient norm of a sharded parameter on every TP rank, of a replicated
+        # one once.
         parameter.model_parallel = layout.dim is not None  # type: ignore[attr-defined]
         return parameter
 

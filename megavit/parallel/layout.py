@@ -1,8 +1,8 @@
 """Which box of which logical tensor a rank's shard is.
 
-The logical tensors are the parameters of the `tp_size == 1` model. A shard is a slice along one dim, or, for a fused
-weight, one equal slice of each of its parts (q, k, v), one after the other. Weights, exports and checkpoints all speak of
-logical tensors; this file is the only place that knows how they are cut.
+The logical tensors are the parameters of the `tp_size == 1` model. A shard is a slice along one dim, or, for
+a fused weight, one equal slice of each of its parts (q, k, v), one after the other. Weights, exports and
+checkpoints all speak of logical tensors; this file is the only place that knows how they are cut.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Piece:
-    """`length` entries along the sharded dim: at `start` of the logical tensor, at `local_start` of the shard."""
+    """`length` entries along the sharded dim: at `start` of the logical tensor, at `local_start` of the
+    shard."""
 
     start: int
     local_start: int
@@ -24,9 +25,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """Logical `shape`, and how it is cut over the TP ranks: along `dim` (None: replicated), each of `parts` by itself.
+    """Logical `shape`, and how it is cut over the TP ranks: along `dim` (None: replicated), each of `parts`
+    by itself.
 
-    A part whose length is no multiple of tp_size is padded with zeros on the last ranks (only the classifier uses that).
+    A part whose length is no multiple of tp_size is padded with zeros on the last ranks (only the classifier
+    uses that).
     """
 
     shape: tuple[int, ...]

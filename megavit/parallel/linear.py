@@ -1,7 +1,8 @@
-"""Linear layers whose weights are sharded over the TP group. They store nothing they do not need for backward.
+"""Linear layers whose weights are sharded over the TP group. They store nothing they do not need for
+backward.
 
-Letters: B batch, N tokens, `in`/`out` the logical widths. Neither layer copies its input into the region: that is the
-block's choice, because two layers may share one `copy_to_tp`.
+Letters: B batch, N tokens, `in`/`out` the logical widths. Neither layer copies its input into the region:
+that is the block's choice, because two layers may share one `copy_to_tp`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from megavit.parallel.mesh import Mesh
 class _Linear(torch.autograd.Function):
     """x W^T, plus either a bias [out] or an addend [..., out] inside the matmul.
 
-    Saves the parameter itself, not a transposed view of it: under ZeRO-3 a view would keep the gathered weight alive until
-    backward. (DeepSpeed patches `torch.nn.functional.linear` process-wide for the same reason; this needs no patch.)
+    Saves the parameter itself, not a transposed view of it: under ZeRO-3 a view would keep the gathered
+    weight alive until backward. (DeepSpeed patches `torch.nn.functional.linear` process-wide for the same
+    reason; this needs no patch.)
     """
 
     @staticmethod
@@ -50,8 +52,8 @@ class _Linear(torch.autograd.Function):
 class ColumnParallelLinear(nn.Module):
     """[..., in] -> [..., out/tp]: each rank holds rows of the [out, in] weight. No communication.
 
-    `parts` are the output widths of fused projections (q, k, v): each is sharded by itself, so a rank's output is its
-    slice of every part, side by side. The input must come through `copy_to_tp`.
+    `parts` are the output widths of fused projections (q, k, v): each is sharded by itself, so a rank's
+    output is its slice of every part, side by side. The input must come through `copy_to_tp`.
     """
 
     def __init__(
@@ -75,8 +77,9 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """[..., in/tp] -> [..., out]: each rank holds columns of the [out, in] weight.
 
-    With `reduce` the ranks' partial sums are all-reduced (out * tokens elements) and the bias, replicated, is added once,
-    after it. Without, the partial sum is returned, to be passed as the `addend` of a second layer, which then reduces both.
+    With `reduce` the ranks' partial sums are all-reduced (out * tokens elements) and the bias, replicated, is
+    added once, after it. Without, the partial sum is returned, to be passed as the `addend` of a second
+    layer, which then reduces both.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """The rank grid: which ranks share a model copy (TP) and which share its weights' ZeRO partition (DP).
 
-TP is the inner axis, so consecutive ranks, which sit on one node, form a TP group. A `Mesh` is passed as an argument; there
-are no globals. It doubles as DeepSpeed's `mpu`. Only this file reads RANK, WORLD_SIZE and LOCAL_RANK.
+TP is the inner axis, so consecutive ranks, which sit on one node, form a TP group. A `Mesh` is passed as an
+argument; there are no globals. It doubles as DeepSpeed's `mpu`. Only this file reads RANK, WORLD_SIZE and
+LOCAL_RANK.
 
     world 8, tp_size 2:        tp_rank 0  tp_rank 1
                     dp_rank 0      0          1
@@ -26,7 +27,8 @@ _PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Mesh:
-    """Coordinates of this rank in the (DP, TP) grid and the two process groups through it (None without processes)."""
+    """Coordinates of this rank in the (DP, TP) grid and the two process groups through it (None without
+    processes)."""
 
     tp_size: int = 1
     tp_rank: int = 0
@@ -44,10 +46,11 @@ class Mesh:
 
     @staticmethod
     def from_environment(tp_size: int = 1) -> Mesh:
-        """Join the process group that the launcher (`deepspeed`, `torchrun`, or none) describes, and build the grid.
+        """Join the process group that the launcher (`deepspeed`, `torchrun`, or none) describes, and build
+        the grid.
 
-        Raises ValueError when `tp_size` does not divide the number of ranks, or a node has fewer GPUs than ranks.
-        Collective over all ranks; opens two process groups per grid row and column.
+        Raises ValueError when `tp_size` does not divide the number of ranks, or a node has fewer GPUs than
+        ranks. Collective over all ranks; opens two process groups per grid row and column.
         """
         world_size = int(os.environ.setdefault("WORLD_SIZE", "1"))
         global_rank = int(os.environ.setdefault("RANK", "0"))
@@ -74,14 +77,12 @@ class Mesh:
 
     def _with_groups(self) -> Mesh:
         # Every rank creates every group, in one order: new_group is collective over the world.
-        tp_group = dp_group = None
+        groups: dict[tuple[str, int], Any] = {}
         for dp_rank in range(self.dp_size):
-            group = dist.new_group([dp_rank * self.tp_size + t for t in range(self.tp_size)])
-            tp_group = group if dp_rank == self.dp_rank else tp_group
+            groups["tp", dp_rank] = dist.new_group([dp_rank * self.tp_size + t for t in range(self.tp_size)])
         for tp_rank in range(self.tp_size):
-            group = dist.new_group([d * self.tp_size + tp_rank for d in range(self.dp_size)])
-            dp_group = group if tp_rank == self.tp_rank else dp_group
-        return replace(self, tp_group=tp_group, dp_group=dp_group)
+            groups["dp", tp_rank] = dist.new_group([d * self.tp_size + tp_rank for d in range(self.dp_size)])
+        return replace(self, tp_group=groups["tp", self.dp_rank], dp_group=groups["dp", self.tp_rank])
 
     @property
     def world_size(self) -> int:
@@ -133,14 +134,16 @@ def _device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; start one rank per GPU"
+            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
+            "start one rank per GPU"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
 def _share_cores() -> None:
-    """Divide the node's cores among its ranks, unless OMP_NUM_THREADS says otherwise: more threads than cores crawl."""
+    """Divide the node's cores among its ranks, unless OMP_NUM_THREADS says otherwise: more threads than cores
+    crawl."""
     if "OMP_NUM_THREADS" not in os.environ:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))

@@ -1,4 +1,5 @@
-"""Weights on disk: every TP rank writes its shards, anybody reads logical tensors back, without DeepSpeed or ranks.
+"""Weights on disk: every TP rank writes its shards, anybody reads logical tensors back, without DeepSpeed or
+ranks.
 
     <folder>/manifest.json           layouts, tp_size, step, model configuration; written last
     <folder>/tp_000.safetensors      the float32 shards of tp_rank 0, and so on
@@ -34,7 +35,8 @@ _FORMAT = "megavit-weights-1"
 
 
 def save_weights(engine: Engine, run_dir: Path, step: int) -> Path:
-    """Write the float32 weights to `run_dir/checkpoints/step_<step>`; collective. Returns the committed folder.
+    """Write the float32 weights to `run_dir/checkpoints/step_<step>`; collective. Returns the committed
+    folder.
 
     Gathers each parameter over the DP group, one at a time; DP rank 0 of each TP rank writes its shard.
     """
@@ -70,7 +72,8 @@ def save_weights(engine: Engine, run_dir: Path, step: int) -> Path:
 def export_weights(checkpoint: Path, out: Path) -> Path:
     """Join the shards of `checkpoint` into `out/model.safetensors` and `out/config.json`, in one process.
 
-    Names and shapes are those of the tp=1 model, float32. Raises ValueError for a folder that is no committed checkpoint.
+    Names and shapes are those of the tp=1 model, float32. Raises ValueError for a folder that is no committed
+    checkpoint.
     """
     manifest = _read_manifest(checkpoint)
     tp_size: int = manifest["tp_size"]

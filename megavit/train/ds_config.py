@@ -1,7 +1,9 @@
-"""The DeepSpeed JSON: read, checked early, and resolved for the ranks at hand. Imports neither torch nor deepspeed.
+"""The DeepSpeed JSON: read, checked early, and resolved for the ranks at hand. Imports neither torch nor
+deepspeed.
 
-It stays a plain DeepSpeed file. Three things are ours: an unknown key at the top level is an error (DeepSpeed 0.19 ignores
-it), `"bf16": {"enabled": "auto"}` follows the device, and accumulation is derived from the global batch.
+It stays a plain DeepSpeed file. Three things are ours: an unknown key at the top level is an error (DeepSpeed
+0.19 ignores it), `"bf16": {"enabled": "auto"}` follows the device, and accumulation is derived from the
+global batch.
 """
 
 from __future__ import annotations
@@ -15,14 +17,18 @@ from megavit.config import nearest
 
 # Top-level keys that DeepSpeed 0.19.8 reads.
 _KNOWN_KEYS = frozenset(
-    """aio autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type compile csv_monitor comet
-    data_efficiency data_types dataloader_drop_last disable_allgather disable_python_gc dump_state flops_profiler fp16
-    gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor
-    keep_in_fp32_modules log_level memory_breakdown optimizer prescale_gradients scheduler steps_per_print tensorboard
-    timers torch_autocast train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown wandb zero_allow_untested_optimizer
-    zero_force_ds_cpu_optimizer zero_optimization activation_checkpointing pipeline hybrid_engine expert_parallel
-    sequence_parallel_size seq_parallel_communication_data_type sparse_gradients tensor_parallel weight_quantization
-    use_data_before_expert_parallelism zenflow managed_gradient_accumulation""".split()
+    """
+    aio autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type compile csv_monitor comet
+    data_efficiency data_types dataloader_drop_last disable_allgather disable_python_gc dump_state
+    flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
+    gradient_predivide_factor keep_in_fp32_modules log_level memory_breakdown optimizer prescale_gradients
+    scheduler steps_per_print tensorboard timers torch_autocast train_batch_size
+    train_micro_batch_size_per_gpu wall_clock_breakdown wandb zero_allow_untested_optimizer
+    zero_force_ds_cpu_optimizer zero_optimization activation_checkpointing pipeline hybrid_engine
+    expert_parallel sequence_parallel_size seq_parallel_communication_data_type sparse_gradients
+    tensor_parallel weight_quantization use_data_before_expert_parallelism zenflow
+    managed_gradient_accumulation
+    """.split()
 )
 
 # Keys that another owner has; two owners of one number would drift apart silently.
@@ -81,8 +87,9 @@ def _require_count(path: Path, raw: dict[str, Any], key: str, *, required: bool)
 def split_batch(global_batch: int, dp_size: int, largest_micro_batch: int | None) -> tuple[int, int]:
     """(micro_batch, grad_accum) with micro_batch * grad_accum * dp_size == global_batch.
 
-    The micro-batch is the largest divisor of a rank's share that is not above `largest_micro_batch`, so a run has the
-    same global batch at any number of ranks. Raises ValueError when dp_size does not divide the global batch.
+    The micro-batch is the largest divisor of a rank's share that is not above `largest_micro_batch`, so a run
+    has the same global batch at any number of ranks. Raises ValueError when dp_size does not divide the
+    global batch.
     """
     if global_batch % dp_size:
         lower = global_batch // dp_size * dp_size
@@ -97,7 +104,8 @@ def split_batch(global_batch: int, dp_size: int, largest_micro_batch: int | None
 
 
 def resolve_ds_config(raw: dict[str, Any], dp_size: int, device_type: str) -> dict[str, Any]:
-    """The dictionary handed to DeepSpeed: batch split, precision and Adam's implementation decided for this launch."""
+    """The dictionary handed to DeepSpeed: batch split, precision and Adam's implementation decided for this
+    launch."""
     config = copy.deepcopy(raw)
     micro_batch, grad_accum = split_batch(
         raw["train_batch_size"], dp_size, raw.get("train_micro_batch_size_per_gpu")

@@ -1,7 +1,7 @@
 """The model inside DeepSpeed: construction under ZeRO, one optimizer step, and reading whole weights back.
 
-With `train.checkpoint` the only place that knows DeepSpeed. What DeepSpeed 0.19 does differently from its documentation is
-handled here and said where it is handled.
+With `train.checkpoint` the only place that knows DeepSpeed. What DeepSpeed 0.19 does differently from its
+documentation is handled here and said where it is handled.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class NonFiniteError(RuntimeError):
 class Engine:
     """A `MegaVit` trained by DeepSpeed ZeRO on a mesh.
 
-    Collective: every rank calls the same methods in the same order. `ds_config` is a resolved one (`resolve_ds_config`).
+    Collective: every rank calls the same methods in the same order. `ds_config` is a resolved one
+    (`resolve_ds_config`).
     """
 
     def __init__(self, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh):
@@ -64,10 +65,12 @@ class Engine:
     def train_step(
         self, micro_batches: Iterable[tuple[Tensor, Tensor]], step: int, lr: float
     ) -> tuple[float, float]:
-        """One optimizer step on `grad_accum` micro-batches of (images [b, C, S, S] in [-1, 1], class ids [b]).
+        """One optimizer step on `grad_accum` micro-batches of (images [b, C, S, S] in [-1, 1], class ids
+        [b]).
 
         Returns the loss averaged over the global batch and the gradient's global norm before clipping. Raises
-        NonFiniteError, on all ranks alike, before the weights change. Beside DeepSpeed's own, one all-reduce of a scalar.
+        NonFiniteError, on all ranks alike, before the weights change. Beside DeepSpeed's own, one all-reduce
+        of a scalar.
         """
         self._where = f"at step {step}, learning rate {lr:.3g}"
         for group in self._deepspeed.optimizer.param_groups:
@@ -98,7 +101,8 @@ class Engine:
         return self._deepspeed(images.to(self.dtype)).float()
 
     def shards(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's name and this TP rank's shard, float32 (the master copy), on the CPU of every rank.
+        """Each parameter's name and this TP rank's shard, float32 (the master copy), on the CPU of every
+        rank.
 
         Collective over DP; holds one parameter at a time.
         """
@@ -121,7 +125,8 @@ class Engine:
         return float(squares[0] + reduce_from_tp(self.mesh, squares[1])) ** 0.5
 
     def _refuse_non_finite_norm(self, *_: Any) -> None:
-        """Runs before each of the optimizer's updates, when DeepSpeed knows the norm and nothing has moved yet."""
+        """Runs before each of the optimizer's updates, when DeepSpeed knows the norm and nothing has moved
+        yet."""
         if not self._keeps_gradients_whole:
             self._grad_norm = float(self._deepspeed.optimizer._global_grad_norm)
         if not math.isfinite(self._grad_norm):
@@ -130,7 +135,8 @@ class Engine:
             )
 
     def _agreed_loss(self, local: Tensor) -> float:
-        """The mean over DP ranks; raises on every rank, naming the culprits, if one rank's loss is not finite."""
+        """The mean over DP ranks; raises on every rank, naming the culprits, if one rank's loss is not
+        finite."""
         mean = float(sum_over_dp(self.mesh, local)) / self.mesh.dp_size
         if math.isfinite(mean):
             return mean
@@ -144,7 +150,8 @@ class Engine:
 
 
 def build_model(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> MegaVit:
-    """The model on the mesh's device: whole for stages 0 to 2, partitioned parameter by parameter for stage 3."""
+    """The model on the mesh's device: whole for stages 0 to 2, partitioned parameter by parameter for stage
+    3."""
 
     def build() -> MegaVit:
         return MegaVit.from_config(run.model, mesh=mesh, seed=run.seed, recompute=run.recompute)
@@ -152,10 +159,11 @@ def build_model(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> MegaVi
     if ds_config.get("zero_optimization", {}).get("stage", 0) < 3:
         with mesh.device:
             return build()
-    # `data_parallel_group` is not optional: without it zero.Init partitions over the world and mixes TP shards.
+    # `data_parallel_group` is not optional: without it zero.Init partitions over the world and mixes TP
+    # shards.
     with deepspeed.zero.Init(config_dict_or_path=ds_config, mpu=mesh, data_parallel_group=mesh.dp_group):
         model = build()
-    # A block's weights are gathered together, once: fewer collectives, and its forward may be compiled or recomputed as
-    # plain functions because no ZeRO hook runs inside it.
+    # A block's weights are gathered together, once: fewer collectives, and its forward may be compiled or
+    # recomputed as plain functions because no ZeRO hook runs inside it.
     set_z3_leaf_modules(model, [ParallelBlock, SequentialBlock])
     return model

@@ -24,7 +24,8 @@ from megavit.train.schedule import lr_at
 def train(run: RunConfig, raw_ds_config: dict[str, Any], mesh: Mesh) -> float | None:
     """Train `run` on this rank of `mesh`; returns the final top-1, or None without validation shards.
 
-    Everything that can fail early (shards, batch arithmetic, the run folder) is touched before the model is built.
+    Everything that can fail early (shards, batch arithmetic, the run folder) is touched before the model is
+    built.
     """
     ds_config = resolve_ds_config(raw_ds_config, mesh.dp_size, mesh.device.type)
     loader = _train_loader(run, ds_config, mesh)
@@ -75,7 +76,8 @@ def train(run: RunConfig, raw_ds_config: dict[str, Any], mesh: Mesh) -> float | 
 
 
 def evaluate(engine: Engine, loader: EvalLoader, mesh: Mesh) -> float:
-    """Top-1 over the whole validation set, exact at any number of ranks: no sample dropped or counted twice."""
+    """Top-1 over the whole validation set, exact at any number of ranks: no sample dropped or counted
+    twice."""
     counts = torch.zeros(2, dtype=torch.int64, device=mesh.device)  # correct, seen
     for images, labels in loader:
         predicted = engine.predict(to_model_input(images, mesh.device)).argmax(1).cpu()
@@ -87,7 +89,8 @@ def evaluate(engine: Engine, loader: EvalLoader, mesh: Mesh) -> float:
 
 
 def _seed_dropout(seed: int, step: int, mesh: Mesh) -> None:
-    """Dropout of a step depends on (seed, step, dp_rank): equal on all TP ranks, and a resumed run repeats it."""
+    """Dropout of a step depends on (seed, step, dp_rank): equal on all TP ranks, and a resumed run repeats
+    it."""
     torch.manual_seed((seed * 1_000_003 + step) * 65_537 + mesh.dp_rank)
 
 

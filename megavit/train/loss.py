@@ -1,7 +1,8 @@
 """Classification losses on class-sharded logits; nothing gathers the [B, C] logits.
 
-Letters: B local batch, C classes, /tp a rank's share (padded, see `Classifier`). Both losses take dense targets over this
-rank's classes, sum over classes and average over images, as big_vision's (a mean over classes would be C times smaller).
+Letters: B local batch, C classes, /tp a rank's share (padded, see `Classifier`). Both losses take dense
+targets over this rank's classes, sum over classes and average over images, as big_vision's (a mean over
+classes would be C times smaller).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from megavit.parallel.mesh import Mesh
 
 
 def local_targets(labels: Tensor, num_classes: int, mesh: Mesh) -> Tensor:
-    """Class ids [B] int64 -> one-hot targets of this rank's classes, [B, ceil(C/tp)] float32, padding zero."""
+    """Class ids [B] int64 -> one-hot targets of this rank's classes, [B, ceil(C/tp)] float32, padding
+    zero."""
     share = -(-num_classes // mesh.tp_size)
     mine = torch.arange(share, device=labels.device) + mesh.tp_rank * share
     return (labels[:, None] == mine).float()
@@ -32,7 +34,8 @@ def sigmoid_cross_entropy(logits: Tensor, targets: Tensor, num_classes: int, mes
     """Binary cross-entropy of every class, summed over all C, averaged over B. One all-reduce of a scalar."""
     valid = _valid(logits, num_classes, mesh)
     z, t = logits[:, :valid].float(), targets[:, :valid]
-    # Not F.binary_cross_entropy_with_logits: at the initial logit of -10 it cancels to 1% per class, times 30,000 classes.
+    # Not F.binary_cross_entropy_with_logits: at the initial logit of -10 it cancels to 1% per class, times
+    # 30,000 classes.
     local = F.softplus(z).sum() - (z * t).sum()
     return reduce_from_tp(mesh, local / logits.shape[0])
 
@@ -51,7 +54,8 @@ def softmax_cross_entropy(logits: Tensor, targets: Tensor, num_classes: int, mes
 
 
 def cross_entropy(kind: Loss, logits: Tensor, labels: Tensor, num_classes: int, mesh: Mesh) -> Tensor:
-    """The configured loss of local logits [B, ceil(C/tp)] and class ids [B]; a float32 scalar, the same on all TP ranks."""
+    """The configured loss of local logits [B, ceil(C/tp)] and class ids [B]; a float32 scalar, the same on
+    all TP ranks."""
     targets = local_targets(labels, num_classes, mesh)
     function = sigmoid_cross_entropy if kind == "sigmoid" else softmax_cross_entropy
     return function(logits, targets, num_classes, mesh)

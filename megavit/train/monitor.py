@@ -1,4 +1,5 @@
-"""What a run writes for people: a console line, log.jsonl, TensorBoard; and the speed and memory that go into them.
+"""What a run writes for people: a console line, log.jsonl, TensorBoard; and the speed and memory that go into
+them.
 
 The only importer of SummaryWriter. Only the main rank writes; the others hold a `Monitor` that does nothing.
 """
@@ -35,9 +36,9 @@ _PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
 class Monitor:
     """Logs of one run; `log_step` is called every step and writes every `log_every`-th.
 
-    Speed is over whole optimizer steps (data, communication, optimizer, logging), the median of the steps since the last
-    line. MFU is three forwards of matmul FLOPs over the dense peak of the device, or, where that is unknown (a CPU),
-    over the matmul rate measured at start.
+    Speed is over whole optimizer steps (data, communication, optimizer, logging), the median of the steps
+    since the last line. MFU is three forwards of matmul FLOPs over the dense peak of the device, or, where
+    that is unknown (a CPU), over the matmul rate measured at start.
     """
 
     def __init__(self, run_dir: Path, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh):
@@ -56,7 +57,7 @@ class Monitor:
         (run_dir / "config.yaml").write_text(resolved)
         (run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
         (run_dir / "environment.json").write_text(json.dumps(_environment(mesh), indent=2) + "\n")
-        self._log = open(run_dir / LOG_FILE, "a", buffering=1)
+        self._log = open(run_dir / LOG_FILE, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
         self._board = SummaryWriter(str(run_dir / "tensorboard"))
         self._board.add_text("config/run", f"```yaml\n{resolved}```")
         self._board.add_text("config/deepspeed", f"```json\n{json.dumps(ds_config, indent=2)}\n```")
@@ -64,7 +65,8 @@ class Monitor:
             f"{run.model.name}: {num_params(run.model) / 1e6:,.1f}M parameters, "
             f"{train_flops(run.model) / 1e9:,.2f} GFLOP per image and step; {mesh.describe()}; "
             f"global batch {self.global_batch} = {ds_config['train_micro_batch_size_per_gpu']} x "
-            f"{ds_config['gradient_accumulation_steps']} accumulation x {mesh.dp_size} dp; run folder {run_dir}"
+            f"{ds_config['gradient_accumulation_steps']} accumulation x {mesh.dp_size} dp; "
+            f"run folder {run_dir}"
         )
 
     def say(self, text: str) -> None:

@@ -13,9 +13,11 @@ _NOT_KERNELS = ("embed.position", "prefix")
 
 
 def parameter_groups(model: nn.Module, body_decay: float, head_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups named body (matrices), head (the classifier's matrix) and no_decay (norms, biases, embeddings).
+    """AdamW groups named body (matrices), head (the classifier's matrix) and no_decay (norms, biases,
+    embeddings).
 
-    ViT-22B: 0.03 on the body, 3.0 on the head, on matrices only. Logical shapes decide, since ZeRO-3 flattens the real ones.
+    ViT-22B: 0.03 on the body, 3.0 on the head, on matrices only. Logical shapes decide, since ZeRO-3 flattens
+    the real ones.
     """
     groups: dict[str, dict[str, Any]] = {
         "body": {"name": "body", "params": [], "weight_decay": body_decay},

@@ -10,8 +10,8 @@ from megavit.config import ScheduleConfig
 def lr_at(step: int, total_steps: int, peak: float, schedule: ScheduleConfig) -> float:
     """Learning rate of the update number `step` (from 0) of `total_steps`.
 
-    The shape starts where the warm-up ends; the cool-down multiplies it. The first and the last update are not zero.
-    rsqrt is big_vision's: peak / sqrt(1 + (step - warmup) / timescale).
+    The shape starts where the warm-up ends; the cool-down multiplies it. The first and the last update are
+    not zero. rsqrt is big_vision's: peak / sqrt(1 + (step - warmup) / timescale).
     """
     warmup, cooldown = schedule.warmup_steps, schedule.cooldown_steps
     after_warmup = max(0, step - warmup)

@@ -50,7 +50,9 @@ def test_agrees_with_webdataset(digits: Path) -> None:
     reader = ShardReader([index])
     theirs = list(wds.WebDataset(path, shardshuffle=False))
     assert [sample["__key__"] for sample in theirs] == list(index.keys)
-    assert [(sample["png"], sample["cls"]) for sample in theirs] == [reader.read(0, i) for i in range(len(index))]
+    assert [(sample["png"], sample["cls"]) for sample in theirs] == [
+        reader.read(0, i) for i in range(len(index))
+    ]
 
 
 def test_patterns_expand_in_order(digits: Path) -> None:

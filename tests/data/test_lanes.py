@@ -23,7 +23,8 @@ def epoch_of_samples(lanes: Lanes, epoch: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("global_batch", [1, 7, 24, 64])
 def test_an_epoch_reads_samples_at_most_once_and_nearly_all(global_batch: int) -> None:
-    """Catches samples read twice, indices beyond a shard, and more than a batch and a lane's rest left out."""
+    """Catches samples read twice, indices beyond a shard, and more than a batch and a lane's rest left
+    out."""
     lanes = Lanes(COUNTS, global_batch, seed=1)
     for epoch in range(2):
         seen = epoch_of_samples(lanes, epoch)
@@ -40,7 +41,9 @@ def test_ranks_share_out_the_global_batch() -> None:
         for ranks in (2, 3, 4, 16):
             share = 48 // ranks
             parts = [Lanes(COUNTS, 48, seed=3).slots(step, rank * share, share) for rank in range(ranks)]
-            again = [pair for part in parts for pair in zip(places(part), part.position.tolist(), strict=True)]
+            again = [
+                pair for part in parts for pair in zip(places(part), part.position.tolist(), strict=True)
+            ]
             assert again == keys
 
 
@@ -73,7 +76,7 @@ def test_hash_is_pinned() -> None:
     assert int(mix(1, 2, 3)) == int(mix(1, 2, 3)) != int(mix(3, 2, 1))
     assert int(mix(1, 2, 3)) == PINNED
     values = uniforms(100_000, 7, 8)
-    assert 0 <= values.min() and values.max() < 1
+    assert values.min() >= 0 and values.max() < 1
     assert abs(values.mean() - 0.5) < 0.005 and abs(values.std() - 12**-0.5) < 0.005
     assert sorted(permutation(1000, 5)) == list(range(1000))
 

@@ -18,7 +18,9 @@ from megavit.data.loader import EvalLoader, SampleError, TrainLoader
 RUN = run_preset("vit_tiny")
 
 
-def train_loader(folder: Path, dp_rank: int = 0, dp_size: int = 1, workers: int = 0, micro: int = 8) -> TrainLoader:
+def train_loader(
+    folder: Path, dp_rank: int = 0, dp_size: int = 1, workers: int = 0, micro: int = 8
+) -> TrainLoader:
     data = DataConfig(**{**RUN.data.__dict__, "workers": workers})
     shards = index_shards(f"{folder}/train-*.tar")
     sizes = {"global_batch": 48, "micro_batch": micro}
@@ -35,7 +37,9 @@ def global_batches(folder: Path, first: int, last: int, dp_size: int, **options:
 
 
 @pytest.mark.parametrize(("dp_size", "micro"), [(2, 8), (3, 16), (6, 4), (1, 48)])
-def test_global_batch_does_not_depend_on_ranks_or_accumulation(digits: Path, dp_size: int, micro: int) -> None:
+def test_global_batch_does_not_depend_on_ranks_or_accumulation(
+    digits: Path, dp_size: int, micro: int
+) -> None:
     """Catches an order or augmentation tied to the rank."""
     expected = global_batches(digits, 27, 33, 1)  # across an epoch's end (29 steps)
     assert torch.equal(global_batches(digits, 27, 33, dp_size, micro=micro), expected)
@@ -60,7 +64,9 @@ def test_augmentation_differs_between_epochs(digits: Path) -> None:
     for step in [*range(3), *range(steps, 2 * steps)]:
         slots = loader.lanes.slots(step, 0, 48)
         (images, _) = next(loader.batches(step, step + 1))
-        for place, image in zip(zip(slots.shard.tolist(), slots.index.tolist(), strict=True), images, strict=True):
+        for place, image in zip(
+            zip(slots.shard.tolist(), slots.index.tolist(), strict=True), images, strict=True
+        ):
             if place in seen:
                 compared, equal = compared + 1, equal + int(torch.equal(seen[place], image))
             seen[place] = image
@@ -114,7 +120,9 @@ def test_unusable_samples_are_named_by_workers(tmp_path: Path) -> None:
 
 def assert_named(tmp_path: Path, label: bytes, image: bytes | None, words: list[str], workers: int) -> None:
     shard_with(tmp_path / "x.tar", label, image)
-    config = ModelConfig(image_size=8, patch_size=2, channels=1, num_classes=10, dim=8, num_heads=2, mlp_dim=8)
+    config = ModelConfig(
+        image_size=8, patch_size=2, channels=1, num_classes=10, dim=8, num_heads=2, mlp_dim=8
+    )
     data = DataConfig(workers=workers)
     loader = EvalLoader(index_shards(str(tmp_path / "x.tar")), config, data, batch=2, dp_rank=0, dp_size=1)
     with pytest.raises(SampleError) as error:

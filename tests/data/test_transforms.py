@@ -53,7 +53,9 @@ def test_augmentation_is_a_function_of_its_numbers() -> None:
 
 def test_inception_crop_stays_inside_and_covers_its_range() -> None:
     """Catches boxes beyond the border and areas outside 5..100%."""
-    boxes = np.array([_inception_box((400, 300), (0.05, 1.0), u) for u in np.random.default_rng(0).random((2000, 8))])
+    boxes = np.array(
+        [_inception_box((400, 300), (0.05, 1.0), u) for u in np.random.default_rng(0).random((2000, 8))]
+    )
     left, top, right, bottom = boxes.T
     assert (left >= 0).all() and (top >= 0).all() and (right <= 400.001).all() and (bottom <= 300.001).all()
     area = (right - left) * (bottom - top) / 120_000

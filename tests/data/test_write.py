@@ -53,7 +53,8 @@ def test_baselines_are_those_of_the_split() -> None:
 
 
 def cifar_fixture(root: Path, classes: int) -> np.ndarray:
-    """A small data set in CIFAR's format: python-2 style pickles with bytes keys, rows of 3072 in CHW order."""
+    """A small data set in CIFAR's format: python-2 style pickles with bytes keys, rows of 3072 in CHW
+    order."""
     rng = np.random.default_rng(0)
     folder = root / ("cifar-10-batches-py" if classes == 10 else "cifar-100-python")
     folder.mkdir()
@@ -61,7 +62,11 @@ def cifar_fixture(root: Path, classes: int) -> np.ndarray:
     rows = rng.integers(0, 256, (len(names), 4, 3072), dtype=np.uint8)
     for n, name in enumerate(names):
         labels = [(n * 4 + i) % classes for i in range(4)]
-        batch: dict[bytes, object] = {b"data": rows[n], b"filenames": [b"x.png"] * 4, b"batch_label": name.encode()}
+        batch: dict[bytes, object] = {
+            b"data": rows[n],
+            b"filenames": [b"x.png"] * 4,
+            b"batch_label": name.encode(),
+        }
         batch |= {b"labels": labels} if classes == 10 else {b"fine_labels": labels, b"coarse_labels": [0] * 4}
         (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
     return rows
@@ -71,12 +76,16 @@ def cifar_fixture(root: Path, classes: int) -> np.ndarray:
 def test_cifar(tmp_path: Path, classes: int) -> None:
     """Catches CHW rows read as HWC, coarse labels taken for fine ones, and batches out of order."""
     rows = cifar_fixture(tmp_path, classes)
-    paths = write.write_splits(write.cifar_splits(tmp_path, classes), tmp_path / "out", shard_size=8, workers=2)
+    paths = write.write_splits(
+        write.cifar_splits(tmp_path, classes), tmp_path / "out", shard_size=8, workers=2
+    )
     train, test = contents(f"{tmp_path}/out/train-*.tar"), contents(f"{tmp_path}/out/test-*.tar")
     assert len(paths) == (4 if classes == 10 else 2)
     assert [label for _, label in train + test] == [i % classes for i in range(len(train) + len(test))]
     expected = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    assert all(np.array_equal(pixels(data), image) for (data, _), image in zip(train + test, expected, strict=True))
+    assert all(
+        np.array_equal(pixels(data), image) for (data, _), image in zip(train + test, expected, strict=True)
+    )
 
 
 def test_cifar_errors_name_the_file(tmp_path: Path) -> None:
@@ -98,7 +107,9 @@ def folder_fixture(root: Path) -> None:
         for name in classes:
             (root / split / name).mkdir(parents=True)
             for i in range(3):
-                Image.new("RGB", (9, 7), (i, len(name), 0)).save(root / split / name / f"{split}{name}{i}.JPEG", "JPEG")
+                Image.new("RGB", (9, 7), (i, len(name), 0)).save(
+                    root / split / name / f"{split}{name}{i}.JPEG", "JPEG"
+                )
     (root / "train" / "cat" / "notes.txt").write_text("not an image")
 
 

@@ -49,7 +49,13 @@ def pairs(ours: ParallelBlock, theirs: ParallelScalingBlock) -> list[tuple[Tenso
 
 def grad_pairs(ours: ParallelBlock, theirs: ParallelScalingBlock) -> list[tuple[Tensor, Tensor]]:
     fused = theirs.in_proj.weight.grad
-    expected = [theirs.in_norm.weight.grad, fused[:MLP], fused[MLP:], theirs.mlp_bias.grad, theirs.q_norm.weight.grad]
+    expected = [
+        theirs.in_norm.weight.grad,
+        fused[:MLP],
+        fused[MLP:],
+        theirs.mlp_bias.grad,
+        theirs.q_norm.weight.grad,
+    ]
     expected += [theirs.k_norm.weight.grad, theirs.attn_out_proj.weight.grad, theirs.mlp_out_proj.weight.grad]
     expected += [theirs.mlp_out_proj.bias.grad]
     return [(mine.grad, other) for (mine, _), other in zip(pairs(ours, theirs), expected, strict=True)]
@@ -100,4 +106,6 @@ def test_selective_recompute_is_for_parallel_blocks() -> None:
     import dataclasses
 
     with pytest.raises(ValueError, match="selective"):
-        make_block(dataclasses.replace(CONFIG, block="sequential"), Initializer(0, Mesh.single()), "selective")
+        make_block(
+            dataclasses.replace(CONFIG, block="sequential"), Initializer(0, Mesh.single()), "selective"
+        )

@@ -12,8 +12,15 @@ from megavit.config import PRESETS, ModelConfig, model_preset
 from megavit.model.count import block_matrices, forward_flops, num_params, train_flops, trunk_flops_per_token
 from megavit.model.vit import MegaVit
 
-# ViT-G and ViT-e are sequential, with LayerNorm and biases everywhere and no QK norm (arXiv 2106.04560, 2209.06794).
-SEQUENTIAL = {"block": "sequential", "qkv_bias": True, "norm_bias": True, "norm_centring": True, "qk_norm": False}
+# ViT-G and ViT-e are sequential, with LayerNorm and biases everywhere and no QK norm (arXiv 2106.04560,
+# 2209.06794).
+SEQUENTIAL = {
+    "block": "sequential",
+    "qkv_bias": True,
+    "norm_bias": True,
+    "norm_centring": True,
+    "qk_norm": False,
+}
 
 SMALL = ModelConfig(image_size=28, patch_size=7, num_classes=11, dim=24, depth=3, num_heads=4, mlp_dim=60)
 VARIANTS = [
@@ -63,7 +70,8 @@ def test_params_and_flops_are_exact(config: ModelConfig) -> None:
 
 
 def test_mfu_conventions() -> None:
-    """Catches a changed numerator: the paper's 54.9% MFU at 1,150 tokens/s on a 275 TFLOP/s chip must come out."""
+    """Catches a changed numerator: the paper's 54.9% MFU at 1,150 tokens/s on a 275 TFLOP/s chip must come
+    out."""
     config = model_preset("vit_22b")
     assert trunk_flops_per_token(config) * 1150 / 275e12 == pytest.approx(0.54935, abs=1e-5)
     assert train_flops(config) == pytest.approx(33.754e12, rel=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from megavit.parallel.mesh import Mesh
 from megavit.train.loss import cross_entropy
 from tests.ranks import run_ranks
 
-# 7 classes: padded at tp 2 and 4. 6 patches wide, MLP 36: no powers of two that would hide an exchange of sizes.
+# 7 classes: padded at tp 2 and 4. 6 patches wide, MLP 36: no powers of two that would hide an exchange of
+# sizes.
 CONFIG = ModelConfig(image_size=12, patch_size=2, num_classes=7, dim=24, depth=2, num_heads=4, mlp_dim=36)
 CONFIGS = {
     "default": CONFIG,
@@ -33,7 +35,9 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(3, 3, 12, 12, generator=generator) * 2 - 1, torch.tensor([2, 0, 1])
 
 
-def gradients(config: ModelConfig, mesh: Mesh, loss_kind: Any, recompute: Any = "none") -> dict[str, torch.Tensor]:
+def gradients(
+    config: ModelConfig, mesh: Mesh, loss_kind: Any, recompute: Any = "none"
+) -> dict[str, torch.Tensor]:
     """Local loss, logits and gradient shards after one backward pass from non-trivial weights."""
     model = MegaVit.from_config(config, mesh=mesh, seed=1, recompute=recompute)
     generator = torch.Generator().manual_seed(7)
@@ -61,7 +65,9 @@ def compare_with_single(tp_size: int) -> list[str]:
             for name, expected in whole.items():
                 if name in layouts:
                     expected = layouts[name].take(expected, mesh.tp_rank, mesh.tp_size)
-                scale = whole[name].abs().max().clamp(min=1e-3)  # a key bias' gradient is zero but for rounding
+                scale = (
+                    whole[name].abs().max().clamp(min=1e-3)
+                )  # a key bias' gradient is zero but for rounding
                 if not (mine[name] - expected).abs().max() < 2e-5 * scale:
                     wrong.append(f"{case}, {loss_kind}: {name}")
     return wrong
@@ -70,7 +76,8 @@ def compare_with_single(tp_size: int) -> list[str]:
 @pytest.mark.dist
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_every_gradient_equals_the_unsharded_one(tp_size: int) -> None:
-    """Catches a missing or doubled reduce: QK scales that see local heads, biases added per rank, padded classes."""
+    """Catches a missing or doubled reduce: QK scales that see local heads, biases added per rank, padded
+    classes."""
     assert run_ranks(tp_size, compare_with_single, tp_size) == [[]] * tp_size
 
 
@@ -79,13 +86,18 @@ def dropout_results() -> list[Any]:
     config = dataclasses.replace(CONFIG, dropout=0.4, emb_dropout=0.3)
     whole = gradients(config, Mesh.single(), "softmax")
     sharded = [gradients(config, mesh, "softmax", policy) for policy in ("none", "full", "selective")]
-    same = all(torch.equal(a[name], b[name]) for a, b in zip(sharded, sharded[1:], strict=False) for name in a)
-    return [float((sharded[0]["logits"] - whole["logits"]).abs().max()), same, sharded[0]["blocks.0.norm.weight"].tolist()]
+    same = all(torch.equal(a[name], b[name]) for a, b in pairwise(sharded) for name in a)
+    return [
+        float((sharded[0]["logits"] - whole["logits"]).abs().max()),
+        same,
+        sharded[0]["blocks.0.norm.weight"].tolist(),
+    ]
 
 
 @pytest.mark.dist
 def test_dropout_masks_do_not_depend_on_tp_and_survive_recomputation() -> None:
-    """Catches ranks that drop different replicated units (they would drift apart) or the same sharded ones."""
+    """Catches ranks that drop different replicated units (they would drift apart) or the same sharded
+    ones."""
     first, second = run_ranks(2, dropout_results)
     assert first[0] < 1e-5 and first[1] and second[1]
     assert first[2] == second[2]

@@ -12,10 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megavit import MegaVit
-from megavit.config import ModelConfig
 from megavit.model.vit import resize_position
 
-SMALL = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 32, "depth": 2, "heads": 4, "mlp_dim": 64}
+SMALL = {
+    "image_size": 16,
+    "patch_size": 4,
+    "num_classes": 5,
+    "dim": 32,
+    "depth": 2,
+    "heads": 4,
+    "mlp_dim": 64,
+}
 
 
 def small(**fields: Any) -> MegaVit:
@@ -51,7 +58,9 @@ def test_patch_embedding_is_the_convolution() -> None:
     """Catches a patch flattened in another order than a convolution's weight."""
     model = small()
     weight = model.embed.weight.view(32, 3, 4, 4)
-    expected = torch.nn.functional.conv2d(images(2), weight, model.embed.bias, stride=4).flatten(2).transpose(1, 2)
+    expected = (
+        torch.nn.functional.conv2d(images(2), weight, model.embed.bias, stride=4).flatten(2).transpose(1, 2)
+    )
     assert torch.allclose(model.embed(images(2)) - model.embed.position, expected, atol=1e-5)
 
 
@@ -76,7 +85,9 @@ def test_head_bias() -> None:
     """Catches a sigmoid head that starts far from the classes' prior."""
     assert MegaVit(**SMALL).head.bias[0].item() == pytest.approx(-1.6094379)  # -log 5
     assert MegaVit(**SMALL, head_bias=-10.0).head.bias[0].item() == -10.0
-    assert torch.equal(MegaVit(**SMALL)(images(1)), torch.full((1, 5), -1.609437912434)), "the head starts at zero"
+    assert torch.equal(MegaVit(**SMALL)(images(1)), torch.full((1, 5), -1.609437912434)), (
+        "the head starts at zero"
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,7 +124,9 @@ def test_wrong_image_names_both_shapes() -> None:
 
 def export(model: MegaVit, folder: Path) -> None:
     folder.mkdir()
-    save_file({name: p.detach().clone() for name, p in model.named_parameters()}, folder / "model.safetensors")
+    save_file(
+        {name: p.detach().clone() for name, p in model.named_parameters()}, folder / "model.safetensors"
+    )
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(model.config)))
 
 

@@ -24,7 +24,10 @@ def written(tmp_path: Path, content: Any) -> Path:
 def test_shipped_configurations_load(path: Path) -> None:
     """Catches a typing mistake in a file that users start from."""
     config = resolve_ds_config(load_ds_config(path), dp_size=1, device_type="cuda")
-    assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] == config["train_batch_size"]
+    assert (
+        config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+        == config["train_batch_size"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -91,14 +91,20 @@ CASES = {
     "stage 3, tp 4": (4, 4, {}, ds_config(3)),
     "stage 3, dp 2, selective": (2, 1, {"recompute": "selective"}, ds_config(3)),
     "stage 3, tp 2, full": (2, 2, {"recompute": "full"}, ds_config(3)),
-    "stage 3, dp 2, persistent": (2, 1, {}, ds_config(3, zero={"stage3_param_persistence_threshold": 100_000})),
+    "stage 3, dp 2, persistent": (
+        2,
+        1,
+        {},
+        ds_config(3, zero={"stage3_param_persistence_threshold": 100_000}),
+    ),
 }
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("case", CASES)
 def test_every_layout_takes_the_same_steps_as_plain_pytorch(case: str) -> None:
-    """Catches wrong gradient averaging, clipping by a rank's own norm, decay lost with groups, stale gathered weights."""
+    """Catches wrong gradient averaging, clipping by a rank's own norm, decay lost with groups, stale gathered
+    weights."""
     ranks, tp_size, change, raw = CASES[case]
     for found in run_ranks(ranks, run_engine, tp_size, dataclasses.replace(RUN, **change), raw):
         assert found["losses"] < 1e-5 and found["norms"] < 1e-5 and found["weights"] < 1e-4, found
@@ -106,7 +112,8 @@ def test_every_layout_takes_the_same_steps_as_plain_pytorch(case: str) -> None:
 
 @pytest.mark.dist
 def test_bfloat16_stays_close() -> None:
-    """Catches bf16 runs whose float32 master weights are not what is read back: 2^-9 of a weight is more than 2e-3."""
+    """Catches bf16 runs whose float32 master weights are not what is read back: 2^-9 of a weight is more than
+    2e-3."""
     raw = ds_config(3, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"})
     for found in run_ranks(2, run_engine, 2, RUN, raw):
         assert found["losses"] < 5e-3 and found["weights"] < 2e-2, found

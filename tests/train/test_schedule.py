@@ -26,7 +26,9 @@ def test_warmup_peak_and_no_wasted_step(name: str) -> None:
 
 def test_rsqrt_is_big_visions_formula() -> None:
     """Catches a timescale counted from step 0, or an exponent other than one half."""
-    schedule = ScheduleConfig(name="rsqrt", warmup_steps=10_000, cooldown_steps=30_000, timescale_steps=10_000)
+    schedule = ScheduleConfig(
+        name="rsqrt", warmup_steps=10_000, cooldown_steps=30_000, timescale_steps=10_000
+    )
     assert lr_at(40_000, 177_000, 1e-3, schedule) == pytest.approx(1e-3 / 2)  # sqrt(1 + 30000/10000)
     before, after = (lr_at(step, 177_000, 1.0, schedule) for step in (146_999, 162_000))
     assert after / before == pytest.approx(0.5 * (147_000 / 162_000) ** 0.5, rel=1e-3)
