@@ -290,7 +290,7 @@ def _sized(
 # Width, depth, MLP width, heads, patch. The family's classifiers are ImageNet's; ViT-22B keeps JFT-3B's
 # 29,593 classes.
 _SHAPES: dict[str, dict[str, Any]] = {
-    "vit_tiny": _sized(64, 4, 256, 4, 2, image_size=8, channels=1, num_classes=10),
+    "vit_tiny": _sized(64, 3, 256, 4, 2, image_size=8, channels=1, num_classes=10),
     "vit_ti16": _sized(192, 12, 768, 3, 16),
     "vit_s16": _sized(384, 12, 1536, 6, 16),
     "vit_b16": _sized(768, 12, 3072, 12, 16),
@@ -306,9 +306,9 @@ _SHAPES: dict[str, dict[str, Any]] = {
 # sigmoid loss, decay 3.0 on the head, inception crop and flip) is the default of the dataclasses above.
 _RECIPES: dict[str, dict[str, Any]] = {
     "vit_tiny": {
-        "max_steps": 1_500,
-        "log_every": 50,
-        "eval_every": 500,
+        "max_steps": 750,
+        "log_every": 25,
+        "eval_every": 250,
         "head_weight_decay": 0.05,
         "data": {
             "shards": "data/digits/train-*.tar",
@@ -321,7 +321,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
             "zoom": 0.1,
             "eval_crop": 1.0,
         },
-        "schedule": {"name": "cosine", "warmup_steps": 100, "cooldown_steps": 0},
+        "schedule": {"name": "cosine", "warmup_steps": 75, "cooldown_steps": 0},
     },
     "vit_22b": {"recompute": "selective", "log_every": 10, "data": {"workers": 8}},
 }

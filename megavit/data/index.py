@@ -16,11 +16,13 @@ from pathlib import Path
 
 import braceexpand
 import numpy as np
+from tqdm import tqdm
 from webdataset.tariterators import base_plus_ext
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LABEL_EXTENSION = "cls"
 _BLOCK = tarfile.BLOCKSIZE
+_MANY_SHARDS = 200  # from here on indexing takes long enough for a progress bar
 
 
 class ShardError(ValueError):
@@ -54,11 +56,13 @@ def expand_shards(pattern: str) -> list[str]:
     return paths
 
 
-def index_shards(pattern: str) -> list[ShardIndex]:
+def index_shards(pattern: str, *, progress: bool = False) -> list[ShardIndex]:
     """Index every shard of `pattern`, in parallel. ShardError for a missing, damaged or empty one."""
     paths = expand_shards(pattern)
     with ThreadPoolExecutor(min(16, len(paths))) as pool:
-        return list(pool.map(index_shard, paths))
+        shards = pool.map(index_shard, paths)
+        show = progress and len(paths) >= _MANY_SHARDS
+        return list(tqdm(shards, f"index {pattern}", len(paths), unit="shard", disable=not show))
 
 
 def index_shard(path: str | Path) -> ShardIndex:

@@ -96,7 +96,7 @@ def _seed_dropout(seed: int, step: int, mesh: Mesh) -> None:
 
 def _train_loader(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> TrainLoader:
     return TrainLoader(
-        index_shards(run.data.shards),
+        index_shards(run.data.shards, progress=mesh.is_main),
         run.model,
         run.data,
         seed=run.seed,
@@ -111,7 +111,7 @@ def _eval_loader(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> EvalL
     if not run.data.val_shards:
         return None
     return EvalLoader(
-        index_shards(run.data.val_shards),
+        index_shards(run.data.val_shards, progress=mesh.is_main),
         run.model,
         run.data,
         batch=ds_config["train_micro_batch_size_per_gpu"],
