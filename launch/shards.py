@@ -67,7 +67,9 @@ def main() -> int:
         return 1
     out = Path(arguments.out)
     if arguments.command == "digits" and not (out / "baselines.json").exists():
-        (out / "baselines.json").write_text(json.dumps(write.digits_baselines(), indent=2) + "\n")
+        (out / "baselines.json").write_text(
+            json.dumps({"split": "test", "results": write.digits_baselines()}, indent=2) + "\n"
+        )
     if arguments.command == "imagefolder":
         (out / "classes.txt").write_text("\n".join(write.class_names(arguments.root)) + "\n")
     print(", ".join(f"{split.name}: {split.size} samples" for split in splits), f"in {out}")

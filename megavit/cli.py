@@ -34,7 +34,7 @@ class _Parser(ArgumentParser):
         sys.exit(2)
 
 
-def make_parser(preset: str) -> ArgumentParser:
+def make_parser(preset: str, *, json_required: bool = True) -> ArgumentParser:
     """A parser whose defaults are those of `preset`'s model and recipe."""
     parser = _Parser(
         prog="deepspeed launch/train.py",
@@ -43,7 +43,10 @@ def make_parser(preset: str) -> ArgumentParser:
         f"Presets for --model.name: {', '.join(PRESETS)}; the defaults shown are those of {preset}.",
     )
     parser.add_argument(
-        "--deepspeed_config", type=str, required=True, help="DeepSpeed JSON, see ds_configs/README.md"
+        "--deepspeed_config",
+        type=str,
+        required=json_required,
+        help="DeepSpeed JSON, see ds_configs/README.md",
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the flags below")
     parser.add_argument(
@@ -57,15 +60,17 @@ def make_parser(preset: str) -> ArgumentParser:
 def parse_run(argv: Sequence[str] | None = None) -> tuple[RunConfig, Path]:
     """(run configuration, path of the DeepSpeed JSON) from the command line; exits with a message on any
     mistake."""
-    argv = _complete_switches(list(sys.argv[1:] if argv is None else argv))
-    first = make_parser("vit_tiny")
-    preset = first.parse_args([word for word in argv if word not in ("-h", "--help")] or argv).model.name
+    argv = _file_first(_complete_switches(list(sys.argv[1:] if argv is None else argv)))
+    first = make_parser("vit_tiny", json_required=False)
+    preset = first.parse_args([word for word in argv if word not in ("-h", "--help")]).model.name
     try:
         parser = make_parser(preset)
         values = parser.instantiate(parser.parse_args(argv))
         run = RunConfig(**{f.name: values[f.name] for f in dataclasses.fields(RunConfig)})
     except ValueError as error:
         first.error(str(error))
+    if not run.data.shards:
+        first.error("--data.shards is required: the training shards, e.g. 'data/train-{000000..000099}.tar'")
     data = dataclasses.replace(
         run.data, shards=_from_root(run.data.shards), val_shards=_from_root(run.data.val_shards)
     )
@@ -79,6 +84,18 @@ def _complete_switches(argv: list[str]) -> list[str]:
     for word, following in zip(argv, [*argv[1:], "--"], strict=True):
         words.append(f"{word}=true" if word in switches and following.startswith("--") else word)
     return words
+
+
+def _file_first(argv: list[str]) -> list[str]:
+    """`--config FILE` moved to the front: jsonargparse lets the later word win, and flags must win over
+    files."""
+    files, rest, words = [], [], iter(argv)
+    for word in words:
+        if word == "--config":
+            files += [word, *([value] if (value := next(words, None)) is not None else [])]
+        else:
+            (files if word.startswith("--config=") else rest).append(word)
+    return files + rest
 
 
 def _types(config: type) -> dict[str, Any]:

@@ -268,6 +268,8 @@ class RunConfig:
             )
         if self.model.num_classes < 1:
             raise ValueError("training needs model.num_classes of at least 1, got 0")
+        if self.model.channels not in (1, 3):
+            raise ValueError(f"images are decoded to 1 (grey) or 3 (RGB) channels, not {self.model.channels}")
         self.model.check_tensor_parallel(self.tensor_parallel_size)
         if self.recompute == "selective" and self.model.block != "parallel":
             raise ValueError("--recompute selective is made for --model.block parallel; use full or none")
@@ -336,11 +338,16 @@ def model_preset(name: str, **overrides: Any) -> ModelConfig:
         raise ValueError(
             f"unknown model preset {name!r}{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}"
         )
+    return model_config({"name": name} | _SHAPES[name] | overrides)
+
+
+def model_config(fields: dict[str, Any]) -> ModelConfig:
+    """A `ModelConfig` from a dictionary; ValueError for an unknown field, with the nearest known one."""
     known = {f.name for f in dataclasses.fields(ModelConfig)}
-    for key in overrides:
+    for key in fields:
         if key not in known:
             raise ValueError(f"unknown model field {key!r}{nearest(key, known)}")
-    return ModelConfig(**({"name": name} | _SHAPES[name] | overrides))
+    return ModelConfig(**fields)
 
 
 def run_preset(name: str) -> RunConfig:

@@ -21,11 +21,37 @@ def parse(*flags: str) -> RunConfig:
 def test_precedence_is_preset_then_file_then_flags(tmp_path: Path) -> None:
     """Catches a preset that overwrites a flag, or defaults that overwrite a preset."""
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump({"model": {"name": "vit_s16", "depth": 5, "num_heads": 8}, "seed": 7}))
+    file.write_text(
+        yaml.safe_dump(
+            {"model": {"name": "vit_s16", "depth": 5, "num_heads": 8}, "seed": 7, "data": {"shards": "x"}}
+        )
+    )
     run = parse("--config", str(file), "--model.depth", "3")
     assert (run.model.name, run.model.dim, run.model.patch_size) == ("vit_s16", 384, 16)
     assert (run.model.depth, run.model.num_heads, run.seed) == (3, 8, 7)
     assert run.schedule == ScheduleConfig() and run.loss == "sigmoid" and run.head_weight_decay == 3.0
+
+
+def test_a_flag_before_the_file_still_wins(tmp_path: Path) -> None:
+    """Catches a user's flag that a later --config silently replaces."""
+    file = tmp_path / "run.yaml"
+    file.write_text("max_steps: 40000\nmodel:\n  name: vit_s16\n")
+    run = parse("--max_steps", "10", "--model.name", "vit_ti16", "--data.shards", "x", "--config", str(file))
+    assert (run.max_steps, run.model.name, run.model.dim) == (10, "vit_ti16", 192)
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["--local_rank=0", "--help"], ["--model.name", "vit_22b", "-h"]]
+)
+def test_help_works_with_whatever_stands_before_it(
+    capsys: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
+    """Catches `deepspeed launch/train.py --help`, where the launcher's flag comes first."""
+    with pytest.raises(SystemExit) as exit:
+        parse_run(argv)
+    text = " ".join(capsys.readouterr().out.split())
+    assert exit.value.code == 0
+    assert f"defaults shown are those of {'vit_22b' if 'vit_22b' in argv else 'vit_tiny'}" in text
 
 
 def test_default_is_the_demo() -> None:
@@ -37,19 +63,17 @@ def test_default_is_the_demo() -> None:
 
 def test_vit_22b_preset_is_the_papers_recipe() -> None:
     """Catches a recipe that drifted from the paper's (arXiv 2302.05442, appendix)."""
-    run = parse("--model.name", "vit_22b")
+    run = parse("--model.name", "vit_22b", "--data.shards", "x")
     assert (run.max_steps, run.loss, run.head_weight_decay) == (177_000, "sigmoid", 3.0)
     assert run.schedule == ScheduleConfig("rsqrt", 10_000, 30_000, 10_000)
-    assert run.data == DataConfig(workers=8) and run.model.head_bias == -10.0
+    assert run.data == DataConfig(shards="x", workers=8) and run.model.head_bias == -10.0
 
 
 def test_resolved_configuration_reads_back(tmp_path: Path) -> None:
     """Catches a config.yaml in the run folder that cannot repeat the run."""
     from megavit.train.monitor import plain_config
 
-    run = parse(
-        "--model.name", "vit_b16", "--model.layer_scale", "0.1", "--data.crop_area", "[0.2,0.9]", "--compile"
-    )
+    run = parse("--model.name", "vit_b16", "--data.shards", "x", "--model.layer_scale", "0.1", "--compile")
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(plain_config(run)))
     assert parse("--config", str(file)) == run
@@ -76,6 +100,8 @@ def test_switches_and_the_launchers_flag() -> None:
         (["--data.crop_area", "[0.9,0.1]"], ["crop_area", "0.9"]),
         (["--compile", "--recompute", "full", "--tensor_parallel_size", "2"], ["--compile", "--recompute"]),
         (["--schedule.name", "step"], ["step"]),
+        (["--model.name", "vit_b16"], ["--data.shards", "required"]),
+        (["--model.channels", "4"], ["channels", "4"]),
         (["--recompute", "selective", "--model.block", "sequential"], ["selective", "parallel"]),
     ],
 )

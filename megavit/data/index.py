@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import braceexpand
 import numpy as np
@@ -73,7 +74,12 @@ def index_shard(path: str | Path) -> ShardIndex:
         key, extension = base_plus_ext(name)
         if key is None or Path(name).name.startswith("."):
             continue
-        samples.setdefault(key, {})[extension.lower()] = (offset, size)
+        members = samples.setdefault(key, {})
+        if extension.lower() in members:
+            raise ShardError(
+                f"shard {path}: {name!r} appears twice (again at byte {offset}); keys must be unique"
+            )
+        members[extension.lower()] = (offset, size)
     images, labels = [], []
     for key, members in samples.items():
         image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
@@ -101,6 +107,7 @@ def walk_tar(path: str | Path) -> list[tuple[str, int, int]]:
             file.seek(offset)
             header = file.read(_BLOCK)
             if header == bytes(_BLOCK):
+                _check_end(path, file, offset)
                 return members
             try:
                 info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
@@ -121,6 +128,15 @@ def walk_tar(path: str | Path) -> list[tuple[str, int, int]]:
                         (overrides.get("path", info.name), data, int(overrides.get("size", info.size)))
                     )
                 overrides = {}
+
+
+def _check_end(path: str | Path, file: BinaryIO, offset: int) -> None:
+    """A zero block ends the archive: anything but zeros behind it is a header that was overwritten."""
+    while chunk := file.read(1 << 20):
+        if chunk.strip(b"\0"):
+            raise ShardError(
+                f"shard {path} is damaged: zeros instead of a header at byte {offset}, data behind them"
+            )
 
 
 def _pax_records(data: bytes) -> dict[str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,6 +21,10 @@ from megavit.data.lanes import Lanes, uniforms
 from megavit.data.transforms import NUM_RANDOM, decode, eval_transform, train_transform
 
 Batch = tuple[Tensor, Tensor]  # images uint8 [b, S, S, C], class ids int64 [b]
+
+
+# What PIL raises for damaged files.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class SampleError(ValueError):
@@ -43,7 +48,7 @@ class _Decoder:
             if u is None:
                 return eval_transform(image, self.model.image_size, self.config), label
             return train_transform(image, self.model.image_size, self.config, u), label
-        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for damaged files
+        except _DECODE_ERRORS as error:
             raise SampleError(
                 f"{entry.path}: sample {entry.keys[index]!r} cannot be decoded: {error}"
             ) from error

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megavit.config import DataConfig
 
-NUM_RANDOM = 8  # uniforms that one training image consumes
+NUM_RANDOM = 9  # uniforms that one training image consumes
 _ASPECT = (3 / 4, 4 / 3)
 
 
@@ -24,6 +24,8 @@ def decode(data: bytes, channels: int) -> Image.Image:
     """JPEG, PNG or WebP bytes -> PIL image, grey (channels 1) or RGB (3). Raises OSError for undecodable
     bytes."""
     image = Image.open(io.BytesIO(data))
+    if image.mode.startswith("I;16"):  # convert() would clip 16 bits at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("L" if channels == 1 else "RGB")
 
 
@@ -87,7 +89,7 @@ def _affine(image: Image.Image, config: DataConfig, u: np.ndarray) -> Image.Imag
     """Rotation, zoom and shift about the centre; the border is filled with black."""
     width, height = image.size
     angle = math.radians(config.rotate_degrees) * (2 * u[4] - 1)
-    zoom = 1 + config.zoom * (2 * u[0] - 1)
+    zoom = 1 + config.zoom * (2 * u[8] - 1)
     cos, sin = math.cos(angle) * zoom, math.sin(angle) * zoom
     cx, cy = width / 2, height / 2
     dx, dy = config.shift * width * (2 * u[5] - 1), config.shift * height * (2 * u[6] - 1)

@@ -146,7 +146,8 @@ class ParallelBlock(nn.Module):
 
     def forward(self, x: Tensor, return_map: bool = False) -> tuple[Tensor, Tensor | None]:
         """[B, N, D] -> ([B, N, D], attention map [B, H, N, N] if asked for, else None)."""
-        return recompute_with(self.recompute, self._forward, x, return_map)
+        needs_output = self.residual.scale is not None
+        return recompute_with(self.recompute, self._forward, x, return_map, needs_output=needs_output)
 
     def _forward(self, x: Tensor, return_map: bool) -> tuple[Tensor, Tensor | None]:
         n, *scales = copy_to_tp(self.mesh, self.norm(x), *self.attn.scales)

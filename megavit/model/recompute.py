@@ -1,18 +1,20 @@
 """Which activations of a block are kept for backward and which are computed again.
 
 Per token and block, in elements (D width, F = 4D): none keeps about 19 D, selective 9 D (block input D, q k v
-3 D, MLP hidden 4 D, attention output D), full 1 D. Selective rebuilds only norms and GELU, about 1% of the
-FLOPs; full repeats the forward pass (+33%). Always torch's non-reentrant checkpoint: the only kind that works
-under ZeRO-3's hooks.
+3 D, attention output D, MLP hidden 4 D), full 1 D. Selective rebuilds only norms and GELU, no matmul; full
+repeats the forward pass (+33%). Always torch's non-reentrant checkpoint: the only kind that works under
+ZeRO-3's hooks.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megavit.config import Recompute
@@ -25,35 +27,68 @@ _ATTENTION = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
 }
-# In the order of the parallel block's forward: qkv, MLP up, then the two out-projections, whose outputs
-# backward never reads.
-_SAVED_MATMULS = (0, 1)
+# The parallel block's matmuls in the order of its forward: qkv, attention out, MLP up, MLP down.
+_SAVED, _DEAD = (0, 2), (1, 3)
 
 
-def _save_in_projections() -> Any:
-    """Contexts for one checkpointed call of a parallel block: keep its first two matmuls and the attention
-    output."""
-    seen: defaultdict[bool, int] = defaultdict(
-        int
-    )  # matmuls so far, counted apart in forward and in recomputation
+class _SkipDeadMatmuls(TorchDispatchMode):
+    """While recomputing, hands out uninitialised results for the two out-projections, which backward never
+    reads.
+
+    `_Linear` saves its inputs after its matmul, so checkpoint's early stop alone would come one matmul too
+    late.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _MATMULS:
+            self.seen += 1
+            if self.seen - 1 in _DEAD:
+                left, right = args[-2:]
+                with _disable_current_modes():  # the modes below have never seen this op
+                    return left.new_empty(left.shape[0], right.shape[1])
+        return func(*args, **(kwargs or {}))
+
+
+def _selective_contexts(skip_dead: bool) -> tuple[Any, Any]:
+    """Contexts for one checkpointed call of a parallel block, and for its recomputation."""
+    seen = {False: 0, True: 0}  # matmuls so far, in forward and in recomputation
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op in _ATTENTION:
             return CheckpointPolicy.MUST_SAVE
         if op in _MATMULS:
             seen[ctx.is_recompute] += 1
-            if seen[ctx.is_recompute] - 1 in _SAVED_MATMULS:
+            only_saved_arrive = ctx.is_recompute and skip_dead
+            if only_saved_arrive or seen[ctx.is_recompute] - 1 in _SAVED:
                 return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(policy)
+    keep, reuse = create_selective_checkpoint_contexts(policy)
+
+    @contextlib.contextmanager
+    def recompute() -> Iterator[None]:
+        with reuse, _SkipDeadMatmuls():
+            yield
+
+    return keep, recompute() if skip_dead else reuse
 
 
-def recompute_with(policy: Recompute, function: Callable[..., Any], *args: Any) -> Any:
+def recompute_with(
+    policy: Recompute, function: Callable[..., Any], *args: Any, needs_output: bool = False
+) -> Any:
     """`function(*args)`, the body of a block, under the policy; the same outputs and gradients for every
-    policy."""
+    policy.
+
+    `needs_output` says that backward reads the block's projected output (layer scale does): then selective
+    has to repeat the out-projections as well.
+    """
     if policy == "none" or not torch.is_grad_enabled():
         return function(*args)
     if policy == "full":
         return checkpoint(function, *args, use_reentrant=False)
-    return checkpoint(function, *args, use_reentrant=False, context_fn=_save_in_projections)
+    context_fn = functools.partial(_selective_contexts, not needs_output)
+    return checkpoint(function, *args, use_reentrant=False, context_fn=context_fn)

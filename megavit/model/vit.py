@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from megavit.config import ModelConfig, Recompute, model_preset, nearest
+from megavit.config import ModelConfig, Recompute, model_config, model_preset
 from megavit.model.block import Norm, make_block
 from megavit.model.head import Classifier, MapHead
 from megavit.parallel.collectives import dropout
@@ -76,24 +76,10 @@ class MegaVit(nn.Module):
         **options: Any,
     ):
         super().__init__()
-        fields = {"name": "custom"} | options
-        known = {f.name for f in dataclasses.fields(ModelConfig)}
-        for key in options:
-            if key not in known:
-                raise ValueError(f"MegaVit has no option {key!r}{nearest(key, known)}")
-        self.config = config = ModelConfig(
-            image_size=image_size,
-            patch_size=patch_size,
-            num_classes=num_classes,
-            dim=dim,
-            depth=depth,
-            num_heads=heads,
-            mlp_dim=mlp_dim,
-            dropout=dropout,
-            emb_dropout=emb_dropout,
-            channels=channels,
-            **fields,
-        )
+        sizes = {"image_size": image_size, "patch_size": patch_size, "num_classes": num_classes, "dim": dim}
+        sizes |= {"depth": depth, "num_heads": heads, "mlp_dim": mlp_dim, "channels": channels}
+        rates = {"dropout": dropout, "emb_dropout": emb_dropout}
+        self.config = config = model_config({"name": "custom"} | sizes | rates | options)
         self.mesh = mesh = mesh or Mesh.single()
         config.check_tensor_parallel(mesh.tp_size)
         init = Initializer(seed, mesh)
@@ -136,8 +122,8 @@ class MegaVit(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, mesh: Mesh | None = None, **overrides: Any) -> MegaVit:
-        """Load an export (`config.json` and `model.safetensors`) on one process, or this rank's shard of it
-        on a mesh.
+        """Load an export (`config.json` and `model.safetensors`), in evaluation mode, on one process, or this
+        rank's shard of it on a mesh.
 
         `overrides` replace fields of the saved configuration; with another `image_size` the position
         embedding is resized. Raises ValueError for a folder that is no export, and for tensors that do not
@@ -152,10 +138,10 @@ class MegaVit(nn.Module):
                     f"{folder} is not an exported model: {file} is missing (see launch/export.py)"
                 )
         saved = json.loads((folder / CONFIG_FILE).read_text())
-        model = cls.from_config(ModelConfig(**(saved | overrides)), mesh=mesh)
+        model = cls.from_config(model_config(saved | overrides), mesh=mesh)
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
             model.load_logical(set(weights.keys()), weights.get_tensor)
-        return model
+        return model.eval()
 
     @torch.no_grad()
     def load_logical(self, names: set[str], get: Callable[[str], Tensor]) -> None:

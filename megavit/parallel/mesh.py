@@ -79,9 +79,9 @@ class Mesh:
         # Every rank creates every group, in one order: new_group is collective over the world.
         groups: dict[tuple[str, int], Any] = {}
         for dp_rank in range(self.dp_size):
-            groups["tp", dp_rank] = dist.new_group([dp_rank * self.tp_size + t for t in range(self.tp_size)])
+            groups["tp", dp_rank] = _new_group([dp_rank * self.tp_size + t for t in range(self.tp_size)])
         for tp_rank in range(self.tp_size):
-            groups["dp", tp_rank] = dist.new_group([d * self.tp_size + tp_rank for d in range(self.dp_size)])
+            groups["dp", tp_rank] = _new_group([d * self.tp_size + tp_rank for d in range(self.dp_size)])
         return replace(self, tp_group=groups["tp", self.dp_rank], dp_group=groups["dp", self.tp_rank])
 
     @property
@@ -139,6 +139,10 @@ def _device(local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _new_group(ranks: list[int]) -> Any:
+    return dist.new_group(ranks, timeout=_PROCESS_GROUP_TIMEOUT)  # the default is not the world's
 
 
 def _share_cores() -> None:

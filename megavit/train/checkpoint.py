@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from megavit.config import ModelConfig
+from megavit.config import model_config
 from megavit.model.vit import CONFIG_FILE, WEIGHTS_FILE
 from megavit.parallel.layout import Layout, layout_of
 
@@ -117,7 +117,7 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
     ]
     if missing:
         raise ValueError(f"{checkpoint} lacks {', '.join(missing)}")
-    ModelConfig(**manifest["model"])  # names a field that this version does not know, before any work
+    model_config(manifest["model"])  # names a field that this version does not know, before any work
     return manifest
 
 

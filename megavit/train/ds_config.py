@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ _OWNED_ELSEWHERE = {
     "tensor_parallel": "use --tensor_parallel_size",
     "sequence_parallel_size": "sequence parallelism is not supported",
     "pipeline": "pipeline parallelism is not supported",
+    "bfloat16": "call it bf16",
     "fp16": "use bf16: ViT-22B trains in bfloat16, which needs no loss scale",
 }
 
@@ -59,10 +62,12 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"{path}: unknown key {key!r}{nearest(key, _KNOWN_KEYS)}")
         if key in _OWNED_ELSEWHERE:
             raise ValueError(f"{path}: remove {key!r}: {_OWNED_ELSEWHERE[key]}")
+    for block in ("bf16", "zero_optimization", "optimizer", "data_types"):
+        if not isinstance(raw.get(block, {}), dict):
+            raise ValueError(f"{path}: {block!r} must be a JSON object, got {json.dumps(raw[block])}")
     _require_count(path, raw, "train_batch_size", required=True)
     _require_count(path, raw, "train_micro_batch_size_per_gpu", required=False)
-    optimizer = raw.get("optimizer")
-    parameters = optimizer.get("params", {}) if isinstance(optimizer, dict) else {}
+    parameters = raw.get("optimizer", {}).get("params", {})
     if not isinstance(parameters.get("lr"), int | float) or not parameters["lr"] > 0:
         raise ValueError(f'{path}: "optimizer": {{"params": {{"lr": ...}}}} must give the peak learning rate')
     stage = raw.get("zero_optimization", {}).get("stage", 0)
@@ -115,8 +120,14 @@ def resolve_ds_config(raw: dict[str, Any], dp_size: int, device_type: str) -> di
     bf16 = config.get("bf16", {})
     if bf16.get("enabled") == "auto":
         bf16["enabled"] = device_type == "cuda"
-    if device_type == "cpu" and not _offloads_optimizer(config):
-        # DeepSpeed's fused Adam would be compiled first, and gains nothing on a CPU.
+    if bf16.get("enabled") and config.get("zero_optimization", {}).get("stage", 0) == 0:
+        # DeepSpeed's wrapper for it refuses float32 accumulation, keeps no readable master weights and clips
+        # by a norm that misses the other TP ranks.
+        raise ValueError("bf16 needs zero_optimization.stage 1 or higher; stage 0 is for float32")
+    is_adam = config["optimizer"].get("type", "").lower() in ("adam", "adamw")
+    if is_adam and not _offloads_optimizer(config) and (device_type == "cpu" or not _has_cuda_compiler()):
+        # DeepSpeed's fused Adam would have to be compiled first: not worth it on a CPU, impossible without
+        # nvcc.
         config["optimizer"].setdefault("params", {}).setdefault("torch_adam", True)
     config.setdefault("steps_per_print", 10**9)  # the trainer prints its own line
     return config
@@ -128,3 +139,8 @@ def _offloads_optimizer(config: dict[str, Any]) -> bool:
 
 def uses_bf16(config: dict[str, Any]) -> bool:
     return bool(config.get("bf16", {}).get("enabled", False))
+
+
+def _has_cuda_compiler() -> bool:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") is not None or (Path(home) / "bin" / "nvcc").is_file()

@@ -72,7 +72,7 @@ class Engine:
         NonFiniteError, on all ranks alike, before the weights change. Beside DeepSpeed's own, one all-reduce
         of a scalar.
         """
-        self._where = f"at step {step}, learning rate {lr:.3g}"
+        self._where = f"at step {step + 1}, learning rate {lr:.3g}"
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self._deepspeed.train()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megavit.config import RunConfig
 from megavit.data.index import index_shards
-from megavit.data.loader import EvalLoader, TrainLoader
+from megavit.data.lanes import mix
+from megavit.data.loader import Batch, EvalLoader, TrainLoader
 from megavit.data.transforms import to_model_input
 from megavit.parallel.collectives import sum_over_dp
 from megavit.parallel.mesh import Mesh
@@ -39,17 +42,13 @@ def train(run: RunConfig, raw_ds_config: dict[str, Any], mesh: Mesh) -> float | 
     top1 = None
     for step in range(run.max_steps):
         started = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(engine.grad_accum)]
-        data_time = time.perf_counter() - started
-        if step == 0:
-            monitor.images(micro_batches[0][0], step)
-
+        waits: list[float] = []
         _seed_dropout(run.seed, step, mesh)
         lr = lr_at(step, run.max_steps, peak_lr, run.schedule)
-        inputs = (
-            (to_model_input(images, mesh.device), labels.to(mesh.device)) for images, labels in micro_batches
-        )
-        loss, grad_norm = engine.train_step(inputs, step, lr)
+        micro_batches = _to_device(batches, engine.grad_accum, mesh, waits)
+        if step == 0:
+            micro_batches = monitor.show_first(micro_batches)
+        loss, grad_norm = engine.train_step(micro_batches, step, lr)
 
         monitor.log_step(
             step,
@@ -58,7 +57,7 @@ def train(run: RunConfig, raw_ds_config: dict[str, Any], mesh: Mesh) -> float | 
             grad_norm=grad_norm,
             epoch=loader.epoch_at(step + 1),
             step_time_s=time.perf_counter() - started,
-            data_time_s=data_time,
+            data_time_s=sum(waits),
         )
         done = step + 1
         if eval_loader and (done == run.max_steps or (run.eval_every and done % run.eval_every == 0)):
@@ -88,10 +87,22 @@ def evaluate(engine: Engine, loader: EvalLoader, mesh: Mesh) -> float:
     return correct / seen
 
 
+def _to_device(
+    batches: Iterator[Batch], count: int, mesh: Mesh, waits: list[float]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The next `count` micro-batches as model input, fetched one at a time; appends the seconds waited for
+    each."""
+    for _ in range(count):
+        started = time.perf_counter()
+        images, labels = next(batches)
+        waits.append(time.perf_counter() - started)
+        yield to_model_input(images, mesh.device), labels.to(mesh.device, non_blocking=True)
+
+
 def _seed_dropout(seed: int, step: int, mesh: Mesh) -> None:
     """Dropout of a step depends on (seed, step, dp_rank): equal on all TP ranks, and a resumed run repeats
     it."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + mesh.dp_rank)
+    torch.manual_seed(int(mix(seed, step, mesh.dp_rank)) >> 1)  # manual_seed takes 63 bits
 
 
 def _train_loader(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> TrainLoader:

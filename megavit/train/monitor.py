@@ -7,6 +7,7 @@ The only importer of SummaryWriter. Only the main rank writes; the others hold a
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +27,37 @@ from torch import Tensor
 from megavit.config import RunConfig
 from megavit.model.count import num_params, train_flops
 from megavit.parallel.mesh import Mesh
+from megavit.train.ds_config import uses_bf16
+from megavit.train.schedule import lr_at
 
 LOG_FILE = "log.jsonl"
 BASELINES_FILE = "baselines.json"
 
-# Dense bf16 matmul peak, FLOP/s, by a part of torch.cuda.get_device_name().
-_PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
+# Dense bf16 matmul peak, FLOP/s, by a part of torch.cuda.get_device_name(); the first match counts.
+_PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+}
 
 
 class Monitor:
     """Logs of one run; `log_step` is called every step and writes every `log_every`-th.
 
     Speed is over whole optimizer steps (data, communication, optimizer, logging), the median of the steps
-    since the last line. MFU is three forwards of matmul FLOPs over the dense peak of the device, or, where
-    that is unknown (a CPU), over the matmul rate measured at start.
+    since the last line. MFU is three forwards of matmul FLOPs over
+    the device's dense bf16 peak, or, where that does not apply (CPU, float32, unknown GPU), over the matmul
+    rate measured at start.
     """
 
     def __init__(self, run_dir: Path, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh):
         self.run, self.mesh = run, mesh
         self.global_batch: int = ds_config["train_batch_size"]
-        self.peak_flops = _peak_flops(mesh) * mesh.world_size
+        dtype = torch.bfloat16 if uses_bf16(ds_config) else torch.float32
+        self.peak_flops = _peak_flops(mesh, dtype) * mesh.world_size
         self._step_times: list[float] = []
         self._data_times: list[float] = []
         self._enabled = mesh.is_main
@@ -69,18 +82,29 @@ class Monitor:
             f"run folder {run_dir}"
         )
 
+        warmup, cooldown = run.schedule.warmup_steps, run.schedule.cooldown_steps
+        if warmup + cooldown > run.max_steps:
+            top = max(lr_at(step, run.max_steps, 1.0, run.schedule) for step in range(run.max_steps))
+            self.say(
+                f"note: warm-up {warmup} + cool-down {cooldown} exceed max_steps {run.max_steps}: the rate "
+                f"reaches only {top:.1%} of its peak (--schedule.warmup_steps, --schedule.cooldown_steps)"
+            )
+
     def say(self, text: str) -> None:
         """Print a line on the main rank."""
         if self._enabled:
             print(text, flush=True)
 
-    def images(self, images: Tensor, step: int) -> None:
-        """A grid of up to 64 augmented training images, uint8 [b, S, S, C]."""
-        if self._enabled:
-            from torchvision.utils import make_grid
+    def show_first(self, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Passes micro-batches through; of the first, up to 64 augmented images go to TensorBoard as a
+        grid."""
+        for index, (images, labels) in enumerate(micro_batches):
+            if self._enabled and index == 0:
+                from torchvision.utils import make_grid
 
-            grid = make_grid(images[:64].permute(0, 3, 1, 2), nrow=8, padding=1, pad_value=128)
-            self._board.add_image("data/augmented", grid, step)
+                grid = make_grid((images[:64].cpu() + 1) / 2, nrow=8, padding=1, pad_value=0.5)
+                self._board.add_image("data/augmented", grid, 0)
+            yield images, labels
 
     def log_step(
         self,
@@ -173,7 +197,10 @@ def new_run_dir(run: RunConfig, mesh: Mesh) -> Path:
 def reference_results(val_shards: str, top1: float) -> str:
     """The final top-1 beside the results recorded with the validation data (`baselines.json`), best first."""
     path = Path(val_shards).parent / BASELINES_FILE
-    known: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+    known: dict[str, float] = {}
+    if path.is_file():
+        recorded = json.loads(path.read_text())
+        known = recorded["results"] if Path(val_shards).name.startswith(f"{recorded['split']}-") else {}
     rows = sorted([*known.items(), ("this run", top1)], key=lambda row: -row[1])
     return "\n".join(
         ["final top-1 on the validation shards:", *(f"  {name:<24} {value:.4f}" for name, value in rows)]
@@ -194,15 +221,17 @@ def _memory_gib(mesh: Mesh) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _peak_flops(mesh: Mesh) -> float:
-    """FLOP/s of one rank's device: the data sheet's, else the best of a few float32 matmuls (about 0.1 s)."""
-    if mesh.device.type == "cuda":
+def _peak_flops(mesh: Mesh, dtype: torch.dtype) -> float:
+    """FLOP/s of one rank's device in the matmuls' dtype: the data sheet's, else the best of a few matmuls
+    (0.1 s)."""
+    on_gpu = mesh.device.type == "cuda"
+    if on_gpu and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(mesh.device)
         for part, peak in _PEAK_FLOPS.items():
             if part in name:
                 return peak
-    side = 1024
-    a = torch.randn(side, side, device=mesh.device)
+    side = 8192 if on_gpu else 1024
+    a = torch.randn(side, side, device=mesh.device, dtype=dtype)
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -213,8 +242,6 @@ def _peak_flops(mesh: Mesh) -> float:
 
 def _environment(mesh: Mesh) -> dict[str, Any]:
     """Versions, commit and layout: what one needs to know to repeat the run."""
-    import importlib.metadata as metadata
-
     packages = (
         "megavit",
         "torch",
@@ -225,13 +252,10 @@ def _environment(mesh: Mesh) -> dict[str, Any]:
         "numpy",
         "safetensors",
     )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
     return {
         "python": sys.version.split()[0],
-        "packages": {name: metadata.version(name) for name in packages},
-        "commit": commit.stdout.strip() if commit.returncode == 0 else "not a git checkout",
+        "packages": {name: _version(name) for name in packages},
+        "commit": _commit(),
         "host": platform.node(),
         "device": torch.cuda.get_device_name(mesh.device)
         if mesh.device.type == "cuda"
@@ -243,3 +267,20 @@ def _environment(mesh: Mesh) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "command": sys.argv,
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """The checkout's commit, with -dirty for local changes."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except FileNotFoundError:
+        return "unknown: no git on this machine"
+    return done.stdout.strip() if done.returncode == 0 else "unknown: not a git checkout"

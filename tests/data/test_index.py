@@ -76,6 +76,8 @@ def damaged(tmp_path: Path, change: str) -> Path:
     header = walk_tar(path)[8][1] - 512  # in mid shard
     if change == "header":
         data[header : header + 512] = b"\xff" * 512
+    elif change == "zeroed header":
+        data[header : header + 512] = bytes(512)
     elif change == "member boundary":
         del data[header:]
     elif change == "inside a member":
@@ -84,11 +86,23 @@ def damaged(tmp_path: Path, change: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("change", ["header", "member boundary", "inside a member"])
+@pytest.mark.parametrize("change", ["header", "zeroed header", "member boundary", "inside a member"])
 def test_damage_is_an_error_where_tarfile_stops_in_silence(tmp_path: Path, change: str) -> None:
     """Catches the silent loss of the rest of a shard, which webdataset and tarfile show."""
     path = damaged(tmp_path, change)
     with pytest.raises(ShardError, match=r"bad\.tar is (damaged|truncated)"):
+        index_shard(path)
+
+
+def test_repeated_names_are_refused(tmp_path: Path) -> None:
+    """Catches samples that replace each other in silence."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for data in (b"1", b"22"):
+            info = tarfile.TarInfo("same.cls")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(ShardError, match="'same.cls' appears twice"):
         index_shard(path)
 
 

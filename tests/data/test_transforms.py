@@ -41,6 +41,13 @@ def test_every_kind_of_file_becomes_rgb_or_grey(kind: str, mode: str) -> None:
     assert eval_transform(decode(buffer.getvalue(), 1), 8, DataConfig()).shape == (8, 8, 1)
 
 
+def test_sixteen_bit_images_keep_their_shades() -> None:
+    """Catches 16-bit PNGs clipped to white."""
+    buffer = io.BytesIO()
+    Image.new("I;16", (9, 9), 30_000).save(buffer, "PNG")
+    assert (np.asarray(decode(buffer.getvalue(), 1)) == 30_000 >> 8).all()
+
+
 def test_augmentation_is_a_function_of_its_numbers() -> None:
     """Catches a global random generator: workers and ranks would disagree."""
     config = DataConfig(rotate_degrees=10, shift=0.1, zoom=0.1)

@@ -203,14 +203,14 @@ def test_a_bad_label_on_one_rank_ends_the_whole_run(tmp_path: Path) -> None:
 
 
 def bad_shards(folder: Path) -> None:
-    """80 good samples of 3 classes with one label 7 among them, and a test shard."""
+    """300 samples of 3 classes with one label 7 among them, and a test shard of two."""
     import io
 
     from PIL import Image
 
     buffer = io.BytesIO()
     Image.new("L", (8, 8), 100).save(buffer, "PNG")
-    for name, labels in {"train-0.tar": [i % 3 for i in range(79)] + [7], "test-0.tar": [0, 1]}.items():
+    for name, labels in {"train-0.tar": [i % 3 for i in range(299)] + [7], "test-0.tar": [0, 1]}.items():
         with wds.TarWriter(str(folder / name), encoder=False, mtime=0) as tar:
             for i, label in enumerate(labels):
                 tar.write({"__key__": f"{i:03}", "png": buffer.getvalue(), "cls": str(label).encode()})
@@ -227,7 +227,7 @@ def test_mistakes_before_the_first_step(reference: Run, digits: Path, tmp_path: 
     corrupt = launch(tmp_path / "b", tmp_path)
     assert corrupt.code == 1 and "train-0.tar is damaged or truncated" in corrupt.output
     small = launch(tmp_path / "c", tmp_path, "--data.shards", f"{tmp_path}/test-0.tar")
-    assert small.code == 1 and "2 samples, too few for a global batch of 64" in small.output
+    assert small.code == 1 and "2 samples, too few for a global batch of 256" in small.output
     log = (reference.folder / "log.jsonl").read_bytes()
     taken = launch(reference.folder, digits)
     assert taken.code == 1 and "already holds a run" in taken.output

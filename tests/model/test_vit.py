@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from megavit import MegaVit
 from megavit.model.vit import resize_position
@@ -132,9 +134,11 @@ def export(model: MegaVit, folder: Path) -> None:
 
 def test_from_pretrained_gives_the_same_logits(tmp_path: Path) -> None:
     """Catches a field or tensor that the export does not carry."""
-    model = small(pool="cls", num_registers=2, layer_scale=0.5, qkv_bias=True)
+    model = small(pool="cls", num_registers=2, layer_scale=0.5, qkv_bias=True, dropout=0.3)
     export(model, tmp_path / "m")
-    assert torch.equal(MegaVit.from_pretrained(tmp_path / "m")(images(2)), model(images(2)))
+    assert torch.equal(MegaVit.from_pretrained(tmp_path / "m")(images(2)), model.eval()(images(2)))
+    with pytest.raises(ValueError, match="'imagesize'.*'image_size'"):
+        MegaVit.from_pretrained(tmp_path / "m", imagesize=16)
 
 
 def test_from_pretrained_resizes_the_position_embedding(tmp_path: Path) -> None:
@@ -169,23 +173,57 @@ def test_from_pretrained_refuses_what_does_not_fit(tmp_path: Path) -> None:
         MegaVit.from_pretrained(tmp_path / "m", num_classes=7)
 
 
-@pytest.mark.parametrize("block", ["parallel", "sequential"])
-@pytest.mark.parametrize("policy", ["full", "selective"])
-def test_recompute_changes_nothing(policy: str, block: str) -> None:
+RECOMPUTED = [
+    ("full", {"block": "sequential"}),
+    ("full", {}),
+    ("selective", {}),
+    ("selective", {"layer_scale": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("policy", "fields"), RECOMPUTED)
+def test_recompute_changes_nothing(policy: str, fields: dict[str, Any]) -> None:
     """Catches a recomputed activation that differs from the kept one, dropout masks included."""
-    if (policy, block) == ("selective", "sequential"):
-        pytest.skip("refused by make_block, tested there")
-    fields = {"block": block, "dropout": 0.2, "num_registers": 1}
-    plain, again = small(**fields), small(**fields, recompute=policy)
+    fields = fields | {"dropout": 0.2, "num_registers": 1, "depth": 3}
     results = []
-    for model in (plain, again):
-        torch.manual_seed(0)
+    for model in (small(**fields), small(**fields, recompute=policy)):
         torch.nn.init.ones_(model.head.weight)
         torch.manual_seed(1)
         loss = model(images(3)).square().sum()
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def flops_of_step(policy: str) -> int:
+    model = small(recompute=policy, depth=4)
+    with FlopCounterMode(display=False) as counter:
+        model(images(4)).sum().backward()
+    return int(counter.get_total_flops())
+
+
+def test_selective_recompute_repeats_no_matmul() -> None:
+    """Catches a policy that keeps the wrong matmul: selective must cost no FLOPs, full one more forward."""
+    plain, selective, full = (flops_of_step(policy) for policy in ("none", "selective", "full"))
+    assert selective == plain
+    assert 1.25 < full / plain < 1.34
+
+
+def test_selective_recompute_keeps_eight_d_beside_the_block_input() -> None:
+    """Catches activations kept beyond q, k, v, the MLP's hidden layer and the attention output."""
+    kept = {}
+    for depth in (2, 6):
+        model = small(depth=depth, recompute="selective")
+        before = {id(x) for x in gc.get_objects() if isinstance(x, torch.Tensor)}
+        loss = model(images(4)).sum()
+        new = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and id(x) not in before]
+        floats = [x for x in new if x.is_floating_point()]  # not the saved state of the random generator
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() // 4 for x in floats}
+        kept[depth] = sum(storages.values())
+        loss.backward()
+    per_block = (kept[6] - kept[2]) / 4 / (4 * 16 * 32)
+    # q k v 3 D, attention output D, F = 2 D here: 6 D; the block's input D; H (= D / 8) for the log-sum-exp.
+    assert 7 <= per_block <= 7.2
 
 
 def held_elements(model: MegaVit, batch: int) -> float:

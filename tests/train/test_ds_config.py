@@ -36,6 +36,8 @@ def test_shipped_configurations_load(path: Path) -> None:
         ({"zero_optimisation": {}}, ["zero_optimisation", "zero_optimization"]),
         ({"gradient_cliping": 1.0}, ["gradient_cliping", "gradient_clipping"]),
         ({"gradient_accumulation_steps": 4}, ["gradient_accumulation_steps", "derived"]),
+        ({"bfloat16": {"enabled": True}}, ["bfloat16", "bf16"]),
+        ({"bf16": True}, ["bf16", "object"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "--schedule"]),
         ({"train_batch_size": "auto"}, ["train_batch_size", "auto"]),
         ({"train_batch_size": 0}, ["train_batch_size", "0"]),
@@ -78,9 +80,15 @@ def test_indivisible_batch_offers_its_neighbours() -> None:
         split_batch(64, 6, None)
 
 
+def test_bf16_without_zero_is_refused() -> None:
+    """Catches a run whose clipping and export would be wrong, see resolve_ds_config."""
+    with pytest.raises(ValueError, match="stage 1"):
+        resolve_ds_config(GOOD | {"bf16": {"enabled": True}}, 1, "cuda")
+
+
 def test_auto_precision_follows_the_device_and_the_input_is_left_alone() -> None:
     """Catches bf16 on a CPU, where it is slower than float32, and a resolved file written over the user's."""
-    raw = GOOD | {"bf16": {"enabled": "auto"}}
+    raw = GOOD | {"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 3}}
     assert uses_bf16(resolve_ds_config(raw, 1, "cuda"))
     on_cpu = resolve_ds_config(raw, 1, "cpu")
     assert not uses_bf16(on_cpu) and on_cpu["optimizer"]["params"]["torch_adam"] is True

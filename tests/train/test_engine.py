@@ -145,7 +145,7 @@ def poisoned(tp_size: int, stage: int, where: str) -> list[Any]:
 def test_non_finite_loss_stops_every_rank_before_the_weights_change(stage: int) -> None:
     """Catches a rank that stops alone and leaves the others waiting, and weights ruined by one bad step."""
     for message, unchanged in run_ranks(2, poisoned, 1, stage, "loss"):
-        assert "loss is nan at step 1, learning rate 0.003, on rank(s) 1" in message
+        assert "loss is nan at step 2, learning rate 0.003, on rank(s) 1" in message
         assert unchanged
 
 
@@ -154,5 +154,5 @@ def test_non_finite_loss_stops_every_rank_before_the_weights_change(stage: int) 
 def test_non_finite_gradient_stops_every_rank_before_the_weights_change(stage: int) -> None:
     """Catches DeepSpeed's silent skipping (stage 3) or silent stepping (stage 0) on an infinite norm."""
     for message, unchanged in run_ranks(2, poisoned, 1, stage, "gradient"):
-        assert "gradient norm" in message and "at step 1" in message, message
+        assert "gradient norm" in message and "at step 2" in message, message
         assert unchanged
