@@ -8,9 +8,8 @@ ZeRO-3's hooks.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,9 +38,19 @@ class _SkipDeadMatmuls(TorchDispatchMode):
     late.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reuse: TorchDispatchMode):
         super().__init__()
+        self.reuse = reuse  # hands out the saved results; entered first, so it comes after this mode
         self.seen = 0
+
+    def __enter__(self) -> Any:
+        self.reuse.__enter__()
+        self.seen = 0
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.reuse.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _MATMULS:
@@ -68,13 +77,7 @@ def _selective_contexts(skip_dead: bool) -> tuple[Any, Any]:
         return CheckpointPolicy.PREFER_RECOMPUTE
 
     keep, reuse = create_selective_checkpoint_contexts(policy)
-
-    @contextlib.contextmanager
-    def recompute() -> Iterator[None]:
-        with reuse, _SkipDeadMatmuls():
-            yield
-
-    return keep, recompute() if skip_dead else reuse
+    return keep, _SkipDeadMatmuls(reuse) if skip_dead else reuse
 
 
 def recompute_with(

@@ -129,6 +129,7 @@ def test_same_seed_twice_is_bitwise_equal_and_another_seed_is_not(reference: Run
         (2, 2, ["--recompute", "selective"]),
         (4, 2, ["--data.workers", "1"]),
         (4, 4, ["--recompute", "full"]),
+        (1, 1, ["--compile", "--recompute", "selective"]),
     ],
 )
 def test_every_layout_gives_the_same_run(
