@@ -91,10 +91,11 @@ def _file_first(argv: list[str]) -> list[str]:
     files."""
     files, rest, words = [], [], iter(argv)
     for word in words:
-        if word == "--config":
-            files += [word, *([value] if (value := next(words, None)) is not None else [])]
+        if word == "--config" or word.startswith("--config="):
+            _, given, path = word.partition("=")
+            files.append(f"--config={_from_root(path if given else next(words, ''))}")
         else:
-            (files if word.startswith("--config=") else rest).append(word)
+            rest.append(word)
     return files + rest
 
 

@@ -138,6 +138,8 @@ def test_every_flag_is_explained() -> None:
 def test_project_paths_work_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches defaults that only work from the checkout's root, and local files that are passed over."""
     monkeypatch.chdir(tmp_path)
-    assert parse_run(JSON)[1] == PROJECT_ROOT / "ds_configs/zero3.json"
+    run, ds_path = parse_run([*JSON, "--config", "launch/recipes/cifar10.yaml"])
+    assert ds_path == PROJECT_ROOT / "ds_configs/zero3.json"
+    assert (run.model.name, run.model.patch_size, run.max_steps) == ("vit_s16", 4, 40_000)
     (tmp_path / "ds_configs").mkdir()
     assert parse_run(JSON)[1] == Path("ds_configs/zero3.json")
