@@ -12,12 +12,18 @@ import dataclasses
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 Pool = Literal["map", "mean", "cls"]
 Recompute = Literal["none", "full", "selective"]
 Loss = Literal["sigmoid", "softmax"]
 Augment = Literal["inception", "none"]
+_DATA_CHOICES = {
+    "augment": ("inception", "none"),
+    "decoder": ("full", "region"),
+    "tp": ("split", "replicate"),
+}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -181,7 +187,10 @@ class DataConfig:
     """Where the images come from and how they are augmented.
 
     Args:
-        shards: training shards: a path with braces or wildcards, e.g. data/train-{000000..000099}.tar.
+        shards: training shards: a manifest (data/train.manifest.json) or paths and urls with braces or, for
+        local
+            ones, wildcards, e.g. data/train-{000000..000099}.tar; http(s), s3, gs and pipe: are fetched
+            whole.
         val_shards: validation shards, same notation; empty trains without evaluation.
         workers: decoding processes per rank; 0 decodes in the training process.
         augment: inception (random crop of crop_area of the image, aspect 3/4 to 4/3) or none (the evaluation
@@ -191,7 +200,30 @@ class DataConfig:
         shift: move training images by up to this share of their side (black border); for tiny images.
         rotate_degrees: turn training images by up to this angle (black border); for tiny images.
         zoom: scale training images by 1 - zoom to 1 + zoom (black border); for tiny images.
+        mixup: alpha of mixup's Beta(alpha, alpha) blend of neighbouring slots; 0 leaves it out.
+        cutmix: alpha of cutmix, as mixup; with both, each pair of slots gets one or the other.
         eval_crop: share of the side kept by the evaluation's centre crop (0.875 is the ImageNet convention).
+        antialias: low-pass before shrinking a crop; without it decoding is faster and images are harsher.
+        decoder: full (libjpeg-turbo) or region (only the crop is decoded; needs the nvidia-nvimgcodec-cu13
+        package).
+        max_labels: most labels of an image; one with more counts as bad.
+        lanes: parallel streams of the order, fixed for a run; every global batch size it uses must be a
+        multiple.
+            0 takes the greatest common divisor of the global batch and 1024.
+        shuffle_block: samples that are shuffled among themselves within a lane.
+        skip_steps: steps whose data are left out, e.g. 12000:12100,15000:15050, each in steps of the run as
+            logged: at step 12000 the data jump ahead by 100 steps.
+        allow_changed_manifest: go on with a saved run although its training shards have changed.
+        tp: split (each rank of a TP group decodes its part and the group gathers the batch) or replicate
+        (every
+            rank decodes everything; no communication, compared every check_every steps).
+        check_every: steps between two comparisons of the TP ranks' batches under tp replicate.
+        max_bad_fraction: stop when more than this share of the samples seen was unusable (ten are free; 0:
+        none).
+        max_bad_shards: stop when more than so many shards fail as a whole, without a good step in between.
+        cache_dir: node-local folder for remote shards, shared by the node's ranks.
+        cache_gb: size that the cache folder may have, in GB.
+        timeout_s: seconds after which a stalled download, or a batch that does not come, is an error.
     """
 
     shards: str = ""
@@ -203,7 +235,23 @@ class DataConfig:
     shift: float = 0.0
     rotate_degrees: float = 0.0
     zoom: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
     eval_crop: float = 0.875
+    antialias: bool = True
+    decoder: Literal["full", "region"] = "full"
+    max_labels: int = 32
+    lanes: int = 0
+    shuffle_block: int = 16_384
+    skip_steps: str = ""
+    allow_changed_manifest: bool = False
+    tp: Literal["split", "replicate"] = "split"
+    check_every: int = 100
+    max_bad_fraction: float = 1e-3
+    max_bad_shards: int = 8
+    cache_dir: str = "/tmp/megavit-shards"
+    cache_gb: float = 100.0
+    timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
         low, high = self.crop_area
@@ -211,13 +259,41 @@ class DataConfig:
             raise ValueError(f"data.crop_area must satisfy 0 < smallest <= largest <= 1, got [{low}, {high}]")
         if not 0.0 < self.eval_crop <= 1.0:
             raise ValueError(f"data.eval_crop must lie in (0, 1], got {self.eval_crop}")
-        for name in ("shift", "rotate_degrees", "zoom"):
+        for name in "shift rotate_degrees zoom mixup cutmix workers lanes max_bad_shards".split():
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name} cannot be negative, got {getattr(self, name)}")
-        if self.augment not in ("inception", "none"):
-            raise ValueError(f"data.augment must be inception or none, got {self.augment!r}")
-        if self.workers < 0:
-            raise ValueError(f"data.workers cannot be negative, got {self.workers}")
+        for name, allowed in _DATA_CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"data.{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
+        _require_positive("data", self, "max_labels", "shuffle_block", "check_every")
+        if not 0.0 <= self.max_bad_fraction <= 1.0:
+            raise ValueError(f"data.max_bad_fraction must lie in [0, 1], got {self.max_bad_fraction}")
+        for name in ("cache_gb", "timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"data.{name} must be positive, got {getattr(self, name)}")
+        _step_ranges(self.skip_steps)
+
+    @property
+    def skips(self) -> tuple[tuple[int, int], ...]:
+        """`skip_steps` as ranges (A, B), ascending."""
+        return _step_ranges(self.skip_steps)
+
+
+def _step_ranges(text: str) -> tuple[tuple[int, int], ...]:
+    """`A:B,C:D` as ranges, ascending. ValueError for anything but A < B, and ranges that overlap."""
+    ranges = []
+    for part in filter(None, text.replace(" ", "").split(",")):
+        first, _, last = part.partition(":")
+        if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+            raise ValueError(
+                f"data.skip_steps must be A:B[,C:D...] with A < B, e.g. 12000:12100, got {part!r}"
+            )
+        ranges.append((int(first), int(last)))
+    ranges.sort()
+    for one, following in pairwise(ranges):
+        if following[0] < one[1]:
+            raise ValueError(f"data.skip_steps: {one[0]}:{one[1]} and {following[0]}:{following[1]} overlap")
+    return tuple(ranges)
 
 
 @dataclass(frozen=True)
@@ -235,6 +311,7 @@ class RunConfig:
         recompute: activations to recompute in backward; selective keeps the matmul inputs that are dear to
             rebuild.
         loss: sigmoid (multi-label, ViT-22B) or softmax cross-entropy.
+        label_smoothing: share of the target that is spread evenly over all classes.
         head_weight_decay: decoupled weight decay of the classifier; the body's is in the DeepSpeed JSON.
         compile: torch.compile each block.
         export_dir: also write the final model.safetensors and config.json here; empty exports to
@@ -252,6 +329,7 @@ class RunConfig:
     tensor_parallel_size: int = 1
     recompute: Recompute = "none"
     loss: Loss = "sigmoid"
+    label_smoothing: float = 0.0
     head_weight_decay: float = 3.0
     compile: bool = False
     export_dir: str = ""
@@ -266,6 +344,8 @@ class RunConfig:
                 f"eval_every and head_weight_decay cannot be negative, "
                 f"got {self.eval_every} and {self.head_weight_decay}"
             )
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         if self.model.num_classes < 1:
             raise ValueError("training needs model.num_classes of at least 1, got 0")
         if self.model.channels not in (1, 3):

@@ -1,148 +1,284 @@
 """Batches for one rank: which slots of the global batch are its own, decoded in worker processes, in order.
 
 A work item is one micro-batch, addressed by its number, so the stream does not depend on the number of
-workers, and a run can start at any step. Ranks of one TP group ask for the same slots and decode the same
-images.
+workers, and a run can start at any step. The ranks of a TP group share out a micro-batch's decoding (`tp:
+split`) or all do it (`replicate`). A sample that cannot be used keeps its slot, black and with weight 0.
+
+Letters: b micro-batch, p this rank's part of it, S image side, C channels, M --data.max_labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from megavit.config import DataConfig, ModelConfig
-from megavit.data.index import ShardIndex, ShardReader
-from megavit.data.lanes import Lanes, uniforms
-from megavit.data.transforms import NUM_RANDOM, decode, eval_transform, train_transform
-
-Batch = tuple[Tensor, Tensor]  # images uint8 [b, S, S, C], class ids int64 [b]
-
-
-# What PIL raises for damaged files.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-
-class SampleError(ValueError):
-    """A sample cannot be used; the message names shard, key and reason."""
+from megavit.data import transforms
+from megavit.data.bad import BadSample, SampleError
+from megavit.data.decode import DecodeError, Decoder
+from megavit.data.index import IMAGE_EXTENSIONS, LABEL_EXTENSIONS
+from megavit.data.labels import pad_labels, parse_labels
+from megavit.data.lanes import MAX_LANES, DataState, Lanes, Order, uniforms
+from megavit.data.manifest import Manifest
+from megavit.data.reader import ShardReader
+from megavit.data.sources import ShardCache
+from megavit.data.worker import WorkerLog, watched
 
 
-class _Decoder:
-    """Reads and decodes single samples; any failure names the shard and the key."""
+class Batch(NamedTuple):
+    """A rank's part of a micro-batch, and what is to be done with the whole of it on the device.
 
-    def __init__(self, shards: Sequence[ShardIndex], model: ModelConfig, config: DataConfig):
-        self.reader, self.model, self.config = ShardReader(shards), model, config
-
-    def load(self, shard: int, index: int, u: np.ndarray | None) -> tuple[np.ndarray, int]:
-        """(uint8 [S, S, C], class id); augmented with the uniforms `u`, or by the evaluation transform if
-        None."""
-        entry = self.reader.shards[shard]
-        image_bytes, label_bytes = self.reader.read(shard, index)
-        label = self._label(label_bytes, entry, index)
-        try:
-            image = decode(image_bytes, self.model.channels)
-            if u is None:
-                return eval_transform(image, self.model.image_size, self.config), label
-            return train_transform(image, self.model.image_size, self.config, u), label
-        except _DECODE_ERRORS as error:
-            raise SampleError(
-                f"{entry.path}: sample {entry.keys[index]!r} cannot be decoded: {error}"
-            ) from error
-
-    def _label(self, data: bytes, entry: ShardIndex, index: int) -> int:
-        text = data.decode("utf-8", "replace").strip()
-        classes = self.model.num_classes
-        if not text.lstrip("-").isdecimal():
-            raise SampleError(
-                f"{entry.path}: sample {entry.keys[index]!r}: label {text[:40]!r} is not a class number"
-            )
-        if not 0 <= int(text) < classes:
-            raise SampleError(
-                f"{entry.path}: sample {entry.keys[index]!r}: label {text} is outside 0..{classes - 1}; "
-                f"set --model.num_classes to the data's"
-            )
-        return int(text)
-
-
-class _TrainItems(Dataset[Batch]):
-    """Micro-batch number i of this rank: accumulation index i % grad_accum of step i // grad_accum."""
-
-    def __init__(
-        self, decoder: _Decoder, lanes: Lanes, seed: int, dp_rank: int, dp_size: int, micro_batch: int
-    ):
-        self.decoder, self.lanes, self.seed = decoder, lanes, seed
-        self.micro_batch = micro_batch
-        self.share = lanes.global_batch // dp_size
-        self.first = dp_rank * self.share
-
-    def __getitem__(self, item: int) -> Batch:
-        step, accumulation = divmod(item, self.share // self.micro_batch)
-        slots = self.lanes.slots(step, self.first + accumulation * self.micro_batch, self.micro_batch)
-        random = uniforms(NUM_RANDOM, self.seed, 2, slots.epoch, slots.position)
-        places = zip(slots.shard.tolist(), slots.index.tolist(), random, strict=True)
-        return _stack([self.decoder.load(shard, index, u) for shard, index, u in places])
-
-
-class _EvalItems(Dataset[Batch]):
-    """Batch number i of this rank's share, every dp_size-th sample in file order; shorter at the end.
-
-    A rank with nothing left gets one black image labelled -1, since all ranks must run the model equally
-    often.
+    Slots beyond the batch (the parts of a TP group are of equal size) and bad ones have weight 0.
     """
 
-    def __init__(
-        self, decoder: _Decoder, places: Sequence[tuple[int, int]], dp_rank: int, dp_size: int, batch: int
-    ):
-        self.decoder, self.batch = decoder, batch
-        self.places = places[dp_rank::dp_size]
-
-    def __getitem__(self, item: int) -> Batch:
-        places = self.places[item * self.batch : (item + 1) * self.batch]
-        size, channels = self.decoder.model.image_size, self.decoder.model.channels
-        if not places:
-            return _stack([(np.zeros((size, size, channels), np.uint8), -1)])
-        return _stack([self.decoder.load(shard, index, None) for shard, index in places])
+    images: Tensor  # uint8 [p, S, S, C]
+    labels: Tensor  # int32 [p, M], filled up with -1
+    weights: Tensor  # float32 [p], 0 or 1
+    flips: Tensor  # bool [b]
+    blends: Tensor | None  # float32 [b, 6], see transforms.blends
+    bad: list[BadSample]
 
 
-def _stack(samples: Sequence[tuple[np.ndarray, int]]) -> Batch:
-    images = torch.from_numpy(np.stack([image for image, _ in samples]))
-    return images, torch.tensor([label for _, label in samples], dtype=torch.int64)
+@dataclass(frozen=True)
+class Share:
+    """Which part of every batch a rank decodes. `tp_size` 1 under `replicate` as well as without TP."""
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    tp_rank: int = 0
+    tp_size: int = 1
+
+    def part(self, count: int) -> tuple[int, int, int]:
+        """(first slot, slots, padded slots) of this rank's part of `count` slots."""
+        padded = -(-count // self.tp_size)
+        first = min(count, self.tp_rank * padded)
+        return first, min(count, first + padded) - first, padded
 
 
-class TrainLoader:
-    """This rank's micro-batches of the training data; endless, from any step."""
+class _Samples:
+    """Reads and decodes samples into rows of a batch."""
 
     def __init__(
         self,
-        shards: Sequence[ShardIndex],
+        manifest: Manifest,
+        cache: ShardCache | None,
+        model: ModelConfig,
+        config: DataConfig,
+        allow_unlabelled: bool,
+    ):
+        self.reader = ShardReader(manifest, cache)
+        self.model, self.config, self._allow_unlabelled = model, config, allow_unlabelled
+        self._decoder = Decoder(model.channels, model.image_size, config.antialias, config.decoder)
+        self.record: Callable[[str, int], None] | None = None  # set in worker processes
+
+    def batch(
+        self, shards: Sequence[int], indexes: Sequence[int], padded: int, random: np.ndarray | None
+    ) -> Batch:
+        """The samples' batch of `padded` rows, augmented by the uniforms `random` [n, NUM_RANDOM], or, if
+        None, by the evaluation's transform. `flips` and `blends` are left to the caller."""
+        size = self.model.image_size
+        images = np.zeros((padded, size, size, self.model.channels), np.uint8)
+        labels = np.full((padded, self.config.max_labels), -1, np.int32)
+        weights = np.zeros(padded, np.float32)
+        bad = []
+        self.reader.fetch(set(shards))
+        for row, (shard, index) in enumerate(zip(shards, indexes, strict=True)):
+            try:
+                labels[row] = self._load(shard, index, images[row], None if random is None else random[row])
+                weights[row] = 1.0
+            except SampleError as error:
+                images[row], labels[row] = 0, -1
+                bad.append(error.bad)
+        tensors = [torch.from_numpy(array) for array in (images, labels, weights)]
+        return Batch(*tensors, flips=torch.zeros(0, dtype=torch.bool), blends=None, bad=bad)
+
+    def _load(self, shard: int, index: int, out: np.ndarray, u: np.ndarray | None) -> np.ndarray:
+        if self.record:
+            self.record(self.reader.manifest.urls[shard], index)
+        members = self.reader.members(shard, index)
+        image = next((members[name] for name in IMAGE_EXTENSIONS if name in members), None)
+        label = next((members[name] for name in LABEL_EXTENSIONS if name in members), None)
+        try:
+            if image is None or label is None:
+                wanted = IMAGE_EXTENSIONS if image is None else LABEL_EXTENSIONS
+                raise ValueError(f"it has {', '.join(members)} but no {' or '.join(wanted)}")
+            image_bytes, label_bytes = self.reader.read(shard, index, (image, label))
+            found = parse_labels(
+                label.extension, label_bytes, self.model.num_classes, allow_none=self._allow_unlabelled
+            )
+            padded = pad_labels(found, self.config.max_labels)
+            self._decode(image_bytes, out, u)
+        except SampleError:
+            raise
+        except DecodeError as error:
+            raise self._bad(shard, index, f"it cannot be decoded: {error}") from error
+        except ValueError as error:
+            raise self._bad(shard, index, str(error)) from error
+        return padded
+
+    def _decode(self, data: bytes, out: np.ndarray, u: np.ndarray | None) -> None:
+        if u is None:
+            self._decoder.load(data, lambda w, h: transforms.eval_box(w, h, self.config.eval_crop), out)
+        else:
+            self._decoder.load(data, lambda w, h: transforms.train_box(w, h, self.config, u), out)
+            transforms.affine(out, self.config, u)
+
+    def _bad(self, shard: int, index: int, reason: str) -> SampleError:
+        return SampleError(BadSample(self.reader.manifest.urls[shard], self.reader.key(shard, index), reason))
+
+
+class _TrainItems(Dataset[Batch]):
+    """Micro-batch number i of this rank: accumulation index i % per_step of step i // per_step."""
+
+    def __init__(self, samples: _Samples, order: Order, share: Share, micro_batch: int):
+        self.samples, self.order, self.share, self.micro_batch = samples, order, share, micro_batch
+        per_rank = order.global_batch // share.dp_size
+        self.per_step = per_rank // micro_batch
+        self.first = share.dp_rank * per_rank
+        self._announced: dict[int, tuple[int, int]] = {}
+
+    def __getitem__(self, item: int) -> Batch:
+        step, accumulation = divmod(item, self.per_step)
+        first = self.first + accumulation * self.micro_batch
+        slots = self.order.slots(step, first, self.micro_batch)
+        random = self._random(transforms.NUM_RANDOM, 2, slots.epoch, slots.position)
+        start, count, padded = self.share.part(self.micro_batch)
+        part = slice(start, start + count)
+        batch = self.samples.batch(
+            slots.shard[part].tolist(), slots.index[part].tolist(), padded, random[part]
+        )
+        # Slots 2k and 2k+1 are mixed with each other: pairs that no split into micro-batches separates.
+        pairs = np.repeat(slots.position[::2], 2)[: self.micro_batch]
+        mixing = self._random(transforms.NUM_MIX_RANDOM, 4, slots.epoch, pairs)
+        blends = transforms.blends(self.samples.model.image_size, self.samples.config, mixing)
+        self._prefetch(step, first)
+        return batch._replace(
+            flips=torch.from_numpy(transforms.flips(self.samples.config, random)),
+            blends=None if blends is None else torch.from_numpy(blends),
+        )
+
+    def _random(self, count: int, purpose: int, epoch: int, position: np.ndarray) -> np.ndarray:
+        return uniforms(count, self.order.lanes.seed, purpose, epoch, position)
+
+    def _prefetch(self, step: int, first: int) -> None:
+        """Start fetching the shards of the next block of the lanes that this micro-batch reads."""
+        if not self.samples.reader.has_remote:
+            return
+        epoch, position = self.order.place(step)
+        lanes, per_lane = self.order.lanes, self.order.per_lane
+        ahead = position - position % lanes.block + lanes.block
+        place = (epoch, ahead) if ahead < lanes.length else (epoch + 1, 0)
+        if self._announced.get(first) != place:
+            self._announced[first] = place
+            mine = np.arange(first // per_lane, (first + self.micro_batch - 1) // per_lane + 1)
+            self.samples.reader.prefetch(lanes.block_shards(*place, mine))
+
+
+class _EvalItems(Dataset[Batch]):
+    """Batch number i of this rank's share, every dp_size-th sample in file order; rows beyond the end are
+    empty."""
+
+    def __init__(self, samples: _Samples, share: Share, batch: int):
+        self.samples, self.share, self.batch = samples, share, batch
+        self._ends = np.cumsum(samples.reader.manifest.samples)
+
+    def __getitem__(self, item: int) -> Batch:
+        start, count, padded = self.share.part(self.batch)
+        first = item * self.batch + start
+        numbers = np.arange(first, first + count) * self.share.dp_size + self.share.dp_rank
+        numbers = numbers[numbers < self._ends[-1]]
+        shards = np.searchsorted(self._ends, numbers, side="right")
+        indexes = numbers - (self._ends[shards] - self.samples.reader.manifest.samples[shards])
+        batch = self.samples.batch(shards.tolist(), indexes.tolist(), padded, None)
+        return batch._replace(flips=torch.zeros(self.batch, dtype=torch.bool))
+
+
+class TrainLoader:
+    """This rank's micro-batches of the training data; endless, from any step.
+
+    `state` is what `state_at` gave when the run was saved. `dp_size` and workers may have changed since, and
+    the global batch as long as it stays a multiple of the lanes. ValueError, naming the difference, if the
+    shards have changed and the configuration does not allow it.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
         model: ModelConfig,
         config: DataConfig,
         *,
         seed: int,
         global_batch: int,
         micro_batch: int,
-        dp_rank: int,
-        dp_size: int,
+        share: Share = Share(),
+        cache: ShardCache | None = None,
+        allow_unlabelled: bool = True,
+        state: DataState | None = None,
+        manifest_before: Manifest | None = None,
     ):
-        self.lanes = Lanes([len(shard) for shard in shards], global_batch, seed)
-        self._items = _TrainItems(
-            _Decoder(shards, model, config), self.lanes, seed, dp_rank, dp_size, micro_batch
-        )
-        self._workers = config.workers
-        self._per_step = global_batch // dp_size // micro_batch
+        if (config.mixup or config.cutmix) and micro_batch % 2:
+            raise ValueError(
+                f"mixup and cutmix mix pairs of slots: the micro-batch must be even, got {micro_batch}"
+            )
+        self._manifest_digest = manifest.digest
+        if state and state.manifest != self._manifest_digest and not config.allow_changed_manifest:
+            raise ValueError(_changed(manifest, state, manifest_before))
+        num_lanes = config.lanes or (state.num_lanes if state else math.gcd(global_batch, MAX_LANES))
+        lanes = Lanes(manifest.samples, num_lanes, seed, config.shuffle_block)
+        self.order = Order(lanes, global_batch, config.skips, state)
+        samples = _Samples(manifest, cache, model, config, allow_unlabelled)
+        self._items = _TrainItems(samples, self.order, share, micro_batch)
+        self._config, self._manifest = config, manifest
 
-    def epoch_at(self, step: int) -> float:
+    def passes(self, step: int) -> float:
         """Passes over the data before `step`."""
-        return step / self.lanes.steps_per_epoch
+        return self.order.passes(step)
+
+    def state_at(self, step: int) -> dict[str, Any]:
+        """Where the data stand before `step`, for a checkpoint (JSON); `DataState.from_json` reads it."""
+        epoch, position = self.order.place(step)
+        lanes = self.order.lanes
+        return asdict(
+            DataState(
+                step=step,
+                epoch=epoch,
+                position=position,
+                num_lanes=lanes.num_lanes,
+                block=lanes.block,
+                seed=lanes.seed,
+                skipped=tuple(skip for skip in self.order.skips if skip[0] <= step),
+                manifest=self._manifest_digest,
+                shards=len(self._manifest),
+                samples=self._manifest.num_samples,
+            )
+        )
+
+    def save_order(self, path: Path, step: int) -> None:
+        """Write what tells the samples of any step from `step` on (`launch/shards.py which`)."""
+        fields = {
+            "shards": self._config.shards
+            if "://" in self._config.shards
+            else str(Path(self._config.shards).absolute()),
+            "global_batch": self.order.global_batch,
+            "skips": self.order.skips,
+            "state": self.state_at(step),
+        }
+        path.write_text(json.dumps(fields, indent=2) + "\n")
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """The micro-batches of optimizer steps [first_step, last_step), in order."""
-        numbers = range(first_step * self._per_step, last_step * self._per_step)
-        return iter(_loader(self._items, numbers, self._workers))
+        per_step = self._items.per_step
+        # The loop takes a whole step's micro-batches at once.
+        return _load(self._items, range(first_step * per_step, last_step * per_step), self._config, per_step)
 
 
 class EvalLoader:
@@ -151,33 +287,52 @@ class EvalLoader:
 
     def __init__(
         self,
-        shards: Sequence[ShardIndex],
+        manifest: Manifest,
         model: ModelConfig,
         config: DataConfig,
         *,
         batch: int,
-        dp_rank: int,
-        dp_size: int,
+        share: Share = Share(),
+        cache: ShardCache | None = None,
+        allow_unlabelled: bool = True,
     ):
-        places = [(shard, index) for shard, entry in enumerate(shards) for index in range(len(entry))]
-        self.num_samples = len(places)
-        self.num_batches = -(-self.num_samples // (batch * dp_size))
-        self._items = _EvalItems(_Decoder(shards, model, config), places, dp_rank, dp_size, batch)
-        self._workers = config.workers
+        self.num_samples = manifest.num_samples
+        self.num_batches = -(-self.num_samples // (batch * share.dp_size))
+        self._items = _EvalItems(_Samples(manifest, cache, model, config, allow_unlabelled), share, batch)
+        self._config = config
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(_loader(self._items, range(self.num_batches), self._workers))
+        return _load(self._items, range(self.num_batches), self._config, 1)
 
 
-def _loader(items: Dataset[Batch], numbers: range, workers: int) -> DataLoader[Batch]:
-    # 'forkserver': forking a process that holds CUDA or gloo threads is not safe.
-    context = "forkserver" if workers else None
-    return DataLoader(
+def _changed(manifest: Manifest, state: DataState, before: Manifest | None) -> str:
+    if before is None or not (difference := manifest.difference(before)):
+        difference = (
+            f"{len(manifest):,} shards with {manifest.num_samples:,} samples (digest {manifest.digest[:8]}) "
+            f"now, {state.shards:,} with {state.samples:,} ({state.manifest[:8]}) when it was saved"
+        )
+    return (
+        f"the training shards have changed since step {state.step}: {difference}. Restore them, or go on in "
+        f"another order with --data.allow_changed_manifest"
+    )
+
+
+def _load(items: Dataset[Batch], numbers: range, config: DataConfig, ahead: int) -> Iterator[Batch]:
+    """The items in order, in worker processes that keep at least `ahead` of them ready, twice."""
+    pin = torch.cuda.is_available()
+    if not config.workers:
+        return iter(DataLoader(items, batch_size=None, sampler=numbers, pin_memory=pin))
+    log = WorkerLog(config.workers)
+    loader = DataLoader(
         items,
         batch_size=None,
         sampler=numbers,
-        num_workers=workers,
-        multiprocessing_context=context,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=2 if workers else None,
+        num_workers=config.workers,
+        # forking a process that holds CUDA or gloo threads is not safe
+        multiprocessing_context="forkserver",
+        pin_memory=pin,
+        prefetch_factor=max(2, -(-2 * ahead // config.workers)),
+        timeout=config.timeout_s,
+        worker_init_fn=log,
     )
+    return watched(iter(loader), log)

@@ -22,7 +22,8 @@ import webdataset as wds
 from PIL import Image
 from tqdm import tqdm
 
-from megavit.data.index import IMAGE_EXTENSIONS
+from megavit.data.index import IMAGE_EXTENSIONS, INDEX_SUFFIX
+from megavit.data.manifest import MANIFEST_SUFFIX, open_shards, write_index
 
 DIGITS_TRAIN = 1437  # of load_digits' 1,797 images; the last 360 come from other writers
 
@@ -43,7 +44,8 @@ def digest(*parts: object) -> str:
 
 
 def write_splits(splits: Sequence[Split], out: str | Path, shard_size: int, workers: int) -> list[Path]:
-    """Write each split as `out/<name>-<number>.tar` of `shard_size` samples, `workers` shards at a time.
+    """Write each split as `out/<name>-<number>.tar` of `shard_size` samples, `workers` shards at a time, each
+    with its index, and `out/<name>.manifest.json`.
 
     Returns the shard paths in order. Finished shards of the same content are kept; ValueError if `out` holds
     shards of other content or another shard size.
@@ -60,7 +62,7 @@ def write_splits(splits: Sequence[Split], out: str | Path, shard_size: int, work
         for number in range(count):
             path = out / f"{split.name}-{number:06d}.tar"
             paths.append(path)
-            if not path.exists():
+            if not path.exists() or not Path(f"{path}{INDEX_SUFFIX}").exists():
                 jobs.append((split, path, number * shard_size, min(split.size, (number + 1) * shard_size)))
     with tqdm(total=len(paths), initial=len(paths) - len(jobs), desc=f"shards in {out}", unit="shard") as bar:
         # Threads: encoding and file reads release the interpreter lock, and arrays need not travel to
@@ -71,6 +73,9 @@ def write_splits(splits: Sequence[Split], out: str | Path, shard_size: int, work
                 bar.update()
         finally:
             pool.shutdown(cancel_futures=True)
+    for split in splits:
+        numbers = f"{{000000..{-(-split.size // shard_size) - 1:06d}}}"
+        open_shards(f"{out}/{split.name}-{numbers}.tar").save(out / f"{split.name}{MANIFEST_SUFFIX}")
     return paths
 
 
@@ -96,6 +101,7 @@ def _write_shard(split: Split, path: Path, start: int, stop: int) -> None:
             for i in range(start, stop):
                 data, extension, label = split.load(i)
                 tar.write({"__key__": f"{split.name}_{i:09d}", extension: data, "cls": str(label).encode()})
+        write_index(partial, f"{path}{INDEX_SUFFIX}", name=str(path))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -14,15 +14,18 @@ LOCAL_RANK.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 # Building DeepSpeed's ops and writing large exports keep some ranks waiting for others for minutes.
 _PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,32 @@ class Mesh:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value` (any picklable object), in rank order, on every rank; collective over the
+        world."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """`function()`, run on the main rank only, on every rank; collective over the world.
+
+        A ValueError or OSError is raised on every rank, so that none waits for the others.
+        """
+        result: Any = None
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                result = function()
+            except (ValueError, OSError) as caught:
+                error = caught
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise error
+        return result
 
     def describe(self) -> str:
         return f"{self.world_size} rank(s) = dp {self.dp_size} x tp {self.tp_size} on {self.device.type}"

@@ -1,7 +1,7 @@
 """Weights on disk: every TP rank writes its shards, anybody reads logical tensors back, without DeepSpeed or
 ranks.
 
-    <folder>/manifest.json           layouts, tp_size, step, model configuration; written last
+    <folder>/manifest.json           layouts, tp_size, step, data state, model configuration; written last
     <folder>/tp_000.safetensors      the float32 shards of tp_rank 0, and so on
 
 The folder gets its name only when complete. `export_weights` turns it into the single-process form that
@@ -34,11 +34,12 @@ MANIFEST_FILE = "manifest.json"
 _FORMAT = "megavit-weights-1"
 
 
-def save_weights(engine: Engine, run_dir: Path, step: int) -> Path:
-    """Write the float32 weights to `run_dir/checkpoints/step_<step>`; collective. Returns the committed
-    folder.
+def save_weights(engine: Engine, run_dir: Path, step: int, data: dict[str, Any]) -> Path:
+    """Write the float32 weights, and the state of the `data`, to `run_dir/checkpoints/step_<step>`;
+    collective.
 
-    Gathers each parameter over the DP group, one at a time; DP rank 0 of each TP rank writes its shard.
+    Returns the committed folder. Gathers each parameter over the DP group, one at a time; DP rank 0 of each
+    TP rank writes its shard.
     """
     mesh = engine.mesh
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
@@ -60,6 +61,7 @@ def save_weights(engine: Engine, run_dir: Path, step: int) -> Path:
             "step": step,
             "tp_size": mesh.tp_size,
             "model": dataclasses.asdict(engine.run.model),
+            "data": data,
             "layouts": _layouts(engine.model),
         }
         (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")

@@ -20,7 +20,8 @@ from megavit.model.vit import MegaVit
 from megavit.parallel.collectives import reduce_from_tp, sum_over_dp
 from megavit.parallel.mesh import Mesh
 from megavit.train.ds_config import uses_bf16
-from megavit.train.loss import cross_entropy
+from megavit.train.inputs import Inputs
+from megavit.train.loss import image_losses
 from megavit.train.optim import parameter_groups
 
 # DeepSpeed prints dozens of lines a rank at start.
@@ -63,12 +64,13 @@ class Engine:
         self._grad_norm = math.nan
 
     def train_step(
-        self, micro_batches: Iterable[tuple[Tensor, Tensor]], step: int, lr: float
+        self, micro_batches: Iterable[Inputs], total_weight: Tensor, step: int, lr: float
     ) -> tuple[float, float]:
-        """One optimizer step on `grad_accum` micro-batches of (images [b, C, S, S] in [-1, 1], class ids
-        [b]).
+        """One optimizer step on `grad_accum` micro-batches, of images in [-1, 1].
 
-        Returns the loss averaged over the global batch and the gradient's global norm before clipping. Raises
+        The loss is the sum of the images' losses times their weights over `total_weight`, the global batch's
+        sum of
+        weights: bad samples take no part. Returns it and the gradient's global norm before clipping. Raises
         NonFiniteError, on all ranks alike, before the weights change. Beside DeepSpeed's own, one all-reduce
         of a scalar.
         """
@@ -77,14 +79,17 @@ class Engine:
             group["lr"] = lr
         self._deepspeed.train()
         total = torch.zeros((), device=self.mesh.device)
-        for index, (images, labels) in enumerate(micro_batches):
+        divisor = total_weight.clamp(min=1)
+        for index, (images, targets, weights) in enumerate(micro_batches):
             logits = self._deepspeed(images.to(self.dtype), local_logits=True)
-            loss = cross_entropy(self.run.loss, logits, labels, self.run.model.num_classes, self.mesh)
-            total += loss.detach() / self.grad_accum
-            self._deepspeed.backward(loss)
+            losses = image_losses(self.run.loss, logits, targets, self.run.model.num_classes, self.mesh)
+            loss = (losses * weights).sum() / divisor
+            total += loss.detach()
+            # DeepSpeed averages over micro-batches and DP ranks; the division above has done both.
+            self._deepspeed.backward(loss * (self.grad_accum * self.mesh.dp_size))
             if index + 1 < self.grad_accum:
                 self._deepspeed.step()  # counts the micro-batch; the weights move on the last one only
-        loss_mean = self._agreed_loss(total)
+        loss_sum = self._agreed_loss(total)
         if self._keeps_gradients_whole:
             self._grad_norm = self._whole_grad_norm()
         self._deepspeed.step()
@@ -92,7 +97,7 @@ class Engine:
             raise NonFiniteError(
                 f"gradient norm is not finite {self._where} (all ranks agree); weights unchanged"
             )
-        return loss_mean, self._grad_norm
+        return loss_sum, self._grad_norm
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
@@ -135,18 +140,18 @@ class Engine:
             )
 
     def _agreed_loss(self, local: Tensor) -> float:
-        """The mean over DP ranks; raises on every rank, naming the culprits, if one rank's loss is not
+        """The sum over DP ranks; raises on every rank, naming the culprits, if one rank's loss is not
         finite."""
-        mean = float(sum_over_dp(self.mesh, local)) / self.mesh.dp_size
-        if math.isfinite(mean):
-            return mean
+        total = float(sum_over_dp(self.mesh, local))
+        if math.isfinite(total):
+            return total
         flags = torch.zeros(self.mesh.dp_size, device=local.device)
         flags[self.mesh.dp_rank] = float(not math.isfinite(float(local)))
         bad = sum_over_dp(self.mesh, flags).nonzero().flatten().tolist()
         ranks = (
             ", ".join(str(dp_rank * self.mesh.tp_size) for dp_rank in bad) or "none alone (the sum overflows)"
         )
-        raise NonFiniteError(f"loss is {mean} {self._where}, on rank(s) {ranks}; weights unchanged")
+        raise NonFiniteError(f"loss is {total} {self._where}, on rank(s) {ranks}; weights unchanged")
 
 
 def build_model(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> MegaVit:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megavit.config import RunConfig
-from megavit.data.index import index_shards
+from megavit.config import DataConfig, RunConfig
+from megavit.data.bad import BAD_SAMPLES_FILE, BadSamples, TooManyBadSamples
+from megavit.data.device import to_model_input
 from megavit.data.lanes import mix
-from megavit.data.loader import Batch, EvalLoader, TrainLoader
-from megavit.data.transforms import to_model_input
+from megavit.data.loader import EvalLoader, TrainLoader
+from megavit.data.manifest import DATA_FILE, Manifest, open_shards
+from megavit.data.sources import ShardCache
 from megavit.parallel.collectives import sum_over_dp
 from megavit.parallel.mesh import Mesh
 from megavit.train.checkpoint import export_weights, save_weights
 from megavit.train.ds_config import resolve_ds_config
 from megavit.train.engine import Engine
+from megavit.train.inputs import check_replicas, collect_bad, share_of, to_inputs, total_weight, whole_batch
 from megavit.train.monitor import Monitor, new_run_dir, reference_results
 from megavit.train.schedule import lr_at
 
@@ -31,40 +32,62 @@ def train(run: RunConfig, raw_ds_config: dict[str, Any], mesh: Mesh) -> float | 
     built.
     """
     ds_config = resolve_ds_config(raw_ds_config, mesh.dp_size, mesh.device.type)
+    global_batch: int = ds_config["train_batch_size"]
     loader = _train_loader(run, ds_config, mesh)
     eval_loader = _eval_loader(run, ds_config, mesh)
     run_dir = new_run_dir(run, mesh)
     engine = Engine(run, ds_config, mesh)
     monitor = Monitor(run_dir, run, ds_config, mesh)
+    if mesh.is_main:
+        loader.save_order(run_dir / DATA_FILE, 0)
+    bad_samples = BadSamples(
+        run.data.max_bad_fraction,
+        run.data.max_bad_shards,
+        run_dir / BAD_SAMPLES_FILE if mesh.is_main else None,
+    )
     peak_lr = ds_config["optimizer"]["params"]["lr"]
 
     batches = loader.batches(0, run.max_steps)
     top1 = None
     for step in range(run.max_steps):
         started = time.perf_counter()
-        waits: list[float] = []
-        _seed_dropout(run.seed, step, mesh)
-        lr = lr_at(step, run.max_steps, peak_lr, run.schedule)
-        micro_batches = _to_device(batches, engine.grad_accum, mesh, waits)
+        # All of a step's micro-batches at once: the loss is divided by the weight of the whole global batch.
+        step_batches = [next(batches) for _ in range(engine.grad_accum)]
+        data_time_s = time.perf_counter() - started
+        if run.data.tp == "replicate" and step % run.data.check_every == 0:
+            check_replicas(step_batches, step, mesh)
+        weight = total_weight(step_batches, run, mesh)
+        micro_batches = (to_inputs(batch, run, mesh) for batch in step_batches)
         if step == 0:
             micro_batches = monitor.show_first(micro_batches)
-        loss, grad_norm = engine.train_step(micro_batches, step, lr)
 
+        _seed_dropout(run.seed, step, mesh)
+        lr = lr_at(step, run.max_steps, peak_lr, run.schedule)
+        loss, grad_norm = engine.train_step(micro_batches, weight, step, lr)
+
+        # The weight, and so this decision, is the same on every rank.
+        bad = collect_bad(step_batches, run, mesh) if int(weight) < global_batch else []
+        try:
+            bad_samples.add(step + 1, global_batch, bad)
+        except TooManyBadSamples:
+            save_weights(engine, run_dir, step + 1, loader.state_at(step + 1))
+            raise
         monitor.log_step(
             step,
             loss=loss,
             lr=lr,
             grad_norm=grad_norm,
-            epoch=loader.epoch_at(step + 1),
+            epoch=loader.passes(step + 1),
+            bad_samples=bad_samples.total,
             step_time_s=time.perf_counter() - started,
-            data_time_s=sum(waits),
+            data_time_s=data_time_s,
         )
         done = step + 1
         if eval_loader and (done == run.max_steps or (run.eval_every and done % run.eval_every == 0)):
-            top1 = evaluate(engine, eval_loader, mesh)
-            monitor.log_eval(done, top1, eval_loader.num_samples)
+            top1, used = evaluate(engine, eval_loader, bad_samples, done)
+            monitor.log_eval(done, top1, used, eval_loader.num_samples - used)
 
-    checkpoint = save_weights(engine, run_dir, run.max_steps)
+    checkpoint = save_weights(engine, run_dir, run.max_steps, loader.state_at(run.max_steps))
     if mesh.is_main:
         out = export_weights(checkpoint, Path(run.export_dir) if run.export_dir else run_dir / "export")
         monitor.say(f"exported the weights to {out} (MegaVit.from_pretrained loads them)")
@@ -74,29 +97,23 @@ def train(run: RunConfig, raw_ds_config: dict[str, Any], mesh: Mesh) -> float | 
     return top1
 
 
-def evaluate(engine: Engine, loader: EvalLoader, mesh: Mesh) -> float:
-    """Top-1 over the whole validation set, exact at any number of ranks: no sample dropped or counted
-    twice."""
-    counts = torch.zeros(2, dtype=torch.int64, device=mesh.device)  # correct, seen
-    for images, labels in loader:
-        predicted = engine.predict(to_model_input(images, mesh.device)).argmax(1).cpu()
-        counts[0] += (predicted == labels).sum()
-        counts[1] += (labels >= 0).sum()
-    correct, seen = sum_over_dp(mesh, counts).tolist()
-    assert seen == loader.num_samples, (seen, loader.num_samples)
-    return correct / seen
-
-
-def _to_device(
-    batches: Iterator[Batch], count: int, mesh: Mesh, waits: list[float]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The next `count` micro-batches as model input, fetched one at a time; appends the seconds waited for
-    each."""
-    for _ in range(count):
-        started = time.perf_counter()
-        images, labels = next(batches)
-        waits.append(time.perf_counter() - started)
-        yield to_model_input(images, mesh.device), labels.to(mesh.device, non_blocking=True)
+def evaluate(engine: Engine, loader: EvalLoader, bad_samples: BadSamples, step: int) -> tuple[float, int]:
+    """(top-1, samples used) over the whole validation set, exact at any number of ranks: no sample dropped or
+    counted twice. A prediction is right if it is one of the image's labels. Bad samples are recorded and left
+    out."""
+    run, mesh = engine.run, engine.mesh
+    counts = torch.zeros(2, device=mesh.device, dtype=torch.float64)  # right, used
+    bad = []
+    for batch in loader:
+        images, labels, weights = whole_batch(batch, run, mesh)
+        predicted = engine.predict(to_model_input(images, mesh.device)).argmax(1)
+        right = (labels == predicted[:, None]).any(1)
+        counts += torch.stack([(right * weights).sum(), weights.sum()])
+        bad.append(batch._replace(images=batch.images[:0]))
+    right_count, used = sum_over_dp(mesh, counts).tolist()
+    if used < loader.num_samples:
+        bad_samples.record(step, collect_bad(bad, run, mesh))
+    return right_count / max(used, 1), int(used)
 
 
 def _seed_dropout(seed: int, step: int, mesh: Mesh) -> None:
@@ -107,14 +124,15 @@ def _seed_dropout(seed: int, step: int, mesh: Mesh) -> None:
 
 def _train_loader(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> TrainLoader:
     return TrainLoader(
-        index_shards(run.data.shards, progress=mesh.is_main),
+        _open(run.data.shards, run.data, mesh),
         run.model,
         run.data,
         seed=run.seed,
         global_batch=ds_config["train_batch_size"],
         micro_batch=ds_config["train_micro_batch_size_per_gpu"],
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp_size,
+        share=share_of(run, mesh),
+        cache=_cache(run.data),
+        allow_unlabelled=run.loss == "sigmoid",
     )
 
 
@@ -122,10 +140,19 @@ def _eval_loader(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> EvalL
     if not run.data.val_shards:
         return None
     return EvalLoader(
-        index_shards(run.data.val_shards, progress=mesh.is_main),
+        _open(run.data.val_shards, run.data, mesh),
         run.model,
         run.data,
         batch=ds_config["train_micro_batch_size_per_gpu"],
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp_size,
+        share=share_of(run, mesh),
+        cache=_cache(run.data),
+        allow_unlabelled=run.loss == "sigmoid",
     )
+
+
+def _open(shards: str, config: DataConfig, mesh: Mesh) -> Manifest:
+    return mesh.on_main(lambda: open_shards(shards, _cache(config), progress=True))
+
+
+def _cache(config: DataConfig) -> ShardCache:
+    return ShardCache(config.cache_dir, int(config.cache_gb * 1e9), timeout_s=config.timeout_s)

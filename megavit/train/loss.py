@@ -1,8 +1,8 @@
 """Classification losses on class-sharded logits; nothing gathers the [B, C] logits.
 
-Letters: B local batch, C classes, /tp a rank's share (padded, see `Classifier`). Both losses take dense
-targets over this rank's classes, sum over classes and average over images, as big_vision's (a mean over
-classes would be C times smaller).
+Letters: B local batch, C classes, /tp a rank's share (padded, see `Classifier`), M labels of an image at
+most. Both losses take dense targets over this rank's classes and sum over classes, as big_vision's (a mean
+over classes would be C times smaller).
 """
 
 from __future__ import annotations
@@ -16,12 +16,22 @@ from megavit.parallel.collectives import max_over_tp, reduce_from_tp
 from megavit.parallel.mesh import Mesh
 
 
-def local_targets(labels: Tensor, num_classes: int, mesh: Mesh) -> Tensor:
-    """Class ids [B] int64 -> one-hot targets of this rank's classes, [B, ceil(C/tp)] float32, padding
-    zero."""
+def local_targets(kind: Loss, labels: Tensor, num_classes: int, mesh: Mesh, smoothing: float = 0.0) -> Tensor:
+    """Class ids [B, M], filled up with -1, -> targets of this rank's classes, [B, ceil(C/tp)] float32.
+
+    sigmoid: one for every label. softmax: the labels share the mass of one. `smoothing` spreads that share of
+    the targets evenly over the C classes.
+    """
     share = -(-num_classes // mesh.tp_size)
-    mine = torch.arange(share, device=labels.device) + mesh.tp_rank * share
-    return (labels[:, None] == mine).float()
+    local = labels.long() - mesh.tp_rank * share
+    elsewhere = (labels < 0) | (local < 0) | (local >= share)
+    targets = torch.zeros(
+        len(labels), share + 1, device=labels.device
+    )  # the last column takes what is elsewhere
+    targets = targets.scatter_(1, local.masked_fill(elsewhere, share), 1.0)[:, :share]
+    if kind == "softmax":
+        targets = targets / (labels >= 0).sum(1, keepdim=True).clamp(min=1)
+    return targets * (1 - smoothing) + smoothing / num_classes if smoothing else targets
 
 
 def _valid(logits: Tensor, num_classes: int, mesh: Mesh) -> int:
@@ -31,17 +41,16 @@ def _valid(logits: Tensor, num_classes: int, mesh: Mesh) -> int:
 
 
 def sigmoid_cross_entropy(logits: Tensor, targets: Tensor, num_classes: int, mesh: Mesh) -> Tensor:
-    """Binary cross-entropy of every class, summed over all C, averaged over B. One all-reduce of a scalar."""
+    """Binary cross-entropy of every class, summed over all C: [B] float32. One all-reduce of [B]."""
     valid = _valid(logits, num_classes, mesh)
     z, t = logits[:, :valid].float(), targets[:, :valid]
     # Not F.binary_cross_entropy_with_logits: at the initial logit of -10 it cancels to 1% per class, times
     # 30,000 classes.
-    local = F.softplus(z).sum() - (z * t).sum()
-    return reduce_from_tp(mesh, local / logits.shape[0])
+    return reduce_from_tp(mesh, F.softplus(z).sum(1) - (z * t).sum(1))
 
 
 def softmax_cross_entropy(logits: Tensor, targets: Tensor, num_classes: int, mesh: Mesh) -> Tensor:
-    """Cross-entropy of the softmax over all C, averaged over B. A max- and a sum-reduce of [B] and [2, B]."""
+    """Cross-entropy of the softmax over all C: [B] float32. A max- and a sum-reduce of [B] and [2, B]."""
     valid = _valid(logits, num_classes, mesh)
     z, t = logits[:, :valid].float(), targets[:, :valid]
     # A rank whose columns are all padding (C < tp_size) takes part with -inf.
@@ -50,12 +59,11 @@ def softmax_cross_entropy(logits: Tensor, targets: Tensor, num_classes: int, mes
     z = z - top[:, None]
     normaliser, picked = reduce_from_tp(mesh, torch.stack([z.exp().sum(1), (z * t).sum(1)]))
     # Targets sum to one: sum_c t_c (log Z - z_c) = log Z - sum_c t_c z_c.
-    return (normaliser.log() - picked).mean()
+    return normaliser.log() - picked
 
 
-def cross_entropy(kind: Loss, logits: Tensor, labels: Tensor, num_classes: int, mesh: Mesh) -> Tensor:
-    """The configured loss of local logits [B, ceil(C/tp)] and class ids [B]; a float32 scalar, the same on
-    all TP ranks."""
-    targets = local_targets(labels, num_classes, mesh)
+def image_losses(kind: Loss, logits: Tensor, targets: Tensor, num_classes: int, mesh: Mesh) -> Tensor:
+    """The configured loss of local logits [B, ceil(C/tp)] and their targets: [B] float32, the same on all TP
+    ranks."""
     function = sigmoid_cross_entropy if kind == "sigmoid" else softmax_cross_entropy
     return function(logits, targets, num_classes, mesh)

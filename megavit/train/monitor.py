@@ -16,18 +16,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from megavit.config import RunConfig
+from megavit.data.bad import BAD_SAMPLES_FILE
 from megavit.model.count import num_params, train_flops
 from megavit.parallel.mesh import Mesh
 from megavit.train.ds_config import uses_bf16
+from megavit.train.inputs import Inputs
 from megavit.train.schedule import lr_at
 
 LOG_FILE = "log.jsonl"
@@ -95,16 +96,16 @@ class Monitor:
         if self._enabled:
             print(text, flush=True)
 
-    def show_first(self, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def show_first(self, micro_batches: Iterable[Inputs]) -> Iterator[Inputs]:
         """Passes micro-batches through; of the first, up to 64 augmented images go to TensorBoard as a
         grid."""
-        for index, (images, labels) in enumerate(micro_batches):
+        for index, inputs in enumerate(micro_batches):
             if self._enabled and index == 0:
                 from torchvision.utils import make_grid
 
-                grid = make_grid((images[:64].cpu() + 1) / 2, nrow=8, padding=1, pad_value=0.5)
+                grid = make_grid((inputs.images[:64].cpu() + 1) / 2, nrow=8, padding=1, pad_value=0.5)
                 self._board.add_image("data/augmented", grid, 0)
-            yield images, labels
+            yield inputs
 
     def log_step(
         self,
@@ -114,6 +115,7 @@ class Monitor:
         lr: float,
         grad_norm: float,
         epoch: float,
+        bad_samples: int,
         step_time_s: float,
         data_time_s: float,
     ) -> None:
@@ -140,24 +142,29 @@ class Monitor:
             "data_time_s": data_time,
             "memory_gib": _memory_gib(self.mesh),
             "epoch": epoch,
+            "bad_samples": bad_samples,
         }
         self._write(record)
         for tag, key in _TAGS.items():
             self._board.add_scalar(tag, record[key], done)
+        bad = f"{bad_samples} bad  " if bad_samples else ""
         left = int((self.run.max_steps - done) * step_time)
         self.say(
             f"step {done:>6}/{self.run.max_steps}  loss {loss:8.4f}  lr {lr:.2e}  grad {grad_norm:7.3f}  "
             f"{images_per_s:8,.0f} img/s  mfu {record['mfu']:6.1%}  wait {data_time / step_time:4.0%}  "
-            f"epoch {epoch:6.2f}  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+            f"epoch {epoch:6.2f}  {bad}{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
         )
 
-    def log_eval(self, step: int, top1: float, num_samples: int) -> None:
-        """Record an evaluation after `step` updates."""
+    def log_eval(self, step: int, top1: float, num_samples: int, num_bad: int) -> None:
+        """Record an evaluation after `step` updates, on `num_samples` images; `num_bad` more were
+        unusable."""
         if self._enabled:
-            self._write({"step": step, "eval_top1": top1, "eval_samples": num_samples})
+            self._write({"step": step, "eval_top1": top1, "eval_samples": num_samples, "eval_bad": num_bad})
             self._board.add_scalar("eval/top1", top1, step)
+            left_out = f" ({num_bad} unusable left out, see {BAD_SAMPLES_FILE})" if num_bad else ""
             self.say(
                 f"step {step:>6}/{self.run.max_steps}  evaluation: top-1 {top1:.4f} on {num_samples} images"
+                f"{left_out}"
             )
 
     def close(self) -> None:
@@ -180,6 +187,7 @@ _TAGS = {
     "speed/data_time_s": "data_time_s",
     "memory/peak_gib": "memory_gib",
     "data/epoch": "epoch",
+    "data/bad_samples": "bad_samples",
 }
 
 

@@ -11,14 +11,21 @@ import pytest
 from PIL import Image
 
 from megavit.data import write
-from megavit.data.index import ShardReader, expand_shards, index_shards
+from megavit.data.manifest import expand_shards, open_shards
+from megavit.data.reader import ShardReader
 
 
 def contents(pattern: str) -> list[tuple[bytes, int]]:
-    shards = index_shards(pattern)
-    reader = ShardReader(shards)
-    places = [(s, i) for s, shard in enumerate(shards) for i in range(len(shard))]
-    return [(image, int(label)) for image, label in (reader.read(*place) for place in places)]
+    manifest = open_shards(pattern)
+    reader = ShardReader(manifest)
+    found = []
+    for shard in range(len(manifest)):
+        for index in range(int(manifest.samples[shard])):
+            members = reader.members(shard, index)
+            image = next(member for name, member in members.items() if name != "cls")
+            data, label = reader.read(shard, index, [image, members["cls"]])
+            found.append((data, int(label)))
+    return found
 
 
 def pixels(data: bytes) -> np.ndarray:

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 from megavit import MegaVit
 from megavit.config import run_preset
-from megavit.data.index import index_shards
+from megavit.data.device import to_model_input
+from megavit.data.lanes import Lanes, Order
 from megavit.data.loader import EvalLoader
-from megavit.data.transforms import to_model_input
+from megavit.data.manifest import open_shards
 from tests.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +87,7 @@ def test_run_folder_keeps_its_contract(reference: Run) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     keys = "step loss lr grad_norm images_per_s tokens_per_s mfu step_time_s data_time_s memory_gib epoch"
+    keys += " bad_samples"
     assert [row["step"] for row in reference.steps] == list(range(1, 21))
     assert all(list(row) == keys.split() for row in reference.steps)
     assert reference.log[-1]["eval_samples"] == 360
@@ -93,6 +95,7 @@ def test_run_folder_keeps_its_contract(reference: Run) -> None:
         "config.yaml",
         "ds_config.json",
         "environment.json",
+        "data.json",
         "checkpoints/step_00000020/manifest.json",
     ):
         assert (reference.folder / name).is_file(), name
@@ -127,7 +130,7 @@ def test_same_seed_twice_is_bitwise_equal_and_another_seed_is_not(reference: Run
     [
         (2, 1, []),
         (2, 2, ["--recompute", "selective"]),
-        (4, 2, ["--data.workers", "1"]),
+        (4, 2, ["--data.workers", "1", "--data.tp", "replicate", "--data.check_every", "5"]),
         (4, 4, ["--recompute", "full"]),
         (1, 1, ["--compile", "--recompute", "selective"]),
     ],
@@ -150,15 +153,13 @@ def test_every_layout_gives_the_same_run(
 def check_export(run: Run, digits: Path) -> None:
     """The exported model, in this one process, classifies the test set as the run's last evaluation did."""
     preset = run_preset("vit_tiny")
-    loader = EvalLoader(
-        index_shards(f"{digits}/test-*.tar"), preset.model, preset.data, batch=360, dp_rank=0, dp_size=1
-    )
-    ((images, labels),) = list(loader)
+    loader = EvalLoader(open_shards(f"{digits}/test-*.tar"), preset.model, preset.data, batch=360)
+    (batch,) = list(loader)
     with torch.no_grad():
         predicted = MegaVit.from_pretrained(run.folder / "export")(
-            to_model_input(images, torch.device("cpu"))
+            to_model_input(batch.images, torch.device("cpu"))
         ).argmax(1)
-    assert (predicted == labels).float().mean().item() == pytest.approx(run.log[-1]["eval_top1"])
+    assert (predicted == batch.labels[:, 0]).float().mean().item() == pytest.approx(run.log[-1]["eval_top1"])
 
 
 @pytest.mark.dist
@@ -195,12 +196,56 @@ def test_export_command_repeats_the_export(reference: Run, tmp_path: Path) -> No
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_a_bad_label_on_one_rank_ends_the_whole_run(tmp_path: Path) -> None:
-    """Catches ranks left hanging when one of them meets an error."""
+def test_bad_samples_are_left_out_alike_in_every_layout(tmp_path: Path) -> None:
+    """Catches bad data that end a run, change the batch, are averaged in, or are counted twice by TP
+    ranks."""
     bad_shards(tmp_path)
-    run = launch(tmp_path / "run", tmp_path, *SHORT, "--model.num_classes", "3", ranks=2)
-    assert run.code != 0
-    assert "train-0.tar" in run.output and "outside 0..2" in run.output
+    flags = [*SHORT, "--max_steps", "4", "--model.num_classes", "3", "--data.max_bad_fraction", "0.1"]
+    one = launch(tmp_path / "one", tmp_path, *flags)
+    four = launch(tmp_path / "four", tmp_path, *flags, "--tensor_parallel_size", "2", ranks=4)
+    assert one.code == four.code == 0, one.output + four.output
+    for run in (one, four):
+        rows = [json.loads(line) for line in (run.folder / "bad_samples.jsonl").read_text().splitlines()]
+        assert {(row["key"], Path(row["url"]).name) for row in rows} == {("299", "train-0.tar")}
+        assert "label 7 is outside 0..2" in rows[0]["reason"]
+        assert run.steps[-1]["bad_samples"] == len(rows) > 1 and "bad  " in run.output
+    for mine, expected in zip(four.steps, one.steps, strict=True):
+        assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert mine["bad_samples"] == expected["bad_samples"]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_too_much_bad_data_ends_all_ranks_at_one_step(tmp_path: Path) -> None:
+    """Catches ranks left hanging when one of them meets bad data, and a run that loses its weights by it."""
+    bad_shards(tmp_path)
+    flags = [*SHORT, "--model.num_classes", "3", "--data.max_bad_fraction", "0"]
+    run = launch(tmp_path / "run", tmp_path, *flags, ranks=2)
+    assert run.code != 0 and "Traceback" not in run.output, run.output
+    assert (
+        "unusable, more than --data.max_bad_fraction 0" in run.output
+        and "train-0.tar (1 samples)" in run.output
+    )
+    assert list((run.folder / "checkpoints").glob("step_*/manifest.json"))
+
+
+@pytest.mark.slow
+def test_which_lists_what_a_step_read(reference: Run, digits: Path) -> None:
+    """Catches a list that is not what the run read: its samples of step 3 must be those of the order."""
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "shards.py"),
+        "which",
+        "--run_dir",
+        str(reference.folder),
+    ]
+    done = subprocess.run([*command, "--step", "3"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    lanes = Lanes(open_shards(f"{digits}/train-*.tar").samples, 256, seed=0)
+    slots = Order(lanes, 256).slots(2, 0, 256)
+    found = [(int(Path(row["url"]).stem[-6:]), int(row["key"][-9:]) % 100) for row in rows]
+    assert found == list(zip(slots.shard.tolist(), slots.index.tolist(), strict=True))
 
 
 def bad_shards(folder: Path) -> None:

@@ -14,7 +14,7 @@ from megavit.config import ModelConfig
 from megavit.model.vit import MegaVit
 from megavit.parallel.layout import layout_of
 from megavit.parallel.mesh import Mesh
-from megavit.train.loss import cross_entropy
+from megavit.train.loss import image_losses, local_targets
 from tests.ranks import run_ranks
 
 # 7 classes: padded at tp 2 and 4. 6 patches wide, MLP 36: no powers of two that would hide an exchange of
@@ -47,7 +47,8 @@ def gradients(
     images, labels = batch()
     torch.manual_seed(3)
     local = model(images, local_logits=True)
-    loss = cross_entropy(loss_kind, local, labels, config.num_classes, mesh)
+    targets = local_targets(loss_kind, labels[:, None], config.num_classes, mesh)
+    loss = image_losses(loss_kind, local, targets, config.num_classes, mesh).mean()
     loss.backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     return found | {"loss": loss.detach(), "logits": model.head.gather_logits(local).detach()}

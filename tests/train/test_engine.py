@@ -13,7 +13,8 @@ from megavit.model.vit import MegaVit
 from megavit.parallel.layout import layout_of
 from megavit.parallel.mesh import Mesh
 from megavit.train.ds_config import resolve_ds_config
-from megavit.train.loss import cross_entropy
+from megavit.train.inputs import Inputs
+from megavit.train.loss import image_losses, local_targets
 from megavit.train.optim import parameter_groups
 from tests.ranks import run_ranks
 
@@ -40,6 +41,19 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.randint(0, 7, (BATCH,), generator=generator)
 
 
+# Two bad samples, on one rank of two and in one micro-batch: the loss is divided by the weights of the whole
+# batch.
+WEIGHTS = torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1])
+
+
+def inputs(run: RunConfig, mesh: Mesh, step: int, micro_batch: int) -> list[Inputs]:
+    share = BATCH // mesh.dp_size
+    images, labels, weights = (t[mesh.dp_rank * share :][:share] for t in (*batch(step), WEIGHTS))
+    targets = local_targets(run.loss, labels[:, None], 7, mesh)
+    parts = zip(*(t.split(micro_batch) for t in (images, targets, weights)), strict=True)
+    return [Inputs(*part) for part in parts]
+
+
 def plain_pytorch(run: RunConfig) -> dict[str, Any]:
     """The same steps with nothing but torch: what every engine must reproduce."""
     model = MegaVit.from_config(run.model, seed=run.seed)
@@ -47,7 +61,9 @@ def plain_pytorch(run: RunConfig) -> dict[str, Any]:
     losses, norms = [], []
     for step in range(STEPS):
         images, labels = batch(step)
-        loss = cross_entropy(run.loss, model(images), labels, 7, Mesh.single())
+        targets = local_targets(run.loss, labels[:, None], 7, Mesh.single())
+        per_image = image_losses(run.loss, model(images), targets, 7, Mesh.single())
+        loss = (per_image * WEIGHTS).sum() / WEIGHTS.sum()
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
@@ -65,11 +81,9 @@ def run_engine(tp_size: int, run: RunConfig, raw: dict[str, Any]) -> float | dic
     run = dataclasses.replace(run, tensor_parallel_size=tp_size)
     engine = Engine(run, resolve_ds_config(raw, mesh.dp_size, "cpu"), mesh)
     expected = plain_pytorch(run)
-    share = BATCH // mesh.dp_size
     losses, norms = [], []
     for step in range(STEPS):
-        images, labels = (t[mesh.dp_rank * share :][:share].split(engine.micro_batch) for t in batch(step))
-        loss, norm = engine.train_step(zip(images, labels, strict=True), step, LR)
+        loss, norm = engine.train_step(inputs(run, mesh, step, engine.micro_batch), WEIGHTS.sum(), step, LR)
         losses.append(loss)
         norms.append(norm)
     layouts = {name: layout_of(p) for name, p in engine.model.named_parameters()}
@@ -125,16 +139,15 @@ def poisoned(tp_size: int, stage: int, where: str) -> list[Any]:
 
     mesh = Mesh.from_environment(tp_size)
     engine = Engine(RUN, resolve_ds_config(ds_config(stage), mesh.dp_size, "cpu"), mesh)
-    share = BATCH // mesh.dp_size
-    images, labels = (t[mesh.dp_rank * share :][:share] for t in batch(0))
-    engine.train_step([(images, labels)], 0, LR)
+    (part,) = inputs(RUN, mesh, 0, BATCH // mesh.dp_size)
+    engine.train_step([part], WEIGHTS.sum(), 0, LR)
     before = {name: shard.clone() for name, shard in engine.shards()}
     if where == "loss" and mesh.dp_rank == 1:
-        images = images * float("nan")
+        part = part._replace(images=part.images * float("nan"))
     if where == "gradient" and mesh.dp_rank == 1:
         dict(engine.model.named_parameters())["norm.weight"].register_hook(lambda grad: grad * float("inf"))
     try:
-        engine.train_step([(images, labels)], 1, LR)
+        engine.train_step([part], WEIGHTS.sum(), 1, LR)
     except NonFiniteError as error:
         return [str(error), all(torch.equal(before[name], shard) for name, shard in engine.shards())]
     return ["no error", False]

@@ -7,10 +7,17 @@ import torch
 import torch.nn.functional as F
 
 from megavit.parallel.mesh import Mesh
-from megavit.train.loss import cross_entropy
+from megavit.train.loss import image_losses, local_targets
 
 LOGITS = torch.randn(5, 9, generator=torch.Generator().manual_seed(0)) * 4
 LABELS = torch.tensor([0, 8, 3, 3, 1])
+
+
+def cross_entropy(
+    kind: str, logits: torch.Tensor, labels: torch.Tensor, classes: int, mesh: Mesh
+) -> torch.Tensor:
+    targets = local_targets(kind, labels[:, None], classes, mesh)
+    return image_losses(kind, logits, targets, classes, mesh).mean()
 
 
 def test_sigmoid_sums_over_classes_and_averages_over_images() -> None:
@@ -42,3 +49,34 @@ def test_bfloat16_logits_are_summed_in_float32() -> None:
     found = cross_entropy("sigmoid", wide, torch.tensor([0]), 30_000, Mesh.single())
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(10 + 30_000 * 4.5398e-05, rel=1e-4)
+
+
+def test_several_labels() -> None:
+    """Catches a label lost, counted twice, or the padding taken for a class."""
+    labels = torch.tensor([[2, 5, -1], [0, -1, -1], [-1, -1, -1]])
+    sigmoid = local_targets("sigmoid", labels, 9, Mesh.single())
+    assert sigmoid.nonzero().tolist() == [[0, 2], [0, 5], [1, 0]] and sigmoid.max() == 1
+    softmax = local_targets("softmax", labels, 9, Mesh.single())
+    assert softmax.sum(1).tolist() == [1, 1, 0] and softmax[0, 2] == 0.5
+
+
+def test_label_smoothing_equals_torch() -> None:
+    """Catches smoothing that changes the targets' sum."""
+    targets = local_targets("softmax", LABELS[:, None], 9, Mesh.single(), smoothing=0.1)
+    expected = F.cross_entropy(LOGITS, LABELS, label_smoothing=0.1)
+    assert image_losses("softmax", LOGITS, targets, 9, Mesh.single()).mean().item() == pytest.approx(
+        expected.item()
+    )
+    smooth = local_targets("sigmoid", LABELS[:, None], 9, Mesh.single(), smoothing=0.1)
+    assert smooth.amax().item() == pytest.approx(0.9 + 0.1 / 9) and smooth.amin().item() == pytest.approx(
+        0.1 / 9
+    )
+
+
+def test_class_ranges_of_the_ranks_make_up_the_targets() -> None:
+    """Catches a class that two TP ranks hold, or none: 30,000 classes in 7 ranges with padding."""
+    labels = torch.tensor([[0, 4285, 4286, 29_999], [17, -1, -1, -1]])
+    parts = [local_targets("sigmoid", labels, 30_000, Mesh(tp_size=7, tp_rank=rank)) for rank in range(7)]
+    whole = torch.cat(parts, dim=1)
+    assert whole.shape == (2, 30_002)
+    assert whole.nonzero().tolist() == [[0, 0], [0, 4285], [0, 4286], [0, 29_999], [1, 17]]

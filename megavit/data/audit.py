@@ -1,0 +1,197 @@
+"""Looking over a data set: every byte against its checksums, counts and sizes, and what a step will read."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from megavit.data.bad import SampleError
+from megavit.data.index import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, ShardError, walk_tar
+from megavit.data.lanes import DataState, Lanes, Order
+from megavit.data.manifest import DATA_FILE, Manifest, in_processes, open_shards
+from megavit.data.reader import ShardReader
+from megavit.data.sources import ShardCache, SourceError, is_local
+
+
+def verify(manifest: Manifest, cache: ShardCache, workers: int) -> Iterator[str]:
+    """Re-read every byte; yields a line for each missing or damaged shard and each damaged sample.
+
+    Compares sizes, indexes, every checksum, and the tar headers that plain webdataset would follow.
+    """
+    for lines in in_processes(
+        partial(_verify_shard, manifest, cache), range(len(manifest)), workers, "verify"
+    ):
+        yield from lines
+
+
+def _verify_shard(manifest: Manifest, cache: ShardCache, shard: int) -> list[str]:
+    url, size = manifest.urls[shard], int(manifest.shard_bytes[shard])
+    lost = f"{int(manifest.samples[shard])} samples"
+    try:
+        path = url if is_local(url) else str(cache.get(url, size))
+        on_disk = os.path.getsize(path)
+        index = manifest.index(shard)
+    except FileNotFoundError:
+        return [f"{url}: missing ({lost})"]
+    except (OSError, SourceError, ShardError) as error:
+        return [f"{url}: {error} ({lost})"]
+    found = []
+    if index.digest != manifest.digests[shard]:
+        found.append(f"{url}: its index is not the one in the manifest; make both again")
+    if on_disk != size:
+        found.append(f"{url}: has {on_disk} bytes, the manifest says {size}")
+    reader = ShardReader(manifest, cache)
+    for number in range(len(index)):
+        try:
+            reader.read(shard, number, index.sample(number).values())
+        except SampleError as error:
+            found.append(str(error))
+    reader.close()
+    try:
+        known = set(zip(index.members["offset"].tolist(), index.members["size"].tolist(), strict=True))
+        if not known <= {(offset, length) for _, offset, length in walk_tar(path, url)}:
+            found.append(f"{url}: its headers do not lead to the members in the index")
+    except ShardError as error:
+        found.append(str(error))
+    return found
+
+
+@dataclass
+class Statistics:
+    """Counts over some or all shards; sizes in pixels, bytes as stored."""
+
+    samples: int = 0
+    image_bytes: int = 0
+    label_count: Counter[int] = field(default_factory=Counter)  # labels of an image -> images
+    classes: Counter[int] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    widths: list[int] = field(default_factory=list)
+    heights: list[int] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def lines(self, manifest: Manifest) -> list[str]:
+        """The numbers as text, a line each."""
+
+        def spread(values: list[int]) -> str:
+            return "min {:.0f}, median {:.0f}, max {:.0f}".format(*np.quantile(values or [0], (0, 0.5, 1)))
+
+        common, rare = self.classes.most_common(5), self.classes.most_common()[:-6:-1]
+        lines = [
+            f"shards          {len(manifest):,} ({manifest.shard_bytes.sum():,} bytes)",
+            f"samples         {manifest.num_samples:,} ({self.samples:,} looked at)",
+            f"image bytes     {self.image_bytes:,} "
+            f"({self.image_bytes / (len(self.widths) or 1):,.0f} a sample)",
+            f"formats         {_counts(self.formats.most_common())}",
+            f"width           {spread(self.widths)}",
+            f"height          {spread(self.heights)}",
+            f"labels an image {_counts(sorted(self.label_count.items()))}",
+            f"classes         {len(self.classes):,}, ids {min(self.classes, default=0)} to "
+            f"{max(self.classes, default=0)}",
+            f"  most frequent {_counts(common)}",
+            f"  rarest        {_counts(rare)}",
+            f"unusable        {len(self.problems):,}",
+        ]
+        return lines + [f"  {problem}" for problem in self.problems[:20]]
+
+    def add(self, other: Statistics) -> None:
+        """Take in another part's counts."""
+        self.samples += other.samples
+        self.image_bytes += other.image_bytes
+        for name in ("label_count", "classes", "formats"):
+            getattr(self, name).update(getattr(other, name))
+        for name in ("widths", "heights", "problems"):
+            getattr(self, name).extend(getattr(other, name))
+
+
+def _counts(rows: Iterable[tuple[object, int]]) -> str:
+    return ", ".join(f"{name}: {count:,}" for name, count in rows)
+
+
+def statistics(manifest: Manifest, cache: ShardCache, workers: int, shards: int = 0) -> Statistics:
+    """Image sizes (from the headers), formats, labels and bytes of `shards` shards, spread evenly; 0 takes
+    all."""
+    count = min(shards or len(manifest), len(manifest))
+    chosen = np.unique(np.linspace(0, len(manifest) - 1, count).round().astype(int)).tolist()
+    total = Statistics()
+    for part in in_processes(partial(_shard_statistics, manifest, cache), chosen, workers, "stats"):
+        total.add(part)
+    return total
+
+
+def _shard_statistics(manifest: Manifest, cache: ShardCache, shard: int) -> Statistics:
+    reader, found = ShardReader(manifest, cache), Statistics()
+    for number in range(int(manifest.samples[shard])):
+        found.samples += 1
+        try:
+            members = reader.members(shard, number)
+            image = next(members[name] for name in IMAGE_EXTENSIONS if name in members)
+            label = next(members[name] for name in LABEL_EXTENSIONS if name in members)
+            image_bytes, label_bytes = reader.read(shard, number, (image, label))
+            with Image.open(io.BytesIO(image_bytes)) as opened:
+                width, height, kind = *opened.size, opened.format or "?"
+            labels = _any_labels(label_bytes)
+        except SampleError as error:
+            found.problems.append(str(error))
+        except StopIteration:
+            found.problems.append(
+                f"{manifest.urls[shard]}: sample {reader.key(shard, number)!r}: no image or no label"
+            )
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            found.problems.append(f"{manifest.urls[shard]}: sample {reader.key(shard, number)!r}: {error}")
+        else:
+            found.image_bytes += len(image_bytes)
+            found.widths.append(width)
+            found.heights.append(height)
+            found.formats[kind] += 1
+            found.label_count[len(labels)] += 1
+            found.classes.update(labels)
+    reader.close()
+    return found
+
+
+def _any_labels(data: bytes) -> list[int]:
+    """Class ids of a `cls` or `json` member, whatever their range."""
+    value = json.loads(data)
+    labels = value.get("labels") if isinstance(value, dict) else value
+    labels = labels if isinstance(labels, list) else [labels]
+    if not all(type(label) is int for label in labels):
+        raise ValueError(f"label {data[:40]!r} is no class number")
+    return labels
+
+
+def samples_of_step(manifest: Manifest, order: Order, step: int) -> Iterator[dict[str, object]]:
+    """Slot, url, key, epoch and lane of every sample of a step, from the indexes alone."""
+    reader = ShardReader(manifest)
+    slots = order.slots(step, 0, order.global_batch)
+    for slot, (shard, index) in enumerate(zip(slots.shard.tolist(), slots.index.tolist(), strict=True)):
+        yield {
+            "slot": slot,
+            "url": manifest.urls[shard],
+            "key": reader.key(shard, index),
+            "epoch": slots.epoch,
+            "lane": slot // order.per_lane,
+        }
+
+
+def order_of_run(run_dir: Path) -> tuple[Manifest, Order]:
+    """The training shards and the order of a run folder. ValueError if it is none, or its shards have
+    changed."""
+    try:
+        saved = json.loads((run_dir / DATA_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{run_dir} is no run folder with data: {DATA_FILE}: {error}") from error
+    manifest = open_shards(saved["shards"])
+    if manifest.digest != saved["state"]["manifest"]:
+        raise ValueError(f"the shards {saved['shards']} have changed since the run")
+    state = DataState.from_json(saved["state"])
+    lanes = Lanes(manifest.samples, state.num_lanes, state.seed, state.block)
+    return manifest, Order(lanes, saved["global_batch"], [tuple(skip) for skip in saved["skips"]], state)

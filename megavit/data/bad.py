@@ -1,0 +1,86 @@
+"""Samples that cannot be used: recorded, counted and limited, never dropped in silence."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+BAD_SAMPLES_FILE = "bad_samples.jsonl"
+_FREE = 10  # a rate means nothing before some samples have been seen
+
+
+class BadSample(NamedTuple):
+    """A slot of a batch that got weight 0; `whole_shard` if the shard itself could not be had or opened."""
+
+    url: str
+    key: str
+    reason: str
+    whole_shard: bool = False
+
+
+class SampleError(ValueError):
+    """A sample cannot be used; the message names shard, key and reason."""
+
+    def __init__(self, bad: BadSample):
+        super().__init__(bad)  # the one argument that pickling hands back
+        self.bad = bad
+
+    def __str__(self) -> str:
+        return f"{self.bad.url}: sample {self.bad.key!r}: {self.bad.reason}"
+
+
+class TooManyBadSamples(ValueError):
+    """The run's data are worse than its limits allow; the message names the worst shards."""
+
+
+class BadSamples:
+    """The run's account of bad samples, kept alike on every rank; only one rank gets a `file` to write.
+
+    Limits: `max_fraction` of all samples seen (the first ten are free, unless it is 0), and `max_shards`
+    different shards that failed as a whole without one step in between that read everything.
+    """
+
+    def __init__(self, max_fraction: float, max_shards: int, file: Path | None = None):
+        self.total = 0
+        self._max_fraction, self._max_shards, self._file = max_fraction, max_shards, file
+        self._seen = 0
+        self._per_shard: Counter[str] = Counter()
+        self._failing: dict[str, str] = {}  # shards of the current streak, with the reason
+
+    def add(self, step: int, batch_size: int, found: list[BadSample]) -> None:
+        """Account for a step's batch. Raises TooManyBadSamples above a limit, after writing the records."""
+        self._seen += batch_size
+        self.total += len(found)
+        self._per_shard.update(bad.url for bad in found)
+        self.record(step, found)
+        failing = {bad.url: bad.reason for bad in found if bad.whole_shard}
+        self._failing = self._failing | failing if failing else {}
+        self._check(step)
+
+    def record(self, step: int, found: list[BadSample]) -> None:
+        """Write records without counting them, as for validation samples."""
+        if found and self._file:
+            with open(self._file, "a") as file:
+                file.writelines(json.dumps({"step": step, **bad._asdict()}) + "\n" for bad in found)
+
+    def _check(self, step: int) -> None:
+        if len(self._failing) > self._max_shards:
+            raise TooManyBadSamples(
+                f"{len(self._failing)} shards could not be read in the steps up to {step}, more than "
+                f"--data.max_bad_shards {self._max_shards}: {_some(self._failing)}"
+            )
+        allowed = max(self._max_fraction * self._seen, _FREE) if self._max_fraction else 0
+        if self.total > allowed:
+            worst = {url: f"{count} samples" for url, count in self._per_shard.most_common()}
+            raise TooManyBadSamples(
+                f"{self.total} of {self._seen} samples up to step {step} are unusable, more than "
+                f"--data.max_bad_fraction {self._max_fraction:g}; see {BAD_SAMPLES_FILE}; by shard: "
+                f"{_some(worst)}"
+            )
+
+
+def _some(named: dict[str, str], most: int = 5) -> str:
+    lines = [f"{name} ({what})" for name, what in list(named.items())[:most]]
+    return "; ".join(lines) + (f"; and {len(named) - most} more" if len(named) > most else "")

@@ -1,0 +1,42 @@
+"""What is left to do with a batch on the device: normalise, mirror, blend pairs.
+
+Letters: B batch, S image side, C channels, K classes of this rank. uint8 crosses the bus, a quarter of
+float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_model_input(images: Tensor, device: torch.device, flips: Tensor | None = None) -> Tensor:
+    """uint8 [B, S, S, C] -> float32 [B, C, S, S] in [-1, 1] on `device`, as the paper's family is trained.
+
+    `flips`, bool [B], says which images are mirrored left to right.
+    """
+    images = images.to(device, non_blocking=True)
+    if flips is not None:
+        mirror = flips.to(device, non_blocking=True)[:, None, None, None]
+        images = torch.where(mirror, images.flip(2), images)
+    return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+def blend(images: Tensor, targets: Tensor, weights: Tensor, blends: Tensor) -> tuple[Tensor, Tensor]:
+    """mixup and cutmix of slots 2k and 2k+1: images [B, C, S, S] and targets [B, K] as `transforms.blends`
+    says.
+
+    A pair of which one slot is bad (weight 0) stays as it is.
+    """
+    partner = torch.arange(len(images), device=images.device) ^ 1
+    usable = (weights * weights[partner] > 0)[:, None]
+    neutral = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 0.0], device=images.device)
+    pixel_share, label_share, *box = torch.where(usable, blends.to(images.device), neutral).unbind(1)
+    top, bottom, left, right = (edge[:, None] for edge in box)
+    at = torch.arange(images.shape[-1], device=images.device)
+    rows, columns = (at >= top) & (at < bottom), (at >= left) & (at < right)  # [B, S]
+    inside = (rows[:, :, None] & columns[:, None, :])[:, None]  # [B, 1, S, S]
+    pixel_share = pixel_share[:, None, None, None]
+    mixed = torch.where(inside, images[partner], pixel_share * images + (1 - pixel_share) * images[partner])
+    label_share = label_share[:, None]
+    return mixed, label_share * targets + (1 - label_share) * targets[partner]

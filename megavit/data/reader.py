@@ -1,0 +1,180 @@
+"""Reads samples by (shard, index): one `pread` and one checksum a member, from local shards or cached remote
+ones."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from isal.isal_zlib import crc32
+
+from megavit.data.bad import BadSample, SampleError
+from megavit.data.index import Member, ShardError, ShardIndex
+from megavit.data.manifest import Manifest
+from megavit.data.sources import ShardCache, SourceError, is_local
+
+_MAX_OPEN = 128  # files, and as many index maps: far below the usual limit of 1,024 descriptors
+_MEMORY_S = 60.0  # a shard that failed is not tried again for so long
+_PARALLEL_FETCHES = 8
+
+
+class _Lru:
+    """The most recently used values, by shard; `drop` is called on what falls out."""
+
+    def __init__(self, most: int, drop: Callable[[Any], None] = lambda value: None):
+        self._most, self._drop, self._values = most, drop, {}
+
+    def get(self, shard: int, make: Callable[[int], Any]) -> Any:
+        if shard in self._values:
+            value = self._values.pop(shard)
+        else:
+            value = make(shard)
+            if len(self._values) >= self._most:
+                self._drop(self._values.pop(next(iter(self._values))))
+        self._values[shard] = value  # most recent last
+        return value
+
+    def forget(self, shard: int) -> None:
+        if shard in self._values:
+            self._drop(self._values.pop(shard))
+
+
+class ShardReader:
+    """Random access to the samples of a manifest. Every failure is a SampleError that names shard and key.
+
+    Pickles to worker processes; open files do not travel. Each process keeps up to 128 shards open.
+    """
+
+    def __init__(self, manifest: Manifest, cache: ShardCache | None = None):
+        self.manifest, self._cache = manifest, cache
+        self.has_remote = not all(map(is_local, manifest.urls))
+        self._reset()
+
+    def _reset(self) -> None:
+        self._files = _Lru(_MAX_OPEN, os.close)
+        self._indexes = _Lru(_MAX_OPEN)
+        self._checked: set[int] = set()
+        self._failed: dict[int, tuple[float, str]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("manifest", "_cache", "has_remote")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def close(self) -> None:
+        """Close all files; reading opens them again."""
+        while self._files._values:
+            self._files.forget(next(iter(self._files._values)))
+
+    def key(self, shard: int, index: int) -> str:
+        """The sample's `__key__`; `#index` if the shard's index cannot be read."""
+        try:
+            return self._index(shard).key(index)
+        except ShardError:
+            return f"#{index}"
+
+    def members(self, shard: int, index: int) -> dict[str, Member]:
+        """The sample's members by extension."""
+        try:
+            return self._index(shard).sample(index)
+        except ShardError as error:
+            raise self._error(shard, index, str(error), whole_shard=True) from error
+
+    def read(self, shard: int, index: int, members: Collection[Member]) -> list[bytes]:
+        """The bytes of some members of a sample. Raises SampleError for a missing shard, a short read and a
+        checksum that differs."""
+        file = self._open(shard, index)
+        found = []
+        for member in members:
+            data = self._pread(shard, index, file, member)
+            if len(data) != member.size:
+                raise self._error(
+                    shard, index, f"its {member.extension} is cut off: the shard has become shorter"
+                )
+            if member.crc32 is not None and crc32(data) != member.crc32:
+                raise self._error(
+                    shard, index, f"the checksum of its {member.extension} differs: it is damaged"
+                )
+            found.append(data)
+        return found
+
+    def fetch(self, shards: Collection[int]) -> None:
+        """Bring remote shards into the cache, several at a time, before samples of them are read one by one.
+
+        Failures are left for `read` to report.
+        """
+        if not self.has_remote or self._cache is None:
+            return
+        remote = [shard for shard in shards if not is_local(self.manifest.urls[shard])]
+        with ThreadPoolExecutor(_PARALLEL_FETCHES) as pool:
+            list(pool.map(self._try_fetch, remote))
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Start fetching remote shards in the background."""
+        if self._cache is not None:
+            wanted = [(self.manifest.urls[shard], int(self.manifest.shard_bytes[shard])) for shard in shards]
+            self._cache.prefetch([(url, size) for url, size in wanted if not is_local(url)])
+
+    def _try_fetch(self, shard: int) -> None:
+        assert self._cache is not None
+        try:
+            self._cache.get(self.manifest.urls[shard], int(self.manifest.shard_bytes[shard]))
+        except SourceError:
+            return  # remembered by the cache; `read` reports it sample by sample
+
+    def _pread(self, shard: int, index: int, file: int, member: Member) -> bytes:
+        try:
+            return os.pread(file, member.size, member.offset)
+        except OSError:
+            # A network file system may have replaced the file or dropped the handle: once more with a new
+            # one.
+            self._files.forget(shard)
+        try:
+            return os.pread(self._open(shard, index), member.size, member.offset)
+        except OSError as error:
+            raise self._error(shard, index, f"reading failed: {error.strerror}") from error
+
+    def _open(self, shard: int, index: int) -> int:
+        if shard in self._failed:
+            until, reason = self._failed[shard]
+            if time.monotonic() < until:
+                raise self._error(shard, index, reason, whole_shard=True)
+        try:
+            return self._files.get(shard, self._open_file)
+        except (OSError, SourceError, ShardError) as error:
+            reason = (
+                f"the shard cannot be opened: {error.strerror}" if isinstance(error, OSError) else str(error)
+            )
+            self._failed[shard] = (time.monotonic() + _MEMORY_S, reason)
+            raise self._error(shard, index, reason, whole_shard=True) from error
+
+    def _open_file(self, shard: int) -> int:
+        url, size = self.manifest.urls[shard], int(self.manifest.shard_bytes[shard])
+        if not is_local(url):
+            if self._cache is None:
+                raise SourceError(f"{url} is remote: it needs a cache folder (--data.cache_dir)")
+            return self._cache.open(url, size)
+        file = os.open(url, os.O_RDONLY)
+        on_disk = os.fstat(file).st_size
+        # With checksums every sample speaks for itself, and what is left of a cut-off shard is used.
+        if on_disk != size and not self._index(shard).has_checksums:
+            os.close(file)
+            raise ShardError(f"the shard has {on_disk} bytes, its index says {size}")
+        return file
+
+    def _index(self, shard: int) -> ShardIndex:
+        found: ShardIndex = self._indexes.get(shard, self._load_index)
+        return found
+
+    def _load_index(self, shard: int) -> ShardIndex:
+        index = self.manifest.index(shard, check=shard not in self._checked)
+        self._checked.add(shard)
+        return index
+
+    def _error(self, shard: int, index: int, reason: str, whole_shard: bool = False) -> SampleError:
+        return SampleError(BadSample(self.manifest.urls[shard], self.key(shard, index), reason, whole_shard))

@@ -1,0 +1,93 @@
+"""From a rank's part of a batch to what the model takes: gather over TP, augment on the device, dense
+targets."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from megavit.config import RunConfig
+from megavit.data.bad import BadSample
+from megavit.data.device import blend, to_model_input
+from megavit.data.loader import Batch, Share
+from megavit.parallel.collectives import gather_from_tp, max_over_tp, reduce_from_tp, sum_over_dp
+from megavit.parallel.mesh import Mesh
+from megavit.train.loss import local_targets
+
+
+class Inputs(NamedTuple):
+    """One micro-batch on the device, the same on all ranks of a TP group but for the targets.
+
+    Letters: b micro-batch, S image side, C channels, K classes, /tp a rank's share.
+    """
+
+    images: Tensor  # float32 [b, C, S, S]
+    targets: Tensor  # float32 [b, ceil(K/tp)]
+    weights: Tensor  # float32 [b]
+
+
+def share_of(run: RunConfig, mesh: Mesh) -> Share:
+    """Which part of every batch this rank decodes."""
+    if run.data.tp == "replicate":
+        return Share(mesh.dp_rank, mesh.dp_size)
+    return Share(mesh.dp_rank, mesh.dp_size, mesh.tp_rank, mesh.tp_size)
+
+
+@torch.no_grad()
+def whole_batch(batch: Batch, run: RunConfig, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
+    """uint8 images [b, S, S, C], labels [b, M] and weights [b] of the whole micro-batch, on the device.
+
+    Under `tp: split` three all-gathers over the TP group, 150 kB an image at 224 pixels.
+    """
+    size = len(batch.flips)
+    parts = [part.to(mesh.device, non_blocking=True) for part in (batch.images, batch.labels, batch.weights)]
+    if run.data.tp == "split":
+        parts = [gather_from_tp(mesh, part, 0)[:size] for part in parts]
+    images, labels, weights = parts
+    return images, labels, weights
+
+
+@torch.no_grad()
+def to_inputs(batch: Batch, run: RunConfig, mesh: Mesh) -> Inputs:
+    """A training micro-batch on the device. Collective over the TP group."""
+    images, labels, weights = whole_batch(batch, run, mesh)
+    targets = local_targets(run.loss, labels, run.model.num_classes, mesh, run.label_smoothing)
+    pixels = to_model_input(images, mesh.device, batch.flips)
+    if batch.blends is not None:
+        pixels, targets = blend(pixels, targets, weights, batch.blends)
+    return Inputs(pixels, targets, weights)
+
+
+@torch.no_grad()
+def total_weight(batches: list[Batch], run: RunConfig, mesh: Mesh) -> Tensor:
+    """The number of usable samples of a step's global batch: a float32 scalar on the device, the same on all
+    ranks."""
+    total = torch.stack([batch.weights.sum() for batch in batches]).sum().to(mesh.device)
+    return sum_over_dp(mesh, reduce_from_tp(mesh, total) if run.data.tp == "split" else total)
+
+
+def collect_bad(batches: list[Batch], run: RunConfig, mesh: Mesh) -> list[BadSample]:
+    """The bad samples of a step from all ranks, on every rank. Collective over the world."""
+    mine = [bad for batch in batches for bad in batch.bad]
+    if run.data.tp == "replicate" and mesh.tp_rank:
+        mine = []
+    return [bad for found in mesh.gather(mine) for bad in found]
+
+
+def check_replicas(batches: list[Batch], step: int, mesh: Mesh) -> None:
+    """Under `tp: replicate`: ValueError unless all ranks of the TP group decoded the very same batch.
+
+    Their decoders may differ in the last bit where processors or libraries do. One all-reduce of two numbers.
+    """
+    value = 0
+    for batch in batches:
+        value = crc32(batch.images.numpy(), crc32(batch.labels.numpy(), value))
+    extremes = max_over_tp(mesh, torch.tensor([value, -value], dtype=torch.int64, device=mesh.device))
+    if int(extremes.sum()):
+        raise ValueError(
+            f"the ranks of TP group {mesh.dp_rank} decoded different images for step {step + 1}: their "
+            f"processors or image libraries differ; use --data.tp split, which shares one decoded batch"
+        )

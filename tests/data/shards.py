@@ -1,0 +1,51 @@
+"""Small real shards for the tests, and ways of damaging them."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import webdataset as wds
+from PIL import Image
+
+from megavit.data.manifest import Manifest, open_shards, write_index
+
+
+def picture(i: int, kind: str = "PNG", size: tuple[int, int] = (8, 8)) -> bytes:
+    """A grey image that `i` and nothing else determines."""
+    pixels = np.random.default_rng(i).integers(0, 256, size[::-1], dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_shards(
+    folder: Path, shards: int = 6, samples: int = 40, *, labels: str = "cls", indexed: bool = True
+) -> Manifest:
+    """`folder/x-<number>.tar` of 8x8 PNGs, keys `<number>`, labels i % 10 (or two of them as json), and a
+    manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        path = folder / f"x-{shard:03}.tar"
+        with wds.TarWriter(str(path), encoder=False, mtime=0) as tar:
+            for i in range(shard * samples, (shard + 1) * samples):
+                label = str(i % 10) if labels == "cls" else json.dumps({"labels": [i % 10, (i + 3) % 10]})
+                tar.write({"__key__": f"{i:06}", "png": picture(i), labels: label.encode()})
+        if indexed:
+            write_index(path, f"{path}.idx")
+    manifest = open_shards(f"{folder}/x-*.tar")
+    if indexed:
+        manifest.save(folder / "x.manifest.json")
+    return manifest
+
+
+def flip_bit(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path, keep: int) -> None:
+    path.write_bytes(path.read_bytes()[:keep])

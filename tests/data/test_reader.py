@@ -1,0 +1,104 @@
+"""Reading single samples: exactly the bytes that were written, or an error that names shard and key."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import webdataset as wds
+
+from megavit.data.bad import SampleError
+from megavit.data.manifest import open_shards, read_manifest
+from megavit.data.reader import ShardReader
+from tests.data.shards import flip_bit, picture, truncate, write_shards
+
+
+def read(reader: ShardReader, shard: int, index: int) -> list[bytes]:
+    """[png, cls] of a sample."""
+    members = reader.members(shard, index)
+    return reader.read(shard, index, [members["png"], members["cls"]])
+
+
+def test_reads_what_webdataset_reads(digits: Path) -> None:
+    """Catches another grouping of members into samples than webdataset's, or shards that it cannot read."""
+    manifest = open_shards(f"{digits}/train-*.tar")
+    reader = ShardReader(manifest)
+    theirs = list(wds.WebDataset(manifest.urls[3], shardshuffle=False))
+    assert [sample["__key__"] for sample in theirs] == [reader.key(3, i) for i in range(100)]
+    assert [[sample["png"], sample["cls"]] for sample in theirs] == [read(reader, 3, i) for i in range(100)]
+
+
+def test_a_flipped_bit_is_found_by_the_checksum(tmp_path: Path) -> None:
+    """Catches damaged bytes handed on: PIL decodes 199 of 200 such JPEGs without a word."""
+    manifest = write_shards(tmp_path, shards=1)
+    member = manifest.index(0).sample(5)["png"]
+    flip_bit(tmp_path / "x-000.tar", member.offset + 30)
+    reader = ShardReader(manifest)
+    with pytest.raises(SampleError, match=r"x-000\.tar: sample '000005': the checksum of its png differs"):
+        read(reader, 0, 5)
+    assert read(reader, 0, 4)[0] == picture(4)
+
+
+def test_what_is_left_of_a_truncated_shard_is_read(tmp_path: Path) -> None:
+    """Catches short reads handed on as images, and a whole shard lost for its last samples."""
+    manifest = write_shards(tmp_path, shards=1)
+    truncate(tmp_path / "x-000.tar", 30_000)
+    reader = ShardReader(manifest)
+    found = 0
+    for i in range(40):
+        try:
+            found += read(reader, 0, i)[0] == picture(i)
+        except SampleError as error:
+            assert "cut off" in str(error) and not error.bad.whole_shard
+    assert 10 < found < 30
+
+
+def test_missing_shards_and_indexes_are_whole_shard_errors(tmp_path: Path) -> None:
+    """Catches a missing file taken for a bad sample, and one without key and shard in its message."""
+    manifest = write_shards(tmp_path, shards=3)
+    (tmp_path / "x-000.tar").unlink()
+    (tmp_path / "x-001.tar.idx").unlink()
+    reader = ShardReader(manifest)
+    for shard, words in ((0, "No such file"), (1, "x-001.tar.idx cannot be read")):
+        with pytest.raises(SampleError, match=words) as error:
+            read(reader, shard, 7)
+        assert error.value.bad.whole_shard and f"x-00{shard}.tar" in error.value.bad.url
+        assert error.value.bad.key == ("000007" if shard == 0 else "#7")
+
+
+def test_a_changed_shard_without_checksums_is_refused(tmp_path: Path) -> None:
+    """Catches offsets of an old version of a shard used on a new one."""
+    manifest = write_shards(tmp_path, shards=1, indexed=False)
+    (tmp_path / "x-000.tar").write_bytes((tmp_path / "x-000.tar").read_bytes() + bytes(512))
+    with pytest.raises(SampleError, match="bytes, its index says"):
+        read(ShardReader(manifest), 0, 0)
+
+
+def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a descriptor per shard: a run over 400,000 shards would end at the limit."""
+    monkeypatch.setattr("megavit.data.reader._MAX_OPEN", 2)
+    manifest = write_shards(tmp_path)
+    reader = ShardReader(manifest)
+    before = len(os.listdir("/proc/self/fd"))
+    for shard in (0, 1, 2, 3, 4, 5, 0, 1):
+        read(reader, shard, 0)
+    assert len(os.listdir("/proc/self/fd")) - before <= 4  # two shards, two mapped indexes
+    assert read(pickle.loads(pickle.dumps(reader)), 2, 1)[0] == picture(81)
+    reader.close()
+
+
+def test_a_lost_handle_is_opened_again(tmp_path: Path) -> None:
+    """Catches a sample given up because a network file system dropped a handle."""
+    manifest = read_manifest(write_and_path(tmp_path))
+    reader = ShardReader(manifest)
+    read(reader, 0, 0)
+    os.close(next(iter(reader._files._values.values())))  # what a stale handle looks like: EBADF
+    reader._files._drop = lambda file: None
+    assert read(reader, 0, 1)[0] == picture(1)
+
+
+def write_and_path(folder: Path) -> Path:
+    write_shards(folder, shards=1)
+    return folder / "x.manifest.json"

@@ -1,0 +1,60 @@
+"""The shard tools as a user calls them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.data.shards import flip_bit, truncate, write_shards
+
+SHARDS = str(Path(__file__).parents[2] / "launch" / "shards.py")
+
+
+def call(*words: str) -> tuple[int, str]:
+    done = subprocess.run([sys.executable, SHARDS, *words], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_index_verify_stats(tmp_path: Path) -> None:
+    """Catches a damaged shard, sample or header that verify does not name, and one that it names for
+    nothing."""
+    made = write_shards(tmp_path, indexed=False)
+    code, text = call("index", f"{tmp_path}/x-{{000..005}}.tar", "--out", str(tmp_path / "index"))
+    assert code == 0 and "6 shards, 240 samples" in text
+    manifest = str(tmp_path / "index" / "x.manifest.json")
+    code, text = call("verify", manifest)
+    assert code == 0 and "no problems" in text
+    code, text = call("stats", manifest)
+    assert code == 0 and "width           min 8, median 8, max 8" in text and "PNG: 240" in text
+    assert "classes         10, ids 0 to 9" in text
+
+    (tmp_path / "x-000.tar").unlink()
+    truncate(tmp_path / "x-001.tar", 30_000)
+    flip_bit(tmp_path / "x-002.tar", made.index(2).sample(3)["png"].offset + 40)
+    flip_bit(tmp_path / "x-003.tar", 20)  # the first header's name
+    code, text = call("verify", manifest)
+    assert code == 1
+    assert "x-000.tar: missing (40 samples)" in text
+    assert "x-001.tar: has 30000 bytes" in text and "sample '000079'" in text and "cut off" in text
+    assert "sample '000083'" in text and "x-003.tar is damaged" in text
+    assert "x-004.tar" not in text and "x-005.tar" not in text
+    code, text = call("stats", manifest, "--shards", "3", "--workers", "1")
+    assert code == 0 and "unusable        40" in text
+
+
+@pytest.mark.slow
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    """Catches tracebacks."""
+    for words, message in (
+        (("index", f"{tmp_path}/none-*.tar", "--out", str(tmp_path)), "none-*.tar does not exist"),
+        (("verify", f"{tmp_path}/none.manifest.json"), "none.manifest.json does not exist"),
+        (("which", "--run_dir", str(tmp_path), "--step", "3"), "is no run folder"),
+        (("which", "--run_dir", str(tmp_path), "--step", "0"), "counts from 1"),
+    ):
+        code, text = call(*words)
+        assert code == 1 and message in text, text
