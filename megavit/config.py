@@ -211,8 +211,8 @@ class DataConfig:
         multiple.
             0 takes the greatest common divisor of the global batch and 1024.
         shuffle_block: samples that are shuffled among themselves within a lane.
-        skip_steps: steps whose data are left out, e.g. 12000:12100,15000:15050, each in steps of the run as
-            logged: at step 12000 the data jump ahead by 100 steps.
+        skip_steps: data to leave out, e.g. 12000:12100,15000:15050: after step 12000 the data jump ahead by
+            100 steps, so that what steps 12001 to 12100 would have read is left out.
         allow_changed_manifest: go on with a saved run although its training shards have changed.
         tp: split (each rank of a TP group decodes its part and the group gathers the batch) or replicate
         (every

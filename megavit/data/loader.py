@@ -30,7 +30,7 @@ from megavit.data.labels import pad_labels, parse_labels
 from megavit.data.lanes import MAX_LANES, DataState, Lanes, Order, uniforms
 from megavit.data.manifest import Manifest
 from megavit.data.reader import ShardReader
-from megavit.data.sources import ShardCache
+from megavit.data.sources import ShardCache, is_local
 from megavit.data.worker import WorkerLog, watched
 
 
@@ -266,7 +266,7 @@ class TrainLoader:
         """Write what tells the samples of any step from `step` on (`launch/shards.py which`)."""
         fields = {
             "shards": self._config.shards
-            if "://" in self._config.shards
+            if not is_local(self._config.shards)
             else str(Path(self._config.shards).absolute()),
             "global_batch": self.order.global_batch,
             "skips": self.order.skips,
