@@ -188,8 +188,7 @@ class DataConfig:
 
     Args:
         shards: training shards: a manifest (data/train.manifest.json) or paths and urls with braces or, for
-        local
-            ones, wildcards, e.g. data/train-{000000..000099}.tar; http(s), s3, gs and pipe: are fetched
+            local ones, wildcards, e.g. data/train-{000000..000099}.tar; http(s), s3, gs and pipe are fetched
             whole.
         val_shards: validation shards, same notation; empty trains without evaluation.
         workers: decoding processes per rank; 0 decodes in the training process.
@@ -204,22 +203,19 @@ class DataConfig:
         cutmix: alpha of cutmix, as mixup; with both, each pair of slots gets one or the other.
         eval_crop: share of the side kept by the evaluation's centre crop (0.875 is the ImageNet convention).
         antialias: low-pass before shrinking a crop; without it decoding is faster and images are harsher.
-        decoder: full (libjpeg-turbo) or region (only the crop is decoded; needs the nvidia-nvimgcodec-cu13
-        package).
+        decoder: full (libjpeg-turbo) or region (decodes the crop only; needs nvidia-nvimgcodec-cu13).
         max_labels: most labels of an image; one with more counts as bad.
         lanes: parallel streams of the order, fixed for a run; every global batch size it uses must be a
-        multiple.
-            0 takes the greatest common divisor of the global batch and 1024.
+            multiple. 0 takes the greatest common divisor of the global batch and 1024.
         shuffle_block: samples that are shuffled among themselves within a lane.
-        skip_steps: data to leave out, e.g. 12000:12100,15000:15050: after step 12000 the data jump ahead by
+        skip_steps: data to leave out, e.g. 12000:12100,15000:15050; after step 12000 the data jump ahead by
             100 steps, so that what steps 12001 to 12100 would have read is left out.
         allow_changed_manifest: go on with a saved run although its training shards have changed.
         tp: split (each rank of a TP group decodes its part and the group gathers the batch) or replicate
-        (every
-            rank decodes everything; no communication, compared every check_every steps).
+            (every rank decodes everything; no communication, compared every check_every steps).
         check_every: steps between two comparisons of the TP ranks' batches under tp replicate.
-        max_bad_fraction: stop when more than this share of the samples seen was unusable (ten are free; 0:
-        none).
+        max_bad_fraction: stop when more than this share of the samples seen was unusable (ten are free; with
+            0 none is).
         max_bad_shards: stop when more than so many shards fail as a whole, without a good step in between.
         cache_dir: node-local folder for remote shards, shared by the node's ranks.
         cache_gb: size that the cache folder may have, in GB.

@@ -167,8 +167,8 @@ class Order:
     """Which samples each optimizer step reads, from a start or a saved state on.
 
     `skips` are ranges (A, B): after A steps the data jump ahead by B - A, so that the batches which steps A
-    to B - 1 (from 0) would have read are left out. Raises ValueError, with the numbers and the fix, if the lanes do
-    not fit the global batch, the seed differs from the state's, or a skip lies before it.
+    to B - 1 (from 0) would have read are left out. Raises ValueError, with the numbers and the fix, if the
+    lanes do not fit the global batch, the seed differs from the state's, or a skip lies before it.
     """
 
     def __init__(
