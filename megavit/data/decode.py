@@ -1,19 +1,20 @@
-"""From the bytes of one file to a row of the batch: decode, crop, resize, each pixel touched as rarely as possible.
+"""From the bytes of one file to a row of the batch: decode, crop, resize.
 
-Where to crop is the caller's business (`choose_box`), as are random numbers, flips and labels. A JPEG goes through
-simplejpeg, which, unlike Pillow and OpenCV, raises when libjpeg warns of damage; everything else goes through Pillow.
-EXIF orientation is ignored, as by torchvision's and big_vision's training loaders.
+Where to crop is the caller's business (`choose_box`), as are random numbers, flips and labels. A JPEG goes
+through simplejpeg, which, unlike Pillow and OpenCV, raises when libjpeg warns of damage; everything else goes
+through Pillow. EXIF orientation is ignored, as by torchvision's and big_vision's training loaders.
 
 Letters: S image side, C channels, H and W the sides of the crop.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,12 +36,12 @@ class DecodeError(ValueError):
 class Decoder:
     """Settings of the decoder; holds no native handle, so it can be pickled into worker processes.
 
-    channels: 1 (grey) or 3 (RGB). size: S. antialias: average over the source pixels that an output pixel covers, as
-    Pillow's BILINEAR does, instead of interpolating between the nearest four; turning it off needs OpenCV. backend:
-    "full" decodes the whole JPEG; "region" only the crop, by nvImageCodec on the CPU. Their pixels are identical.
-
-    "region" saves about a tenth of the time, but cannot see damage inside a JPEG: use it on shards whose checksums
-    are verified. A truncated file is found by both. nvImageCodec writes to stderr when it is loaded and on damage.
+    channels: 1 (grey) or 3 (RGB). size: S.
+    antialias: average over the source pixels that an output pixel covers, as Pillow's BILINEAR does; without it,
+    interpolate between the nearest four, which needs OpenCV.
+    backend: "full" decodes the whole JPEG; "region" only the crop, with nvImageCodec on the CPU. The pixels are
+    the same. "region" saves about a tenth of the time, but sees no damage inside a JPEG except truncation: use it
+    on shards whose checksums are verified. nvImageCodec writes to stderr when it is loaded and on damage.
     """
 
     channels: int
@@ -61,22 +62,21 @@ class Decoder:
             _require("nvidia.nvimgcodec", "backend='region'")
 
     def load(self, data: bytes, choose_box: Callable[[int, int], Box], out: np.ndarray) -> None:
-        """Decode `data`, crop to `choose_box(width, height)` and resize into `out`, a C-contiguous uint8 [S, S, C].
+        """Decode `data`, crop to `choose_box(width, height)`, resize into `out`, a C-contiguous uint8 [S, S, C].
 
-        `choose_box` is called once, before any pixel is decoded, and its box must be integers inside the image. A box
-        of S x S is copied, not resized. Raises DecodeError for bad bytes (`out` may then be partly written) and
-        ValueError for a box outside the image. Cost for 400x500 pixels at 224: 1.35 times the bare JPEG decode with
+        `choose_box` is called once, before any pixel is decoded; its box must be integers inside the image. A box
+        of S x S is copied, not resized. Raises DecodeError for bad bytes (`out` is then as it was) and ValueError
+        for a box outside the image. Cost for 400x500 pixels at 224: 1.35 times the bare JPEG decode with
         antialias, 1.2 times without.
         """
         assert out.shape == (self.size, self.size, self.channels) and out.flags.c_contiguous
-        crop = (
-            self._from_jpeg(data, choose_box) if data[:2] == _START else self._from_pillow(data, choose_box)
-        )
+        decode = self._from_jpeg if data.startswith(_START) else self._from_pillow
+        crop = decode(data, choose_box)
         if crop.shape == out.shape:
             out[:] = crop
         elif self.antialias:
-            # functional.interpolate would return planar memory for a batch of one; turning that into interleaved rows
-            # costs as much as the resize. The operator below it writes to the row as it lies.
+            # functional.interpolate returns planar memory for a batch of one, and making rows of that costs as
+            # much as the resize. The operator below it writes to the row as it lies.
             torch.ops.aten._upsample_bilinear2d_aa.out(
                 _planes(crop), out.shape[:2], False, None, None, out=_planes(out)
             )
@@ -91,10 +91,9 @@ class Decoder:
             raise DecodeError(f"JPEG header: {error}") from error
         if colors in ("CMYK", "YCCK"):  # Pillow knows that Adobe stores these inverted
             return self._from_pillow(data, choose_box)
-        if (
-            Image.MAX_IMAGE_PIXELS and width * height > 2 * Image.MAX_IMAGE_PIXELS
-        ):  # where Pillow refuses as well
-            raise DecodeError(f"{width}x{height} pixels exceed the limit of {2 * Image.MAX_IMAGE_PIXELS}")
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or width * height)  # where Pillow refuses as well
+        if width * height > limit:
+            raise DecodeError(f"{width}x{height} pixels exceed the limit of {limit}")
         left, top, right, bottom = box = _inside(choose_box(width, height), width, height)
         # The region decoder stops reading below the box: a file that ends early must go the strict way.
         if self.backend == "region" and data.endswith(_END):
@@ -120,19 +119,16 @@ class Decoder:
         return pixels.reshape(*pixels.shape[:2], self.channels)
 
 
-class _pillow_errors:
-    """Turns every exception inside into a DecodeError.
-
-    Pillow's plugins raise whatever a damaged field runs into (OSError, SyntaxError, struct.error, IndexError ...).
-    """
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Image.UnidentifiedImageError):  # its own text is the address of a buffer
-            raise DecodeError("not an image of a known format") from error
-        if isinstance(error, Exception):
-            raise DecodeError(f"{type(error).__name__}: {error}") from error
+@contextlib.contextmanager
+def _pillow_errors() -> Iterator[None]:
+    """Turns every exception inside into a DecodeError: Pillow's plugins raise whatever a damaged field runs into
+    (OSError, SyntaxError, struct.error, IndexError ...)."""
+    try:
+        yield
+    except Image.UnidentifiedImageError as error:  # its own text is the address of a buffer
+        raise DecodeError("not an image of a known format") from error
+    except Exception as error:
+        raise DecodeError(f"{type(error).__name__}: {error}") from error
 
 
 def _inside(box: Box, width: int, height: int) -> Box:
@@ -167,10 +163,9 @@ def _opencv():
 
 @functools.cache
 def _region_decoder(channels: int) -> Callable[[bytes, Box], np.ndarray | None]:
-    """(JPEG bytes, box) -> uint8 [H, W, C], or None where nvImageCodec cannot decode them; one per process."""
-    os.environ.setdefault(
-        "PYNVIMGCODEC_VERBOSITY", "0"
-    )  # its GPU plugins complain that there is no CUDA toolkit
+    """(JPEG bytes, box) -> uint8 [H, W, C], or None where nvImageCodec fails; one per process."""
+    # Its GPU plugins complain that there is no CUDA toolkit.
+    os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
     from nvidia import nvimgcodec as nv
 
     decoder = nv.Decoder(

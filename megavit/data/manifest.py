@@ -40,8 +40,7 @@ class Manifest:
     """The shards in order; column i of each field is shard i.
 
     `indexes[i]` is the path of the index file, or the content of one that exists in memory only. Pickled to
-    every
-    worker: about 200 bytes a shard (in memory: 24 bytes a member and the keys).
+    every worker: about 200 bytes a shard (in memory: 24 bytes a member and the keys).
     """
 
     urls: tuple[str, ...]

@@ -69,10 +69,9 @@ class Engine:
         """One optimizer step on `grad_accum` micro-batches, of images in [-1, 1].
 
         The loss is the sum of the images' losses times their weights over `total_weight`, the global batch's
-        sum of
-        weights: bad samples take no part. Returns it and the gradient's global norm before clipping. Raises
-        NonFiniteError, on all ranks alike, before the weights change. Beside DeepSpeed's own, one all-reduce
-        of a scalar.
+        sum of weights: bad samples take no part. Returns it and the gradient's global norm before clipping.
+        Raises NonFiniteError, on all ranks alike, before the weights change. Beside DeepSpeed's own, one
+        all-reduce of a scalar.
         """
         self._where = f"at step {step + 1}, learning rate {lr:.3g}"
         for group in self._deepspeed.optimizer.param_groups:
