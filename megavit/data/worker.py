@@ -85,7 +85,9 @@ def watched(batches: Iterator[T], log: WorkerLog) -> Iterator[T]:
             "was ended from outside (out of memory?)" if dead else "gave no batch in time (--data.timeout_s)"
         )
         what = "; ".join(f"worker {pid} was reading {sample}" for pid, sample in (dead or last).items())
-        raise WorkerError(f"a data worker {cause}: {what}. {text.partition(chr(10))[0]}") from error
+        raise WorkerError(
+            f"a data worker {cause}: {what or 'none had begun to read'}. {text.partition(chr(10))[0]}"
+        ) from error
 
 
 def _is_running(pid: int) -> bool:

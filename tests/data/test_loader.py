@@ -299,7 +299,7 @@ def test_a_worker_that_hangs_is_an_error_that_names_its_sample(tmp_path: Path) -
     write_shards(tmp_path, shards=1, samples=60)
     (tmp_path / "x-000.tar").unlink()
     os.mkfifo(tmp_path / "x-000.tar")
-    batches = train_loader(str(tmp_path / "x.manifest.json"), workers=1, timeout_s=5.0).batches(0, 1)
+    batches = train_loader(str(tmp_path / "x.manifest.json"), workers=1, timeout_s=15.0).batches(0, 1)
     with pytest.raises(WorkerError, match=r"no batch in time.*was reading sample \d+ of .*x-000\.tar"):
         next(batches)
 
