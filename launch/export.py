@@ -1,7 +1,7 @@
-"""Export a run's newest weights: `python launch/export.py RUN_DIR OUT` writes OUT/model.safetensors and
+"""Export a run's weights: `python launch/export.py RUN_DIR OUT` writes OUT/model.safetensors and
 OUT/config.json.
 
-Needs no GPU, ranks or DeepSpeed, whatever TP size and ZeRO stage the run had.
+Needs no GPU, ranks or DeepSpeed, whatever layout the run had, and memory for one tensor at a time.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ def main() -> int:
     )
     parser.add_argument("run_dir", type=Path, help="run folder, e.g. runs/vit_tiny-20260101-120000")
     parser.add_argument("out", type=Path, help="folder for the exported model")
+    parser.add_argument("--step", type=int, help="the checkpoint of this step (the newest)")
     arguments = parser.parse_args()
-    from megavit.train.checkpoint import export_weights, newest_checkpoint
+    from megavit.train.checkpoint import open_step
+    from megavit.train.export import export_weights
 
     try:
-        checkpoint = newest_checkpoint(arguments.run_dir)
+        checkpoint = open_step(arguments.run_dir, arguments.step)
         export_weights(checkpoint, arguments.out)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"exported {checkpoint} to {arguments.out}, for MegaVit.from_pretrained({str(arguments.out)!r})")
+    print(f"exported {checkpoint.folder}, for MegaVit.from_pretrained({str(arguments.out)!r})")
     return 0
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from megavit.cli import parse_run
-from megavit.train.ds_config import load_ds_config
+from megavit.train.preempt import StopRequest
 
 
 def main() -> int:
+    stop = StopRequest().install()  # before the slow imports: a notice may come at any time
+
+    from megavit.cli import parse_run
+    from megavit.train.ds_config import load_ds_config
+
     run, ds_path = parse_run()
     try:
         ds_config = load_ds_config(ds_path)
@@ -20,13 +24,16 @@ def main() -> int:
     import torch.distributed as dist
 
     from megavit.parallel.mesh import Mesh
-    from megavit.train.engine import NonFiniteError
-    from megavit.train.loop import train
+    from megavit.train.guard import TooManySkipped
+    from megavit.train.loop import SaveError, train
+    from megavit.train.preempt import children_spared
 
     try:
-        mesh = Mesh.from_environment(run.tensor_parallel_size)
-        train(run, ds_config, mesh)
-    except (ValueError, NonFiniteError) as error:
+        with children_spared():
+            # The watchdog ends a rank that hangs, with a report; this limit is for when it cannot.
+            mesh = Mesh.from_environment(run.tensor_parallel_size, run.timeout_s + 60)
+        train(run, ds_config, mesh, stop)
+    except (ValueError, OSError, TooManySkipped, SaveError) as error:
         rank = f" on rank {dist.get_rank()}" if dist.is_initialized() else ""
         print(f"error{rank}: {error}", file=sys.stderr, flush=True)
         return 1

@@ -1,7 +1,8 @@
 """The command line of a training run: flags and `--config` files onto the dataclasses of `megavit.config`.
 
-Precedence: defaults < preset (`--model.name`) < `--config file.yaml` < flags. Imports neither torch nor
-deepspeed, so that `--help` is quick and a mistake is reported before anything is started.
+Precedence: defaults < preset (`--model.name`) < the configuration that --run_dir holds already < `--config
+file.yaml` < flags. Imports neither torch nor deepspeed, so that `--help` is quick and a mistake is reported
+before anything is started.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from megavit.config import PRESETS, RunConfig, nearest, run_preset
+from megavit.config import LAUNCH_FIELDS, PRESETS, RunConfig, flat_config, nearest, plain_config, run_preset
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,8 +36,10 @@ class _Parser(ArgumentParser):
         sys.exit(2)
 
 
-def make_parser(preset: str, *, json_required: bool = True) -> ArgumentParser:
-    """A parser whose defaults are those of `preset`'s model and recipe."""
+def make_parser(
+    preset: str, saved: dict[str, Any] | None = None, *, json_required: bool = True
+) -> ArgumentParser:
+    """A parser whose defaults are those of `preset`'s model and recipe, or of a run that `saved` tells of."""
     parser = _Parser(
         prog="deepspeed launch/train.py",
         description="Train a vision transformer of the ViT-22B family with tensor parallelism and DeepSpeed. "
@@ -53,18 +57,21 @@ def make_parser(preset: str, *, json_required: bool = True) -> ArgumentParser:
         "--local_rank", type=int, default=0, help="appended by the deepspeed launcher; not used"
     )
     parser.add_class_arguments(RunConfig, None)
-    parser.set_defaults(_flatten(dataclasses.asdict(run_preset(preset))))
+    parser.set_defaults(flat_config(plain_config(run_preset(preset))) | (saved or {}))
     return parser
 
 
 def parse_run(argv: Sequence[str] | None = None) -> tuple[RunConfig, Path]:
     """(run configuration, path of the DeepSpeed JSON) from the command line; exits with a message on any
     mistake."""
-    argv = _file_first(_complete_switches(list(sys.argv[1:] if argv is None else argv)))
+    argv = _file_first(_complete_switches(_rename(list(sys.argv[1:] if argv is None else argv))))
     first = make_parser("vit_tiny", json_required=False)
-    preset = first.parse_args([word for word in argv if word not in ("-h", "--help")]).model.name
+    words = [word for word in argv if word not in ("-h", "--help")]
     try:
-        parser = make_parser(preset)
+        saved = _saved_config(first.parse_args(words).run_dir)
+        first.set_defaults({"model.name": saved.get("model.name", "vit_tiny")})
+        preset = first.parse_args(words).model.name
+        parser = make_parser(preset, saved if saved.get("model.name") == preset else None)
         values = parser.instantiate(parser.parse_args(argv))
         run = RunConfig(**{f.name: values[f.name] for f in dataclasses.fields(RunConfig)})
     except ValueError as error:
@@ -79,11 +86,35 @@ def parse_run(argv: Sequence[str] | None = None) -> tuple[RunConfig, Path]:
 
 def _complete_switches(argv: list[str]) -> list[str]:
     """`--compile` alone means `--compile=true`."""
-    switches = {f"--{name}" for name, hint in _flatten(_types(RunConfig)).items() if hint is bool}
+    switches = {f"--{name}" for name, hint in flat_config(_types(RunConfig)).items() if hint is bool}
     words = []
     for word, following in zip(argv, [*argv[1:], "--"], strict=True):
         words.append(f"{word}=true" if word in switches and following.startswith("--") else word)
     return words
+
+
+def _rename(argv: list[str]) -> list[str]:
+    """`--checkpoint.async`: a field cannot have that name in Python."""
+    return [re.sub(r"^--checkpoint\.async(?=$|=)", "--checkpoint.async_save", word) for word in argv]
+
+
+def _saved_config(run_dir: str) -> dict[str, Any]:
+    """The flags of the run in `run_dir`, without those that belong to one start of it; empty if there is
+    none.
+
+    ValueError for a file that is no configuration.
+    """
+    path = Path(run_dir) / "config.yaml"
+    if not run_dir or not path.is_file():
+        return {}
+    try:
+        fields = flat_config(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ValueError(f"{path} is no run configuration: {error}; remove it or repair it") from error
+    known = flat_config(plain_config(run_preset("vit_tiny")))
+    if unknown := sorted(fields.keys() - known.keys()):
+        raise ValueError(f"{path}: unknown field {unknown[0]!r}{nearest(unknown[0], known)}")
+    return {key: value for key, value in fields.items() if key not in LAUNCH_FIELDS}
 
 
 def _file_first(argv: list[str]) -> list[str]:
@@ -102,13 +133,6 @@ def _file_first(argv: list[str]) -> list[str]:
 def _types(config: type) -> dict[str, Any]:
     hints = get_type_hints(config)
     return {name: _types(hint) if dataclasses.is_dataclass(hint) else hint for name, hint in hints.items()}
-
-
-def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _from_root(path: str) -> str:

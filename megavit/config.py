@@ -293,13 +293,72 @@ def _step_ranges(text: str) -> tuple[tuple[int, int], ...]:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """When the whole training state is saved, and what is kept. It is always saved at the end.
+
+    Args:
+        every: steps between two checkpoints; 0 saves at the end and on a stop request only.
+        keep: newest checkpoints to keep.
+        keep_every: also keep those whose step is a multiple of this, for ever; 0 keeps none.
+        async_save: write while training goes on, which is then held up only for the copy to host memory
+            (written --checkpoint.async too).
+        on_damage: when the newest checkpoint is damaged, stop with an error, or set it aside and go on from
+            the previous one.
+    """
+
+    every: int = 1000
+    keep: int = 3
+    keep_every: int = 0
+    async_save: bool = True
+    on_damage: Literal["stop", "previous"] = "stop"
+
+    def __post_init__(self) -> None:
+        _require_positive("checkpoint", self, "keep")
+        if self.every < 0 or self.keep_every < 0:
+            raise ValueError(
+                f"checkpoint.every and checkpoint.keep_every cannot be negative, got {self.every} and "
+                f"{self.keep_every}"
+            )
+        if self.on_damage not in ("stop", "previous"):
+            raise ValueError(f"checkpoint.on_damage must be stop or previous, got {self.on_damage!r}")
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Which updates are refused. A refused one counts as a step, but weights and moments stay.
+
+    Args:
+        max_grad_norm_ratio: refuse a gradient whose norm, before clipping, is above this many times the
+            median of the last accepted ones; 0 refuses only what is not finite.
+        max_skipped: give up after this many refused updates in a row.
+        rollback: instead of giving up, go back to the newest checkpoint and leave out the data that led
+            there.
+    """
+
+    max_grad_norm_ratio: float = 0.0
+    max_skipped: int = 10
+    rollback: bool = False
+
+    def __post_init__(self) -> None:
+        _require_positive("guard", self, "max_skipped")
+        if self.max_grad_norm_ratio and self.max_grad_norm_ratio <= 1:
+            raise ValueError(
+                f"guard.max_grad_norm_ratio must be above 1 (or 0 for none), got {self.max_grad_norm_ratio}"
+            )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run.
 
     Args:
-        run_dir: folder for logs, TensorBoard and weights; empty makes runs/<model>-<time>.
+        run_dir: folder for logs, TensorBoard and checkpoints; empty makes runs/<model>-<time>. A folder that
+            holds a run goes on with it, with its configuration but for the flags that are given.
+        init_from: folder of an exported model whose weights a new run starts from; a classifier of another
+            size is left out, the position embedding is resized.
         seed: fixes the weights, the order of the data, the augmentation and dropout.
         max_steps: optimizer steps of the whole run.
+        stop_at_step: save and end after this step, leaving the schedule as it is; 0 runs to max_steps.
         log_every: steps between two log lines.
         eval_every: steps between two evaluations; 0 evaluates at the end only.
         tensor_parallel_size: ranks that share one copy of each block; must divide heads, mlp_dim and the rank
@@ -312,14 +371,20 @@ class RunConfig:
         compile: torch.compile each block.
         export_dir: also write the final model.safetensors and config.json here; empty exports to
             <run_dir>/export.
+        timeout_s: seconds without any progress after which a rank prints its stacks and ends the job.
+        heartbeat_s: seconds between two signs of life in log.jsonl.
         model: the architecture.
         data: the input.
         schedule: the learning rate.
+        checkpoint: what is saved when.
+        guard: which updates are refused.
     """
 
     run_dir: str = ""
+    init_from: str = ""
     seed: int = 0
     max_steps: int = 177_000
+    stop_at_step: int = 0
     log_every: int = 50
     eval_every: int = 5_000
     tensor_parallel_size: int = 1
@@ -329,12 +394,24 @@ class RunConfig:
     head_weight_decay: float = 3.0
     compile: bool = False
     export_dir: str = ""
+    timeout_s: float = 1800.0
+    heartbeat_s: float = 60.0
     model: ModelConfig = field(default_factory=lambda: model_preset("vit_tiny"))
     data: DataConfig = field(default_factory=DataConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         _require_positive("run", self, "max_steps", "log_every", "tensor_parallel_size")
+        for name in ("timeout_s", "heartbeat_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.stop_at_step <= self.max_steps:
+            raise ValueError(
+                f"stop_at_step must lie in 0 to max_steps {self.max_steps}, got {self.stop_at_step}; raise "
+                f"--max_steps for a longer run"
+            )
         if self.eval_every < 0 or self.head_weight_decay < 0:
             raise ValueError(
                 f"eval_every and head_weight_decay cannot be negative, "
@@ -356,6 +433,25 @@ class RunConfig:
                 f"--compile with --tensor_parallel_size {self.tensor_parallel_size} needs --recompute none, "
                 f"got {self.recompute}; leave --compile out or use one TP rank"
             )
+
+
+def plain_config(run: RunConfig) -> dict[str, Any]:
+    """The configuration as `--config` reads it: nested dictionaries of plain values."""
+    fields = dataclasses.asdict(run)
+    fields["data"]["crop_area"] = list(fields["data"]["crop_area"])
+    return fields
+
+
+def flat_config(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys: the names of the flags."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= flat_config(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+# Fields that belong to one start of a run rather than to the run: a new start does not take them over.
+LAUNCH_FIELDS = ("run_dir", "init_from", "stop_at_step", "tensor_parallel_size")
 
 
 def _sized(

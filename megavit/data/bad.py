@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 _FREE = 10  # a rate means nothing before some samples have been seen
@@ -42,12 +42,28 @@ class BadSamples:
     different shards that failed as a whole without one step in between that read everything.
     """
 
-    def __init__(self, max_fraction: float, max_shards: int, file: Path | None = None):
-        self.total = 0
+    def __init__(
+        self,
+        max_fraction: float,
+        max_shards: int,
+        file: Path | None = None,
+        state: dict[str, Any] | None = None,
+    ):
+        state = state or {}
+        self.total: int = state.get("total", 0)
         self._max_fraction, self._max_shards, self._file = max_fraction, max_shards, file
-        self._seen = 0
-        self._per_shard: Counter[str] = Counter()
-        self._failing: dict[str, str] = {}  # shards of the current streak, with the reason
+        self._seen: int = state.get("seen", 0)
+        self._per_shard: Counter[str] = Counter(state.get("per_shard", {}))
+        self._failing: dict[str, str] = state.get("failing", {})  # of the current streak, with the reason
+
+    def state(self) -> dict[str, Any]:
+        """The account, for a checkpoint (JSON); hand it to a new `BadSamples` to go on with it."""
+        return {
+            "total": self.total,
+            "seen": self._seen,
+            "per_shard": dict(self._per_shard),
+            "failing": self._failing,
+        }
 
     def add(self, step: int, batch_size: int, found: list[BadSample]) -> None:
         """Account for a step's batch. Raises TooManyBadSamples above a limit, after writing the records."""

@@ -216,6 +216,8 @@ class Order:
 
     def place(self, step: int) -> tuple[int, int]:
         """(epoch, position in every lane) where step `step` begins to read."""
+        if step < self._step:
+            raise ValueError(f"this order begins at step {self._step}, it does not tell step {step}")
         ahead = step - self._step + sum(b - a for a, b in self._pending if a <= step)
         left = (self.lanes.length - self._position) // self.per_lane
         if ahead < left:

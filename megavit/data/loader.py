@@ -31,7 +31,7 @@ from megavit.data.lanes import MAX_LANES, DataState, Lanes, Order, uniforms
 from megavit.data.manifest import Manifest
 from megavit.data.reader import ShardReader
 from megavit.data.sources import ShardCache, is_local
-from megavit.data.worker import WorkerLog, watched
+from megavit.data.worker import WorkerLog, start_forkserver, watched
 
 
 class Batch(NamedTuple):
@@ -78,7 +78,7 @@ class _Samples:
         self.reader = ShardReader(manifest, cache)
         self.model, self.config, self._allow_unlabelled = model, config, allow_unlabelled
         self._decoder = Decoder(model.channels, model.image_size, config.antialias, config.decoder)
-        self.record: Callable[[str, int], None] | None = None  # set in worker processes
+        self.record: Callable[[str, int], None] | None = None  # told of each sample before it is read
 
     def batch(
         self, shards: Sequence[int], indexes: Sequence[int], padded: int, random: np.ndarray | None
@@ -206,8 +206,9 @@ class TrainLoader:
     """This rank's micro-batches of the training data; endless, from any step.
 
     `state` is what `state_at` gave when the run was saved. `dp_size` and workers may have changed since, and
-    the global batch as long as it stays a multiple of the lanes. ValueError, naming the difference, if the
-    shards have changed and the configuration does not allow it.
+    the global batch as long as it stays a multiple of the lanes. `left_out` are ranges of steps as in
+    `config.skips`, found while training. ValueError, naming the difference, if the shards have changed and
+    the configuration does not allow it.
     """
 
     def __init__(
@@ -224,6 +225,7 @@ class TrainLoader:
         allow_unlabelled: bool = True,
         state: DataState | None = None,
         manifest_before: Manifest | None = None,
+        left_out: Sequence[tuple[int, int]] = (),
     ):
         if (config.mixup or config.cutmix) and micro_batch % 2:
             raise ValueError(
@@ -234,10 +236,11 @@ class TrainLoader:
             raise ValueError(_changed(manifest, state, manifest_before))
         num_lanes = config.lanes or (state.num_lanes if state else math.gcd(global_batch, MAX_LANES))
         lanes = Lanes(manifest.samples, num_lanes, seed, config.shuffle_block)
-        self.order = Order(lanes, global_batch, config.skips, state)
+        self.order = Order(lanes, global_batch, sorted({*config.skips, *left_out}), state)
         samples = _Samples(manifest, cache, model, config, allow_unlabelled)
         self._items = _TrainItems(samples, self.order, share, micro_batch)
         self._config, self._manifest = config, manifest
+        self._log: WorkerLog | None = None
 
     def passes(self, step: int) -> float:
         """Passes over the data before `step`."""
@@ -263,22 +266,36 @@ class TrainLoader:
         )
 
     def save_order(self, path: Path, step: int) -> None:
-        """Write what tells the samples of any step from `step` on (`launch/shards.py which`)."""
+        """Write what tells the samples of any step from `step` on (`launch/shards.py which`).
+
+        A file that says the same from an earlier step on is left, so that it still tells the steps before.
+        """
+        shards = self._config.shards
         fields = {
-            "shards": self._config.shards
-            if not is_local(self._config.shards)
-            else str(Path(self._config.shards).absolute()),
+            "shards": str(Path(shards).absolute()) if is_local(shards) else shards,
             "global_batch": self.order.global_batch,
             "skips": self.order.skips,
             "state": self.state_at(step),
         }
-        path.write_text(json.dumps(fields, indent=2) + "\n")
+        text = json.dumps(fields, indent=2) + "\n"
+        if step and path.is_file():
+            before = json.loads(path.read_text())
+            if json.loads(text) | {"state": before["state"]} == before:
+                return
+        path.write_text(text)
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """The micro-batches of optimizer steps [first_step, last_step), in order."""
         per_step = self._items.per_step
+        numbers = range(first_step * per_step, last_step * per_step)
+        self._log = _log(self._items, self._config)
         # The loop takes a whole step's micro-batches at once.
-        return _load(self._items, range(first_step * per_step, last_step * per_step), self._config, per_step)
+        return _load(self._items, numbers, self._config, per_step, self._log)
+
+    def reading(self) -> str:
+        """What the data workers read last, a line each, for the report of a hang."""
+        last = self._log.read() if self._log else {}
+        return "\n".join(f"data worker {pid} last read {sample}" for pid, sample in last.items())
 
 
 class EvalLoader:
@@ -302,7 +319,8 @@ class EvalLoader:
         self._config = config
 
     def __iter__(self) -> Iterator[Batch]:
-        return _load(self._items, range(self.num_batches), self._config, 1)
+        log = _log(self._items, self._config)
+        return _load(self._items, range(self.num_batches), self._config, 1, log)
 
 
 def _changed(manifest: Manifest, state: DataState, before: Manifest | None) -> str:
@@ -317,12 +335,21 @@ def _changed(manifest: Manifest, state: DataState, before: Manifest | None) -> s
     )
 
 
-def _load(items: Dataset[Batch], numbers: range, config: DataConfig, ahead: int) -> Iterator[Batch]:
+def _log(items: _TrainItems | _EvalItems, config: DataConfig) -> WorkerLog:
+    """Records what is being read; without worker processes this process is the one that reads."""
+    log = WorkerLog(max(1, config.workers))
+    items.samples.record = None if config.workers else log.record(0)
+    return log
+
+
+def _load(
+    items: Dataset[Batch], numbers: range, config: DataConfig, ahead: int, log: WorkerLog
+) -> Iterator[Batch]:
     """The items in order, in worker processes that keep at least `ahead` of them ready, twice."""
     pin = torch.cuda.is_available()
     if not config.workers:
         return iter(DataLoader(items, batch_size=None, sampler=numbers, pin_memory=pin))
-    log = WorkerLog(config.workers)
+    start_forkserver()
     loader = DataLoader(
         items,
         batch_size=None,

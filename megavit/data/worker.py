@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import mmap
+import multiprocessing
 import os
 import signal
 import tempfile
 from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,9 +44,12 @@ class WorkerLog:
         """In the worker: start recording what the data set's samples read."""
         info = get_worker_info()
         assert info is not None
+        info.dataset.samples.record = self.record(worker)
+
+    def record(self, worker: int) -> _Record:
+        """What process number `worker` calls with each sample that it begins to read."""
         with open(self.path, "r+b") as file:
-            whole = mmap.mmap(file.fileno(), 0)
-        info.dataset.samples.record = _Record(whole, worker)
+            return _Record(mmap.mmap(file.fileno(), 0), worker)
 
     def read(self) -> dict[int, str]:
         """pid -> last sample, of the workers that have begun."""
@@ -88,6 +94,28 @@ def watched(batches: Iterator[T], log: WorkerLog) -> Iterator[T]:
         raise WorkerError(
             f"a data worker {cause}: {what or 'none had begun to read'}. {text.partition(chr(10))[0]}"
         ) from error
+
+
+def start_forkserver() -> None:
+    """Start the process that data workers are forked from, with the stop signals blocked in it and in them.
+
+    A launcher's signal goes to all processes of the job, and the workers must go on until the training
+    process has saved.
+    """
+    atexit.register(_end_workers)
+    resource_tracker.ensure_running()  # starting it would unblock SIGTERM again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_workers() -> None:
+    """multiprocessing asks its daemons politely at exit, and would wait for ever for one that hangs."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _is_running(pid: int) -> bool:

@@ -7,6 +7,8 @@ checkpoints all speak of logical tensors; this file is the only place that knows
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +23,18 @@ class Piece:
     start: int
     local_start: int
     length: int
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of a logical tensor seen as a matrix [shape[0], rest], which a flat slice of a shard holds
+    row by row, without gaps, from its element `offset` on."""
+
+    row: int
+    column: int
+    rows: int
+    columns: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,33 @@ class Layout:
             offset, local_offset = offset + part, local_offset + share
         return found
 
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The logical shape as rows and columns, the view that boxes speak of."""
+        return self.shape[0], math.prod(self.shape[1:])
+
+    def boxes(self, tp_rank: int, tp_size: int, start: int, stop: int) -> list[Box]:
+        """What elements [start, stop) of the flattened shard are of the logical tensor; padding is left out.
+
+        ZeRO cuts flattened shards anywhere, so a slice is at most the rest of a row, whole rows and part of a
+        row, of each part. Boxes of all ranks tile the logical tensor if their slices tile the shards.
+        """
+        rows, columns = self.matrix_shape
+        found = []
+        if self.dim == 1:
+            (piece,) = self.pieces(tp_rank, tp_size)
+            assert piece.length * tp_size == self.shape[1] and len(self.shape) == 2, (self, tp_size)
+            for row, column, height, width, offset in _cut(start, stop, piece.length):
+                found.append(Box(row, column + piece.start, height, width, offset))
+            return found
+        for piece in self.pieces(tp_rank, tp_size) if self.dim == 0 else [Piece(0, 0, rows)]:
+            first = piece.local_start * columns
+            low, high = max(start, first), min(stop, first + piece.length * columns)
+            shift = piece.start - piece.local_start
+            for row, column, height, width, offset in _cut(low, high, columns):
+                found.append(Box(row + shift, column, height, width, offset + low - start))
+        return found
+
     def take(self, logical: Tensor, tp_rank: int, tp_size: int) -> Tensor:
         """The shard of `logical` that rank `tp_rank` holds; a copy unless replicated."""
         if self.dim is None:
@@ -69,16 +110,19 @@ class Layout:
             local.narrow(self.dim, piece.local_start, piece.length).copy_(source)
         return local
 
-    def join(self, shards: list[Tensor]) -> Tensor:
-        """The logical tensor from all ranks' shards, in rank order; the inverse of `take`."""
-        if self.dim is None:
-            return shards[0]
-        logical = shards[0].new_empty(self.shape)
-        for tp_rank, shard in enumerate(shards):
-            for piece in self.pieces(tp_rank, len(shards)):
-                source = shard.narrow(self.dim, piece.local_start, piece.length)
-                logical.narrow(self.dim, piece.start, piece.length).copy_(source)
-        return logical
+
+def _cut(start: int, stop: int, width: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """Elements [start, stop) of a row-major matrix with rows of `width`, as rectangles (row, column, rows,
+    columns, offset from start)."""
+    at = start
+    while at < stop:
+        row, column = divmod(at, width)
+        if column or stop - at < width:
+            height, columns = 1, min(width - column, stop - at)
+        else:
+            height, columns = (stop - at) // width, width
+        yield row, column, height, columns, at - start
+        at += height * columns
 
 
 def layout_of(parameter: torch.nn.Parameter) -> Layout:

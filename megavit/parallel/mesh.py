@@ -1,8 +1,8 @@
 """The rank grid: which ranks share a model copy (TP) and which share its weights' ZeRO partition (DP).
 
 TP is the inner axis, so consecutive ranks, which sit on one node, form a TP group. A `Mesh` is passed as an
-argument; there are no globals. It doubles as DeepSpeed's `mpu`. Only this file reads RANK, WORLD_SIZE and
-LOCAL_RANK.
+argument; there are no globals. It doubles as DeepSpeed's `mpu`. What the launcher says of this process is
+read in `rendezvous.py`.
 
     world 8, tp_size 2:        tp_rank 0  tp_rank 1
                     dp_rank 0      0          1
@@ -13,7 +13,6 @@ LOCAL_RANK.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -22,8 +21,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-# Building DeepSpeed's ops and writing large exports keep some ranks waiting for others for minutes.
-_PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
+from megavit.parallel.rendezvous import join_launch, require_meeting_point, threads_per_rank
+
+# The longest that a rank waits for others which are still building ops or writing, unless the run says
+# otherwise.
+_TIMEOUT_S = 1800.0
+# A rank that has written its part of a checkpoint waits for the slowest one; if one is lost, this one's
+# watchdog or connection ends the wait.
+_IO_TIMEOUT = timedelta(days=1)
 
 T = TypeVar("T")
 
@@ -31,7 +36,11 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Mesh:
     """Coordinates of this rank in the (DP, TP) grid and the two process groups through it (None without
-    processes)."""
+    processes).
+
+    `io_group` spans the world over gloo; only the thread that writes checkpoints uses it, so its collectives
+    never mix with the training's.
+    """
 
     tp_size: int = 1
     tp_rank: int = 0
@@ -41,6 +50,7 @@ class Mesh:
     device: torch.device = torch.device("cpu")
     tp_group: dist.ProcessGroup | None = None
     dp_group: dist.ProcessGroup | None = None
+    io_group: dist.ProcessGroup | None = None
 
     @staticmethod
     def single(device: torch.device | str = "cpu") -> Mesh:
@@ -48,26 +58,26 @@ class Mesh:
         return Mesh(device=torch.device(device))
 
     @staticmethod
-    def from_environment(tp_size: int = 1) -> Mesh:
-        """Join the process group that the launcher (`deepspeed`, `torchrun`, or none) describes, and build
-        the grid.
+    def from_environment(tp_size: int = 1, timeout_s: float = _TIMEOUT_S) -> Mesh:
+        """Join the process group that the launcher (`deepspeed`, `torchrun`, `srun`, `mpirun`, or none)
+        describes, and build the grid. A collective that takes longer than `timeout_s` is an error.
 
-        Raises ValueError when `tp_size` does not divide the number of ranks, or a node has fewer GPUs than
-        ranks. Collective over all ranks; opens two process groups per grid row and column.
+        Raises ValueError when `tp_size` does not divide the number of ranks, a node has fewer GPUs than
+        ranks, or the launcher leaves something out. Collective over all ranks; opens two process groups per
+        grid row and column.
         """
-        world_size = int(os.environ.setdefault("WORLD_SIZE", "1"))
-        global_rank = int(os.environ.setdefault("RANK", "0"))
-        local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+        world_size, global_rank, local_rank, local_size = join_launch()
+        timeout = timedelta(seconds=timeout_s)
         if world_size % tp_size:
             raise ValueError(
                 f"--tensor_parallel_size {tp_size} does not divide the {world_size} ranks of this launch; "
                 f"start a multiple of {tp_size} ranks (deepspeed --num_accelerators N) or lower it"
             )
         device = _device(local_rank)
-        if device.type == "cpu":
-            _share_cores()
+        if device.type == "cpu" and (threads := threads_per_rank(local_size)):
+            torch.set_num_threads(threads)
         if not dist.is_initialized():
-            _init_process_group(device, global_rank, world_size)
+            _init_process_group(device, global_rank, world_size, timeout)
         mesh = Mesh(
             tp_size=tp_size,
             tp_rank=global_rank % tp_size,
@@ -76,16 +86,25 @@ class Mesh:
             local_rank=local_rank,
             device=device,
         )
-        return mesh._with_groups()
+        return mesh._with_groups(timeout)
 
-    def _with_groups(self) -> Mesh:
-        # Every rank creates every group, in one order: new_group is collective over the world.
+    def _with_groups(self, timeout: timedelta) -> Mesh:
+        # Every rank creates every group, in one order: new_group is collective over the world. A group's
+        # default time limit is not the world's.
         groups: dict[tuple[str, int], Any] = {}
         for dp_rank in range(self.dp_size):
-            groups["tp", dp_rank] = _new_group([dp_rank * self.tp_size + t for t in range(self.tp_size)])
+            ranks = [dp_rank * self.tp_size + tp_rank for tp_rank in range(self.tp_size)]
+            groups["tp", dp_rank] = dist.new_group(ranks, timeout=timeout)
         for tp_rank in range(self.tp_size):
-            groups["dp", tp_rank] = _new_group([d * self.tp_size + tp_rank for d in range(self.dp_size)])
-        return replace(self, tp_group=groups["tp", self.dp_rank], dp_group=groups["dp", self.tp_rank])
+            ranks = [dp_rank * self.tp_size + tp_rank for dp_rank in range(self.dp_size)]
+            groups["dp", tp_rank] = dist.new_group(ranks, timeout=timeout)
+        io_group: Any = dist.new_group(timeout=_IO_TIMEOUT, backend="gloo")
+        return replace(
+            self,
+            tp_group=groups["tp", self.dp_rank],
+            dp_group=groups["dp", self.tp_rank],
+            io_group=io_group,
+        )
 
     @property
     def world_size(self) -> int:
@@ -116,6 +135,30 @@ class Mesh:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank's `flag` is set, the same answer everywhere; one all-reduce of a number."""
+        if self.world_size == 1:
+            return flag
+        flags = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(flags)
+        return bool(flags.item())
+
+    def gather_for_io(self, value: Any) -> list[Any]:
+        """As `gather`, on the main rank only (others get an empty list), over `io_group`."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size if self.is_main else []
+        dist.gather_object(value, values if self.is_main else None, dst=0, group=self.io_group)
+        return values
+
+    def broadcast_for_io(self, value: Any) -> Any:
+        """As `broadcast`, over `io_group`."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.io_group, device=torch.device("cpu"))
+        return box[0]
 
     def on_main(self, function: Callable[[], T]) -> T:
         """`function()`, run on the main rank only, on every rank; collective over the world.
@@ -163,35 +206,18 @@ def _device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
-            "start one rank per GPU"
+            f"local rank {local_rank} has no GPU: it sees {torch.cuda.device_count()}; start one rank per "
+            f"GPU, and let every rank see all of its node's (srun: --gpus-per-node, not --gpus-per-task)"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
-def _new_group(ranks: list[int]) -> Any:
-    return dist.new_group(ranks, timeout=_PROCESS_GROUP_TIMEOUT)  # the default is not the world's
-
-
-def _share_cores() -> None:
-    """Divide the node's cores among its ranks, unless OMP_NUM_THREADS says otherwise: more threads than cores
-    crawl."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
-
-
-def _init_process_group(device: torch.device, global_rank: int, world_size: int) -> None:
+def _init_process_group(device: torch.device, global_rank: int, world_size: int, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world_size == 1:
         # No launcher, or one rank: an in-process store needs no port, so runs side by side never collide.
-        store = dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_PROCESS_GROUP_TIMEOUT)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise ValueError(
-            f"WORLD_SIZE is {world_size} but {' and '.join(missing)} is not set; start with `deepspeed`"
-        )
-    dist.init_process_group(backend, rank=global_rank, world_size=world_size, timeout=_PROCESS_GROUP_TIMEOUT)
+    require_meeting_point(world_size)
+    dist.init_process_group(backend, rank=global_rank, world_size=world_size, timeout=timeout)

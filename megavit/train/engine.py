@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,16 +23,22 @@ from megavit.train.ds_config import uses_bf16
 from megavit.train.inputs import Inputs
 from megavit.train.loss import image_losses
 from megavit.train.optim import parameter_groups
+from megavit.train.zero_state import ZeroState
 
 # DeepSpeed prints dozens of lines a rank at start.
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 import deepspeed  # noqa: E402
-from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_modules  # noqa: E402
+from deepspeed.utils import set_z3_leaf_modules  # noqa: E402
 
 
-class NonFiniteError(RuntimeError):
-    """Loss or gradient norm is infinite or not a number; raised before the weights change."""
+class StepResult(NamedTuple):
+    """One optimizer step, the same on every rank. `grad_norm` is the global one before clipping; `refused` is
+    empty, or says why the weights and moments were left as they were."""
+
+    loss: float
+    grad_norm: float
+    refused: str
 
 
 class Engine:
@@ -59,21 +65,24 @@ class Engine:
             mpu=mesh,
             dist_init_required=False,
         )
-        self._deepspeed.basic_optimizer.register_step_pre_hook(self._refuse_non_finite_norm)
-        self._where = ""
-        self._grad_norm = math.nan
+        self.state = ZeroState(self._deepspeed, self.model, mesh)
+        self._update = self._deepspeed.basic_optimizer.step
+        self._deepspeed.basic_optimizer.step = self._update_unless_refused
+        self._grad_norm, self._norm_limit = math.nan, math.inf
 
     def train_step(
-        self, micro_batches: Iterable[Inputs], total_weight: Tensor, step: int, lr: float
-    ) -> tuple[float, float]:
+        self,
+        micro_batches: Iterable[Inputs],
+        total_weight: Tensor,
+        lr: float,
+        norm_limit: float = math.inf,
+    ) -> StepResult:
         """One optimizer step on `grad_accum` micro-batches, of images in [-1, 1].
 
         The loss is the sum of the images' losses times their weights over `total_weight`, the global batch's
-        sum of weights: bad samples take no part. Returns it and the gradient's global norm before clipping.
-        Raises NonFiniteError, on all ranks alike, before the weights change. Beside DeepSpeed's own, one
-        all-reduce of a scalar.
+        sum of weights: bad samples take no part. The update is refused when the gradient's norm is not finite
+        or above `norm_limit`. Beside DeepSpeed's own, one all-reduce of a scalar.
         """
-        self._where = f"at step {step + 1}, learning rate {lr:.3g}"
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self._deepspeed.train()
@@ -88,32 +97,19 @@ class Engine:
             self._deepspeed.backward(loss * (self.grad_accum * self.mesh.dp_size))
             if index + 1 < self.grad_accum:
                 self._deepspeed.step()  # counts the micro-batch; the weights move on the last one only
-        loss_sum = self._agreed_loss(total)
-        if self._keeps_gradients_whole:
-            self._grad_norm = self._whole_grad_norm()
+        loss_sum = float(sum_over_dp(self.mesh, total))
+        self._norm_limit = norm_limit
+        self._grad_norm = self._whole_grad_norm() if self._keeps_gradients_whole else math.nan
         self._deepspeed.step()
-        if getattr(self._deepspeed.optimizer, "overflow", False):  # ZeRO-3 skips such a step without a word
-            raise NonFiniteError(
-                f"gradient norm is not finite {self._where} (all ranks agree); weights unchanged"
-            )
-        return loss_sum, self._grad_norm
+        if not self._keeps_gradients_whole:
+            self._grad_norm = float(self._deepspeed.optimizer._global_grad_norm)
+        return StepResult(loss_sum, self._grad_norm, self._reason_to_refuse(total, loss_sum))
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes], float32, of images [B, C, S, S], the same on all TP ranks."""
         self._deepspeed.eval()
         return self._deepspeed(images.to(self.dtype)).float()
-
-    def shards(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's name and this TP rank's shard, float32 (the master copy), on the CPU of every
-        rank.
-
-        Collective over DP; holds one parameter at a time.
-        """
-        for name, parameter in self.model.named_parameters():
-            full = safe_get_full_fp32_param(parameter)
-            # Without a ZeRO master copy the parameter itself is whole.
-            yield name, (parameter.detach() if full is None else full).float().cpu()
 
     @property
     def _keeps_gradients_whole(self) -> bool:
@@ -128,29 +124,31 @@ class Engine:
                 squares[sharded] = squares[sharded] + parameter.grad.float().square().sum()
         return float(squares[0] + reduce_from_tp(self.mesh, squares[1])) ** 0.5
 
-    def _refuse_non_finite_norm(self, *_: Any) -> None:
-        """Runs before each of the optimizer's updates, when DeepSpeed knows the norm and nothing has moved
-        yet."""
+    def _update_unless_refused(self, *arguments: Any, **options: Any) -> Any:
+        """In the optimizer's place: DeepSpeed calls it for each of its buffers, when the norm is known and
+        nothing has moved yet, and then goes on as after any step. (At stage 3 it leaves out such a call by
+        itself if the norm is not finite.)"""
         if not self._keeps_gradients_whole:
             self._grad_norm = float(self._deepspeed.optimizer._global_grad_norm)
-        if not math.isfinite(self._grad_norm):
-            raise NonFiniteError(
-                f"gradient norm is {self._grad_norm} {self._where} (all ranks agree); weights unchanged"
-            )
+        return self._update(*arguments, **options) if self._norm_is_fine else None
 
-    def _agreed_loss(self, local: Tensor) -> float:
-        """The sum over DP ranks; raises on every rank, naming the culprits, if one rank's loss is not
-        finite."""
-        total = float(sum_over_dp(self.mesh, local))
-        if math.isfinite(total):
-            return total
-        flags = torch.zeros(self.mesh.dp_size, device=local.device)
-        flags[self.mesh.dp_rank] = float(not math.isfinite(float(local)))
+    @property
+    def _norm_is_fine(self) -> bool:
+        return math.isfinite(self._grad_norm) and self._grad_norm <= self._norm_limit
+
+    def _reason_to_refuse(self, local_loss: Tensor, loss: float) -> str:
+        if self._norm_is_fine:
+            return ""
+        if math.isfinite(loss):
+            what = "not finite" if not math.isfinite(self._grad_norm) else f"above {self._norm_limit:.4g}"
+            return f"gradient norm {self._grad_norm:.4g} is {what}"
+        flags = torch.zeros(self.mesh.dp_size, device=local_loss.device)
+        flags[self.mesh.dp_rank] = float(not math.isfinite(float(local_loss)))
         bad = sum_over_dp(self.mesh, flags).nonzero().flatten().tolist()
         ranks = (
             ", ".join(str(dp_rank * self.mesh.tp_size) for dp_rank in bad) or "none alone (the sum overflows)"
         )
-        raise NonFiniteError(f"loss is {total} {self._where}, on rank(s) {ranks}; weights unchanged")
+        return f"loss is {loss} on rank(s) {ranks}"
 
 
 def build_model(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> MegaVit:

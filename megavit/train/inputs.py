@@ -1,9 +1,10 @@
-"""From a rank's part of a batch to what the model takes: gather over TP, augment on the device, dense
-targets."""
+"""A rank's data: which shards and loaders a run reads from, and the way of a batch to the model (gather over
+TP, augment on the device, dense targets)."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 from megavit.config import RunConfig
 from megavit.data.bad import BadSample
 from megavit.data.device import blend, to_model_input
-from megavit.data.loader import Batch, Share
+from megavit.data.lanes import DataState
+from megavit.data.loader import Batch, EvalLoader, Share, TrainLoader
+from megavit.data.manifest import Manifest, open_shards
+from megavit.data.sources import ShardCache
 from megavit.parallel.collectives import gather_from_tp, max_over_tp, reduce_from_tp, sum_over_dp
 from megavit.parallel.mesh import Mesh
 from megavit.train.loss import local_targets
@@ -34,6 +38,54 @@ def share_of(run: RunConfig, mesh: Mesh) -> Share:
     if run.data.tp == "replicate":
         return Share(mesh.dp_rank, mesh.dp_size)
     return Share(mesh.dp_rank, mesh.dp_size, mesh.tp_rank, mesh.tp_size)
+
+
+def open_data(shards: str, run: RunConfig, mesh: Mesh) -> Manifest:
+    """The shards that a pattern or manifest names, read by the main rank. Collective over the world."""
+    return mesh.on_main(lambda: open_shards(shards, _cache(run), progress=True))
+
+
+def train_loader(
+    shards: Manifest,
+    run: RunConfig,
+    ds_config: dict[str, Any],
+    mesh: Mesh,
+    state: DataState | None,
+    left_out: Sequence[tuple[int, int]],
+) -> TrainLoader:
+    """This rank's training data, from a saved state or the start on."""
+    return TrainLoader(
+        shards,
+        run.model,
+        run.data,
+        seed=run.seed,
+        global_batch=ds_config["train_batch_size"],
+        micro_batch=ds_config["train_micro_batch_size_per_gpu"],
+        share=share_of(run, mesh),
+        cache=_cache(run),
+        allow_unlabelled=run.loss == "sigmoid",
+        state=state,
+        left_out=left_out,
+    )
+
+
+def eval_loader(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> EvalLoader | None:
+    """This rank's share of the validation data; None if the run has none. Collective over the world."""
+    if not run.data.val_shards:
+        return None
+    return EvalLoader(
+        open_data(run.data.val_shards, run, mesh),
+        run.model,
+        run.data,
+        batch=ds_config["train_micro_batch_size_per_gpu"],
+        share=share_of(run, mesh),
+        cache=_cache(run),
+        allow_unlabelled=run.loss == "sigmoid",
+    )
+
+
+def _cache(run: RunConfig) -> ShardCache:
+    return ShardCache(run.data.cache_dir, int(run.data.cache_gb * 1e9), timeout_s=run.data.timeout_s)
 
 
 @torch.no_grad()

@@ -1,158 +1,314 @@
-"""The training run from first to last: read this to know what MegaViT does."""
+"""The training run from first to last: read `Trainer.train` to know what MegaViT does."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megavit.config import DataConfig, RunConfig
+from megavit.config import RunConfig, plain_config
 from megavit.data.bad import BAD_SAMPLES_FILE, BadSamples, TooManyBadSamples
-from megavit.data.device import to_model_input
-from megavit.data.lanes import mix
-from megavit.data.loader import EvalLoader, TrainLoader
-from megavit.data.manifest import DATA_FILE, Manifest, open_shards
-from megavit.data.sources import ShardCache
-from megavit.parallel.collectives import sum_over_dp
+from megavit.data.lanes import DataState, mix
+from megavit.data.loader import Batch, EvalLoader
+from megavit.data.manifest import DATA_FILE
 from megavit.parallel.mesh import Mesh
-from megavit.train.checkpoint import export_weights, save_weights
+from megavit.train.checkpoint import Checkpoint, open_step
 from megavit.train.ds_config import resolve_ds_config
-from megavit.train.engine import Engine
-from megavit.train.inputs import check_replicas, collect_bad, share_of, to_inputs, total_weight, whole_batch
-from megavit.train.monitor import Monitor, new_run_dir, reference_results
+from megavit.train.engine import Engine, StepResult
+from megavit.train.evaluation import evaluate
+from megavit.train.export import export_weights, load_exported
+from megavit.train.guard import Guard, TooManySkipped
+from megavit.train.inputs import (
+    check_replicas,
+    collect_bad,
+    eval_loader,
+    open_data,
+    to_inputs,
+    total_weight,
+    train_loader,
+)
+from megavit.train.monitor import Monitor, choose_run_dir, reference_results, say
+from megavit.train.preempt import PREEMPTED_FILE, StopRequest, children_spared
+from megavit.train.resume import check_resumable, describe_changes
+from megavit.train.saver import Saver, open_latest, restore
 from megavit.train.schedule import lr_at
+from megavit.train.watchdog import Watchdog
+
+_MAX_ROLLBACKS = 3  # to one checkpoint
 
 
-def train(run: RunConfig, raw_ds_config: dict[str, Any], mesh: Mesh) -> float | None:
-    """Train `run` on this rank of `mesh`; returns the final top-1, or None without validation shards.
+class SaveError(RuntimeError):
+    """The run has ended, but its last state could not be saved."""
 
-    Everything that can fail early (shards, batch arithmetic, the run folder) is touched before the model is
+
+def train(run: RunConfig, raw_ds_config: dict[str, Any], mesh: Mesh, stop: StopRequest) -> float | None:
+    """Train `run` on this rank of `mesh`, from its newest checkpoint or the start on; see `Trainer`."""
+    trainer = Trainer(run, raw_ds_config, mesh)
+    try:
+        trainer.build()
+        return trainer.train(stop)
+    finally:
+        trainer.close()
+
+
+class Trainer:
+    """A run on one rank. Collective: every rank calls the same methods in the same order.
+
+    Everything that can fail early (shards, batch arithmetic, checkpoints) is touched before the model is
     built.
     """
-    ds_config = resolve_ds_config(raw_ds_config, mesh.dp_size, mesh.device.type)
-    global_batch: int = ds_config["train_batch_size"]
-    loader = _train_loader(run, ds_config, mesh)
-    eval_loader = _eval_loader(run, ds_config, mesh)
-    run_dir = new_run_dir(run, mesh)
-    engine = Engine(run, ds_config, mesh)
-    monitor = Monitor(run_dir, run, ds_config, mesh)
-    if mesh.is_main:
-        loader.save_order(run_dir / DATA_FILE, 0)
-    bad_samples = BadSamples(
-        run.data.max_bad_fraction,
-        run.data.max_bad_shards,
-        run_dir / BAD_SAMPLES_FILE if mesh.is_main else None,
-    )
-    peak_lr = ds_config["optimizer"]["params"]["lr"]
 
-    batches = loader.batches(0, run.max_steps)
-    top1 = None
-    for step in range(run.max_steps):
-        started = time.perf_counter()
+    def __init__(self, run: RunConfig, raw_ds_config: dict[str, Any], mesh: Mesh):
+        self.run, self.mesh = run, mesh
+        self.ds_config = resolve_ds_config(raw_ds_config, mesh.dp_size, mesh.device.type)
+        self.global_batch: int = self.ds_config["train_batch_size"]
+        self.peak_lr: float = self.ds_config["optimizer"]["params"]["lr"]
+        self.run_dir = choose_run_dir(run, mesh)
+        self.last_step = run.stop_at_step or run.max_steps
+        self.saved = open_latest(self.run_dir, run.checkpoint.on_damage, mesh, self._say)
+        if self.saved:
+            check_resumable(self.saved, run)
+        self._shards = open_data(run.data.shards, run, mesh)
+        left_out = self.saved.state["left_out"] if self.saved else ()
+        self._take_position(self.saved, [(first, last) for first, last in left_out])
+        self._rollbacks: Counter[int] = Counter()
+        self._saved_bytes = 0
+        self.eval_loader = eval_loader(run, self.ds_config, mesh)
+        self.monitor = Monitor(self.run_dir, run, self.ds_config, mesh, self.step)
+        name = f"rank {mesh.global_rank}"
+        self.watchdog = Watchdog(run.timeout_s, name, self._reading, self._heartbeat, run.heartbeat_s)
+
+    def build(self) -> None:
+        """The engine, with the weights and moments of the checkpoint, of --init_from, or of the seed."""
+        run, mesh, saved = self.run, self.mesh, self.saved
+        self.watchdog.at("building the engine")
+        with children_spared():
+            self.engine = Engine(run, self.ds_config, mesh)
+        if saved:
+            self.watchdog.at(f"restoring {saved.folder.name}")
+            restore(saved, self.engine.state, mesh)
+            changes = describe_changes(saved, run, self.ds_config)
+            self.monitor.event(self.step, "resumed", path=saved.folder.name, changes=changes)
+            self._say(f"going on after step {self.step}, saved {saved.saved_at} as {saved.folder.name}")
+            for change in changes:
+                self._say(f"  changed: {change}")
+        elif run.init_from:
+            self._say(load_exported(Path(run.init_from), self.engine.state, run.model, mesh))
+        self.saver = Saver(self.run_dir, run.checkpoint, mesh, self.engine.state, self.step)
+        if mesh.is_main:
+            self.loader.save_order(self.run_dir / DATA_FILE, self.step)
+            (self.run_dir / PREEMPTED_FILE).unlink(missing_ok=True)
+
+    def train(self, stop: StopRequest) -> float | None:
+        """Train to the last step, or until some rank is asked to `stop`; the state is saved either way.
+
+        Returns the final top-1, or None without validation shards or before the end. Raises SaveError when
+        that save failed, TooManySkipped and TooManyBadSamples, after saving, when the run needs a person.
+        """
+        top1 = None
+        if self.step >= self.last_step:
+            self._say(f"nothing is left to do: the run is at step {self.step} of {self.last_step}")
+        while self.step < self.last_step:
+            if self.mesh.any(bool(stop)):
+                self._stop_on_request(stop)
+                return None
+            result = self._take_step()
+            if result.refused and self.guard.gives_up:
+                self._roll_back(result.refused)
+                continue
+            if _is_due(self.step, self.run.checkpoint.every):
+                self._save()
+            if self.eval_loader and (
+                self.step == self.run.max_steps or _is_due(self.step, self.run.eval_every)
+            ):
+                top1 = self._evaluate(self.eval_loader)
+        self._save_and_wait()
+        if self.step < self.run.max_steps:
+            self._say(f"stopped at step {self.step}; start again on {self.run_dir} to go on")
+            return None
+        self._export()
+        if top1 is not None:
+            self._say(reference_results(self.run.data.val_shards, top1))
+        return top1
+
+    def close(self) -> None:
+        self.watchdog.stop()
+        self.monitor.close()
+
+    def _take_step(self) -> StepResult:
+        """One optimizer step: data, forward and backward, update or refusal, accounts, log line."""
+        started, step = time.perf_counter(), self.step
+        self.watchdog.at(f"waiting for the data of step {step + 1}")
         # All of a step's micro-batches at once: the loss is divided by the weight of the whole global batch.
-        step_batches = [next(batches) for _ in range(engine.grad_accum)]
+        batches = [next(self._batches) for _ in range(self.engine.grad_accum)]
         data_time_s = time.perf_counter() - started
-        if run.data.tp == "replicate" and step % run.data.check_every == 0:
-            check_replicas(step_batches, step, mesh)
-        weight = total_weight(step_batches, run, mesh)
-        micro_batches = (to_inputs(batch, run, mesh) for batch in step_batches)
+        self.watchdog.at(f"computing step {step + 1}")
+        if self.run.data.tp == "replicate" and step % self.run.data.check_every == 0:
+            check_replicas(batches, step, self.mesh)
+        weight = total_weight(batches, self.run, self.mesh)
+        micro_batches = (to_inputs(batch, self.run, self.mesh) for batch in batches)
         if step == 0:
-            micro_batches = monitor.show_first(micro_batches)
-
-        _seed_dropout(run.seed, step, mesh)
-        lr = lr_at(step, run.max_steps, peak_lr, run.schedule)
-        loss, grad_norm = engine.train_step(micro_batches, weight, step, lr)
-
-        # The weight, and so this decision, is the same on every rank.
-        bad = collect_bad(step_batches, run, mesh) if int(weight) < global_batch else []
-        try:
-            bad_samples.add(step + 1, global_batch, bad)
-        except TooManyBadSamples:
-            save_weights(engine, run_dir, step + 1, loader.state_at(step + 1))
-            raise
-        monitor.log_step(
+            micro_batches = self.monitor.show_first(micro_batches)
+        _seed_dropout(self.run.seed, step, self.mesh)
+        lr = lr_at(step, self.run.max_steps, self.peak_lr, self.run.schedule)
+        result = self.engine.train_step(micro_batches, weight, lr, self.guard.limit)
+        self.step += 1
+        self.guard.record(not result.refused, result.grad_norm)
+        if result.refused:
+            self.monitor.log_skipped(self.step, result.refused, result.loss, result.grad_norm)
+        self._account_for_bad_samples(batches, int(weight))
+        self._log_saves()
+        self.monitor.log_step(
             step,
-            loss=loss,
+            loss=result.loss,
             lr=lr,
-            grad_norm=grad_norm,
-            epoch=loader.passes(step + 1),
-            bad_samples=bad_samples.total,
+            grad_norm=result.grad_norm,
+            epoch=self.loader.passes(self.step),
+            bad_samples=self.bad_samples.total,
+            skipped_updates=self.guard.skipped,
             step_time_s=time.perf_counter() - started,
             data_time_s=data_time_s,
         )
-        done = step + 1
-        if eval_loader and (done == run.max_steps or (run.eval_every and done % run.eval_every == 0)):
-            top1, used = evaluate(engine, eval_loader, bad_samples, done)
-            monitor.log_eval(done, top1, used, eval_loader.num_samples - used)
+        return result
 
-    checkpoint = save_weights(engine, run_dir, run.max_steps, loader.state_at(run.max_steps))
-    if mesh.is_main:
-        out = export_weights(checkpoint, Path(run.export_dir) if run.export_dir else run_dir / "export")
-        monitor.say(f"exported the weights to {out} (MegaVit.from_pretrained loads them)")
-    if top1 is not None:
-        monitor.say(reference_results(run.data.val_shards, top1))
-    monitor.close()
-    return top1
+    def _account_for_bad_samples(self, batches: list[Batch], weight: int) -> None:
+        # The weight, and so this decision, is the same on every rank.
+        bad = collect_bad(batches, self.run, self.mesh) if weight < self.global_batch else []
+        try:
+            self.bad_samples.add(self.step, self.global_batch, bad)
+        except TooManyBadSamples:
+            self._save_and_wait()
+            raise
+
+    def _evaluate(self, loader: EvalLoader) -> float:
+        self.watchdog.at(f"evaluating after step {self.step}")
+        top1, used = evaluate(self.engine, loader, self.bad_samples, self.step, self.watchdog)
+        self.monitor.log_eval(self.step, top1, used, loader.num_samples - used)
+        return top1
+
+    def _save(self) -> None:
+        self.watchdog.at(f"saving step {self.step}")
+        state = {
+            "data": self.loader.state_at(self.step),
+            "left_out": self._left_out,
+            "bad_samples": self.bad_samples.state(),
+            "guard": self.guard.state(),
+        }
+        self.saver.save(
+            self.step, {"state": state, "run": plain_config(self.run), "ds_config": self.ds_config}
+        )
+        self._log_saves()
+
+    def _save_and_wait(self) -> None:
+        """Save, and raise SaveError unless this step's checkpoint is committed."""
+        self._save()
+        while not self.saver.wait(1.0):
+            self._log_saves()
+        self._log_saves()
+        if self.saver.committed_step != self.step:
+            raise SaveError(
+                f"the state after step {self.step} could not be saved; the newest checkpoint is that of step "
+                f"{self.saver.committed_step}; start again on {self.run_dir} to go on from there"
+            )
+
+    def _log_saves(self) -> None:
+        if progress := self.saver.progress():
+            if progress.bytes != self._saved_bytes:
+                self._saved_bytes = progress.bytes
+                self.watchdog.at(f"saving, after step {self.step}")
+            self.monitor.show_progress(progress)
+        for saved in self.saver.finished():
+            self.monitor.log_saved(saved)
+
+    def _stop_on_request(self, stop: StopRequest) -> None:
+        reason = stop.signal_name or "a signal to another rank"
+        self._say(f"{reason}: saving step {self.step}, then stopping")
+        if self.step:
+            try:
+                self._save_and_wait()
+            except SaveError as error:  # the next life goes on from the checkpoint before
+                self._say(f"error: {error}")
+        self.monitor.event(self.step, "stopped", reason=reason)
+        if self.mesh.is_main:
+            (self.run_dir / PREEMPTED_FILE).write_text(f"{reason} after step {self.step}\n")
+
+    def _roll_back(self, reason: str) -> None:
+        """After too many refused updates: go back to the newest checkpoint and leave out their data; or,
+        unless that is wanted and possible, save and raise TooManySkipped."""
+        count = self.guard.in_a_row
+        first = self.step - count
+        message = f"{count} updates in a row were refused, the last at step {self.step}: {reason}"
+        if not self.run.guard.rollback:
+            self._save_and_wait()
+            raise TooManySkipped(
+                f"{message}; see --guard.max_skipped, --guard.rollback and --data.skip_steps "
+                f"{first}:{self.step}"
+            )
+        self.saver.wait()
+        self._log_saves()
+        back_to = self.saver.committed_step
+        self._rollbacks[back_to] += 1
+        if not back_to or self._rollbacks[back_to] > _MAX_ROLLBACKS:
+            why = (
+                f"{_MAX_ROLLBACKS} rollbacks to step {back_to} did not help"
+                if back_to
+                else "nothing was saved"
+            )
+            raise TooManySkipped(f"{message}; {why}")
+        saved = self.mesh.on_main(lambda: open_step(self.run_dir, back_to))
+        restore(saved, self.engine.state, self.mesh)
+        first = max(first, back_to)
+        longer = max((b for a, b in self._left_out if a == first), default=first) + self.step - first
+        left_out = [skip for skip in self._left_out if skip[0] != first] + [(first, longer)]
+        self._take_position(saved, left_out)
+        self.monitor.rewind(self.step)
+        self.monitor.event(self.step, "rolled back", reason=message, left_out=f"{first}:{longer}")
+        self._say(f"{message}; back to step {self.step}, leaving out the data of steps {first}:{longer}")
+        if self.mesh.is_main:
+            self.loader.save_order(self.run_dir / DATA_FILE, self.step)
+
+    def _take_position(self, saved: Checkpoint | None, left_out: Sequence[tuple[int, int]]) -> None:
+        """Set the step, the data and the accounts to those of a checkpoint, or of the start."""
+        state = saved.state if saved else {}
+        self.step = saved.step if saved else 0
+        self._left_out = list(left_out)
+        self.guard = Guard(self.run.guard, state.get("guard"))
+        self.bad_samples = BadSamples(
+            self.run.data.max_bad_fraction,
+            self.run.data.max_bad_shards,
+            self.run_dir / BAD_SAMPLES_FILE if self.mesh.is_main else None,
+            state.get("bad_samples"),
+        )
+        data = DataState.from_json(state["data"]) if saved else None
+        self.loader = train_loader(self._shards, self.run, self.ds_config, self.mesh, data, left_out)
+        self._batches = self.loader.batches(self.step, self.run.max_steps)
+
+    def _export(self) -> None:
+        self.watchdog.at("exporting the weights")
+        if self.mesh.is_main:
+            out = Path(self.run.export_dir) if self.run.export_dir else self.run_dir / "export"
+            export_weights(open_step(self.run_dir, self.step), out, verify=False)
+            self._say(f"exported the weights to {out} (MegaVit.from_pretrained loads them)")
+
+    def _say(self, text: str) -> None:
+        say(self.mesh, text)
+
+    def _reading(self) -> str:
+        return self.loader.reading()
+
+    def _heartbeat(self, phase: str, idle_s: float) -> None:
+        self.monitor.event(self.step, "heartbeat", phase=phase, idle_s=round(idle_s, 1))
 
 
-def evaluate(engine: Engine, loader: EvalLoader, bad_samples: BadSamples, step: int) -> tuple[float, int]:
-    """(top-1, samples used) over the whole validation set, exact at any number of ranks: no sample dropped or
-    counted twice. A prediction is right if it is one of the image's labels. Bad samples are recorded and left
-    out."""
-    run, mesh = engine.run, engine.mesh
-    counts = torch.zeros(2, device=mesh.device, dtype=torch.float64)  # right, used
-    bad = []
-    for batch in loader:
-        images, labels, weights = whole_batch(batch, run, mesh)
-        predicted = engine.predict(to_model_input(images, mesh.device)).argmax(1)
-        right = (labels == predicted[:, None]).any(1)
-        counts += torch.stack([(right * weights).sum(), weights.sum()])
-        bad.append(batch._replace(images=batch.images[:0]))
-    right_count, used = sum_over_dp(mesh, counts).tolist()
-    if used < loader.num_samples:
-        bad_samples.record(step, collect_bad(bad, run, mesh))
-    return right_count / max(used, 1), int(used)
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _seed_dropout(seed: int, step: int, mesh: Mesh) -> None:
     """Dropout of a step depends on (seed, step, dp_rank): equal on all TP ranks, and a resumed run repeats
     it."""
     torch.manual_seed(int(mix(seed, step, mesh.dp_rank)) >> 1)  # manual_seed takes 63 bits
-
-
-def _train_loader(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> TrainLoader:
-    return TrainLoader(
-        _open(run.data.shards, run.data, mesh),
-        run.model,
-        run.data,
-        seed=run.seed,
-        global_batch=ds_config["train_batch_size"],
-        micro_batch=ds_config["train_micro_batch_size_per_gpu"],
-        share=share_of(run, mesh),
-        cache=_cache(run.data),
-        allow_unlabelled=run.loss == "sigmoid",
-    )
-
-
-def _eval_loader(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> EvalLoader | None:
-    if not run.data.val_shards:
-        return None
-    return EvalLoader(
-        _open(run.data.val_shards, run.data, mesh),
-        run.model,
-        run.data,
-        batch=ds_config["train_micro_batch_size_per_gpu"],
-        share=share_of(run, mesh),
-        cache=_cache(run.data),
-        allow_unlabelled=run.loss == "sigmoid",
-    )
-
-
-def _open(shards: str, config: DataConfig, mesh: Mesh) -> Manifest:
-    return mesh.on_main(lambda: open_shards(shards, _cache(config), progress=True))
-
-
-def _cache(config: DataConfig) -> ShardCache:
-    return ShardCache(config.cache_dir, int(config.cache_gb * 1e9), timeout_s=config.timeout_s)

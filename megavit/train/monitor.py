@@ -2,36 +2,41 @@
 them.
 
 The only importer of SummaryWriter. Only the main rank writes; the others hold a `Monitor` that does nothing.
+A disk that is full costs log lines, never the run.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from megavit.config import RunConfig
+from megavit.config import RunConfig, plain_config
 from megavit.data.bad import BAD_SAMPLES_FILE
 from megavit.model.count import num_params, train_flops
 from megavit.parallel.mesh import Mesh
 from megavit.train.ds_config import uses_bf16
 from megavit.train.inputs import Inputs
+from megavit.train.saver import Progress, Saved
 from megavit.train.schedule import lr_at
 
 LOG_FILE = "log.jsonl"
+DISCARDED_SUFFIX = ".discarded"  # lines of steps that a run did again from an earlier checkpoint
+_PROGRESS_S = 15.0
 BASELINES_FILE = "baselines.json"
 
 # Dense bf16 matmul peak, FLOP/s, by a part of torch.cuda.get_device_name(); the first match counts.
@@ -46,7 +51,8 @@ _PEAK_FLOPS = {
 
 
 class Monitor:
-    """Logs of one run; `log_step` is called every step and writes every `log_every`-th.
+    """Logs of one run, from update `first_step` on; `log_step` is called every step and writes every
+    `log_every`-th.
 
     Speed is over whole optimizer steps (data, communication, optimizer, logging), the median of the steps
     since the last line. MFU is three forwards of matmul FLOPs over
@@ -54,7 +60,9 @@ class Monitor:
     rate measured at start.
     """
 
-    def __init__(self, run_dir: Path, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh):
+    def __init__(
+        self, run_dir: Path, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh, first_step: int = 0
+    ):
         self.run, self.mesh = run, mesh
         self.global_batch: int = ds_config["train_batch_size"]
         dtype = torch.bfloat16 if uses_bf16(ds_config) else torch.float32
@@ -62,19 +70,23 @@ class Monitor:
         self._step_times: list[float] = []
         self._data_times: list[float] = []
         self._enabled = mesh.is_main
+        self._lock = threading.Lock()
+        self._log_lost = 0
+        self._board: Any = None
+        self._next_progress_s = _PROGRESS_S
         if not self._enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         run_dir.mkdir(parents=True, exist_ok=True)
         resolved = yaml.safe_dump(plain_config(run), sort_keys=False)
         (run_dir / "config.yaml").write_text(resolved)
         (run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
         (run_dir / "environment.json").write_text(json.dumps(_environment(mesh), indent=2) + "\n")
-        self._log = open(run_dir / LOG_FILE, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
-        self._board = SummaryWriter(str(run_dir / "tensorboard"))
-        self._board.add_text("config/run", f"```yaml\n{resolved}```")
-        self._board.add_text("config/deepspeed", f"```json\n{json.dumps(ds_config, indent=2)}\n```")
+        self._run_dir, self._purge_step = run_dir, first_step + 1 if first_step else None
+        self._log = self._open_log(first_step)
+        if not first_step:
+            self._on_board(lambda board: board.add_text("config/run", f"```yaml\n{resolved}```"))
+            text = f"```json\n{json.dumps(ds_config, indent=2)}\n```"
+            self._on_board(lambda board: board.add_text("config/deepspeed", text))
         self.say(
             f"{run.model.name}: {num_params(run.model) / 1e6:,.1f}M parameters, "
             f"{train_flops(run.model) / 1e9:,.2f} GFLOP per image and step; {mesh.describe()}; "
@@ -93,8 +105,7 @@ class Monitor:
 
     def say(self, text: str) -> None:
         """Print a line on the main rank."""
-        if self._enabled:
-            print(text, flush=True)
+        say(self.mesh, text)
 
     def show_first(self, micro_batches: Iterable[Inputs]) -> Iterator[Inputs]:
         """Passes micro-batches through; of the first, up to 64 augmented images go to TensorBoard as a
@@ -104,7 +115,7 @@ class Monitor:
                 from torchvision.utils import make_grid
 
                 grid = make_grid((inputs.images[:64].cpu() + 1) / 2, nrow=8, padding=1, pad_value=0.5)
-                self._board.add_image("data/augmented", grid, 0)
+                self._on_board(lambda board, grid=grid: board.add_image("data/augmented", grid, 0))
             yield inputs
 
     def log_step(
@@ -116,6 +127,7 @@ class Monitor:
         grad_norm: float,
         epoch: float,
         bad_samples: int,
+        skipped_updates: int,
         step_time_s: float,
         data_time_s: float,
     ) -> None:
@@ -132,9 +144,9 @@ class Monitor:
         images_per_s = self.global_batch / step_time
         record = {
             "step": done,
-            "loss": loss,
+            "loss": _finite(loss),
             "lr": lr,
-            "grad_norm": grad_norm,
+            "grad_norm": _finite(grad_norm),
             "images_per_s": images_per_s,
             "tokens_per_s": images_per_s * self.run.model.num_tokens,
             "mfu": images_per_s * train_flops(self.run.model) / self.peak_flops,
@@ -143,10 +155,11 @@ class Monitor:
             "memory_gib": _memory_gib(self.mesh),
             "epoch": epoch,
             "bad_samples": bad_samples,
+            "skipped_updates": skipped_updates,
         }
         self._write(record)
         for tag, key in _TAGS.items():
-            self._board.add_scalar(tag, record[key], done)
+            self._scalar(tag, record[key], done)
         bad = f"{bad_samples} bad  " if bad_samples else ""
         left = int((self.run.max_steps - done) * step_time)
         self.say(
@@ -160,20 +173,109 @@ class Monitor:
         unusable."""
         if self._enabled:
             self._write({"step": step, "eval_top1": top1, "eval_samples": num_samples, "eval_bad": num_bad})
-            self._board.add_scalar("eval/top1", top1, step)
+            self._scalar("eval/top1", top1, step)
             left_out = f" ({num_bad} unusable left out, see {BAD_SAMPLES_FILE})" if num_bad else ""
             self.say(
                 f"step {step:>6}/{self.run.max_steps}  evaluation: top-1 {top1:.4f} on {num_samples} images"
                 f"{left_out}"
             )
 
+    def event(self, step: int, kind: str, **fields: Any) -> None:
+        """A line of log.jsonl about something other than a step or an evaluation."""
+        if self._enabled:
+            numbers = {key: _finite(value) for key, value in fields.items()}
+            self._write({"step": step, "event": kind, "time": time.time(), **numbers})
+
+    def log_skipped(self, step: int, reason: str, loss: float, grad_norm: float) -> None:
+        """Update number `step` (from 1) was refused."""
+        self.event(step, "skipped", reason=reason, loss=loss, grad_norm=grad_norm)
+        self.say(f"step {step:>6}/{self.run.max_steps}  update refused: {reason}; weights unchanged")
+
+    def log_saved(self, saved: Saved) -> None:
+        """A save has ended, well or not."""
+        if not self._enabled:
+            return
+        fields = (
+            {"path": saved.folder.name, "error": saved.error} if saved.error else {"path": saved.folder.name}
+        )
+        times = {"bytes": saved.bytes, "stall_s": saved.stall_s, "write_s": saved.write_s}
+        self.event(saved.step, "save failed" if saved.error else "saved", **fields, **times)
+        if saved.error:
+            self.say(
+                f"step {saved.step:>6}/{self.run.max_steps}  CHECKPOINT NOT SAVED, training goes on, the one "
+                f"before is kept: {saved.error}"
+            )
+            return
+        self._scalar("checkpoint/stall_s", saved.stall_s, saved.step)
+        self.say(
+            f"step {saved.step:>6}/{self.run.max_steps}  saved {saved.folder.name}: "
+            f"{saved.bytes / 2**30:.3g} GiB; training held up {saved.stall_s:.2g} s, "
+            f"written in {saved.write_s:.2g} s"
+        )
+
+    def show_progress(self, progress: Progress) -> None:
+        """A line now and then about a save that takes long."""
+        if progress.elapsed_s < self._next_progress_s - _PROGRESS_S:  # another save
+            self._next_progress_s = _PROGRESS_S
+        if progress.elapsed_s > self._next_progress_s:
+            self._next_progress_s = progress.elapsed_s + _PROGRESS_S
+            done, total = progress.bytes / 2**30, progress.total_bytes / 2**30
+            self.say(f"  saving: {done:.1f} of {total:.1f} GiB of rank 0's part, {progress.elapsed_s:.0f} s")
+
     def close(self) -> None:
         if self._enabled:
-            self._board.close()
+            self._on_board(lambda board: board.close())
             self._log.close()
 
+    def rewind(self, step: int) -> None:
+        """The run goes back to `step`: what was logged after it is set aside."""
+        if self._enabled:
+            with self._lock:
+                self._log.close()
+                self._log = self._open_log(step)
+            self._on_board(lambda board: board.close())
+            self._board, self._purge_step = None, step + 1
+
+    def _open_log(self, step: int) -> Any:
+        for name in (LOG_FILE, BAD_SAMPLES_FILE):
+            discard_rows(self._run_dir / name, step)
+        return open(self._run_dir / LOG_FILE, "ab", buffering=0)
+
     def _write(self, record: dict[str, Any]) -> None:
-        self._log.write(json.dumps(record) + "\n")
+        """Append a line, whole or not at all; also called from the watchdog's thread."""
+        line = json.dumps(record).encode() + b"\n"
+        with self._lock:
+            end = self._log.seek(0, os.SEEK_END)
+            try:
+                if self._log.write(line) < len(line):
+                    raise OSError("the disk took a part of the line only")
+            except OSError as error:
+                self._log.truncate(end)
+                self._log_lost += 1
+                if self._log_lost == 1:
+                    self.say(f"note: {LOG_FILE} cannot be written, its lines are left out for now: {error}")
+            else:
+                if self._log_lost:
+                    self.say(f"note: {LOG_FILE} can be written again; {self._log_lost} lines were left out")
+                self._log_lost = 0
+
+    def _scalar(self, tag: str, value: float | None, step: int) -> None:
+        if value is not None:
+            self._on_board(lambda board: board.add_scalar(tag, value, step))
+
+    def _on_board(self, action: Callable[[Any], None]) -> None:
+        """Write to TensorBoard. Its writer does not survive a failed write: it is replaced at the next
+        one."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            if self._board is None:
+                self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=self._purge_step)
+                self._purge_step = None
+            action(self._board)
+        except OSError as error:
+            self._board = None
+            self.say(f"note: TensorBoard's file cannot be written: {error}")
 
 
 _TAGS = {
@@ -188,18 +290,51 @@ _TAGS = {
     "memory/peak_gib": "memory_gib",
     "data/epoch": "epoch",
     "data/bad_samples": "bad_samples",
+    "optim/skipped_updates": "skipped_updates",
 }
 
 
-def new_run_dir(run: RunConfig, mesh: Mesh) -> Path:
-    """The run's folder, the same on every rank. ValueError if it already holds a run. Collective."""
+def say(mesh: Mesh, text: str) -> None:
+    """Print a line on the main rank. Whoever reads it may be gone (a launcher that was ended): that must not
+    keep the ranks from saving."""
+    if not mesh.is_main:
+        return
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+
+
+def choose_run_dir(run: RunConfig, mesh: Mesh) -> Path:
+    """The run's folder, the same on every rank: the one given, or a new one named after the time.
+    Collective."""
     name = run.run_dir or f"runs/{run.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path, taken = mesh.broadcast((Path(name), (Path(name) / LOG_FILE).exists()))
-    if taken:
-        raise ValueError(
-            f"--run_dir {path} already holds a run ({LOG_FILE}); choose another folder or remove it"
-        )
-    return path
+    return Path(mesh.broadcast(name))
+
+
+def discard_rows(path: Path, step: int) -> None:
+    """Move the lines of a JSON-lines file that are about steps after `step` to `<name>.discarded`: they will
+    be done again. A line that was cut off by a kill goes there too."""
+    if not path.is_file():
+        return
+    kept, discarded = [], []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            later = json.loads(line).get("step", 0) > step or not line.endswith("\n")
+        except ValueError:
+            later = True
+        (discarded if later else kept).append(line)
+    if discarded:
+        with open(path.with_name(path.name + DISCARDED_SUFFIX), "a") as file:
+            file.writelines(line.rstrip("\n") + "\n" for line in discarded)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, path)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def reference_results(val_shards: str, top1: float) -> str:
@@ -213,13 +348,6 @@ def reference_results(val_shards: str, top1: float) -> str:
     return "\n".join(
         ["final top-1 on the validation shards:", *(f"  {name:<24} {value:.4f}" for name, value in rows)]
     )
-
-
-def plain_config(run: RunConfig) -> dict[str, Any]:
-    """The configuration as `--config` reads it."""
-    fields = dataclasses.asdict(run)
-    fields["data"]["crop_area"] = list(fields["data"]["crop_area"])
-    return fields
 
 
 def _memory_gib(mesh: Mesh) -> float:

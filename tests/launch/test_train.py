@@ -36,7 +36,11 @@ class Run:
 
     @property
     def steps(self) -> list[dict[str, Any]]:
-        return [row for row in self.log if "loss" in row]
+        return [row for row in self.log if "loss" in row and "event" not in row]
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [row for row in self.log if "eval_top1" in row]
 
     @property
     def log(self) -> list[dict[str, Any]]:
@@ -87,10 +91,10 @@ def test_run_folder_keeps_its_contract(reference: Run) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     keys = "step loss lr grad_norm images_per_s tokens_per_s mfu step_time_s data_time_s memory_gib epoch"
-    keys += " bad_samples"
+    keys += " bad_samples skipped_updates"
     assert [row["step"] for row in reference.steps] == list(range(1, 21))
     assert all(list(row) == keys.split() for row in reference.steps)
-    assert reference.log[-1]["eval_samples"] == 360
+    assert reference.evaluations[-1]["eval_samples"] == 360
     for name in (
         "config.yaml",
         "ds_config.json",
@@ -159,7 +163,9 @@ def check_export(run: Run, digits: Path) -> None:
         predicted = MegaVit.from_pretrained(run.folder / "export")(
             to_model_input(batch.images, torch.device("cpu"))
         ).argmax(1)
-    assert (predicted == batch.labels[:, 0]).float().mean().item() == pytest.approx(run.log[-1]["eval_top1"])
+    assert (predicted == batch.labels[:, 0]).float().mean().item() == pytest.approx(
+        run.evaluations[-1]["eval_top1"]
+    )
 
 
 @pytest.mark.dist
@@ -275,8 +281,8 @@ def test_mistakes_before_the_first_step(reference: Run, digits: Path, tmp_path: 
     small = launch(tmp_path / "c", tmp_path, "--data.shards", f"{tmp_path}/test-0.tar")
     assert small.code == 1 and "2 samples, too few for a global batch of 256" in small.output
     log = (reference.folder / "log.jsonl").read_bytes()
-    taken = launch(reference.folder, digits)
-    assert taken.code == 1 and "already holds a run" in taken.output
+    taken = launch(reference.folder, digits, "--model.depth", "2", "--seed", "1")
+    assert taken.code == 1 and "another seed is 1, was 0; model.depth is 2, was 3" in taken.output
     assert (reference.folder / "log.jsonl").read_bytes() == log
     typo = tmp_path / "typo.json"
     typo.write_text(

@@ -1,0 +1,150 @@
+"""Look at a run's checkpoints, offline: no GPU, ranks or DeepSpeed, one tensor at a time in memory.
+
+python launch/checkpoints.py list RUN_DIR                    # what there is
+python launch/checkpoints.py verify RUN_DIR                  # every byte; exit status 1 if any is damaged
+python launch/checkpoints.py diff RUN_DIR                    # the newest two, tensor by tensor
+python launch/checkpoints.py diff RUN_DIR OTHER_RUN_DIR      # the newest of each
+python launch/checkpoints.py diff RUN_DIR --steps 1000 2000
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megavit.train.checkpoint import Checkpoint
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    lister = commands.add_parser("list", help="step, time, size and layout of each checkpoint")
+    verifier = commands.add_parser("verify", help="re-read every byte; exit status 1 if anything is damaged")
+    verifier.add_argument("--step", type=int, help="only this checkpoint (all)")
+    differ = commands.add_parser(
+        "diff", help="how far two checkpoints are apart; exit status 1 if they differ"
+    )
+    for command, function in ((lister, list_), (verifier, verify), (differ, diff)):
+        command.set_defaults(function=function)
+        command.add_argument("run_dir", type=Path, help="run folder")
+    differ.add_argument("other", type=Path, nargs="?", help="another run folder, for the newest of each")
+    differ.add_argument("--steps", type=int, nargs=2, metavar=("A", "B"), help="the two steps to compare")
+    return parser
+
+
+def list_(arguments: argparse.Namespace) -> int:
+    from megavit.train import checkpoint
+
+    folder = checkpoint.checkpoints_of(arguments.run_dir)
+    pointer = folder / checkpoint.POINTER_FILE
+    latest = pointer.read_text().strip() if pointer.is_file() else ""
+    paths = sorted(path for path in folder.glob("step_*") if path.is_dir())
+    if not paths:
+        raise ValueError(f"{folder} holds no checkpoints")
+    print(f"{'':2}{'checkpoint':<26}{'saved':<26}{'GiB':>9}  {'ranks':<16}{'optimizer':<12}")
+    for path in paths:
+        mark = "* " if path.name == latest else "  "
+        try:
+            found = checkpoint.Checkpoint.open(path)
+        except checkpoint.CheckpointError as error:
+            print(f"{mark}{path.name:<26}not usable: {error}")
+            continue
+        gib = sum(file.bytes for file in found.files) / 2**30
+        ranks = f"dp {found.dp_size} x tp {found.tp_size}"
+        kind = found.optimizer["type"]
+        print(f"{mark}{path.name:<26}{found.saved_at:<26}{gib:>9.3f}  {ranks:<16}{kind:<12}")
+    print("* a new start goes on from here")
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    from megavit.train import checkpoint
+    from megavit.train.tensorfile import progress_bar
+
+    run_dir = arguments.run_dir
+    if arguments.step is not None:
+        paths = [checkpoint.open_step(run_dir, arguments.step).folder]
+    else:
+        paths = checkpoint.committed(checkpoint.checkpoints_of(run_dir))
+        newest = checkpoint.find_latest(run_dir)
+        if newest is None:
+            raise ValueError(f"{run_dir} holds no committed checkpoint")
+    damaged = 0
+    for path in paths:
+        try:
+            found = checkpoint.Checkpoint.open(path)
+            found.check_tiling()
+            size = sum(file.bytes for file in found.files)
+            with progress_bar(size, path.name) as bar:
+                problems = found.damage(found.files, bar.update)
+        except checkpoint.CheckpointError as error:
+            problems = [str(error)]
+        print(f"{path.name}: {'; '.join(problems) or f'{len(found.files)} files, {size:,} bytes, all well'}")
+        damaged += bool(problems)
+    return 1 if damaged else 0
+
+
+def diff(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
+    one, two = _pair(arguments)
+    print(f"{one.folder} against {two.folder}: largest difference (largest value)")
+    if names := sorted(one.layouts.keys() ^ two.layouts.keys()):
+        print(f"only in one of them: {', '.join(names)}")
+    kinds = [kind for kind in one.kinds if kind in two.kinds]
+    differ = bool(names)
+    worst = dict.fromkeys(kinds, 0.0)
+    for name in sorted(one.layouts.keys() & two.layouts.keys()):
+        if one.layouts[name].shape != two.layouts[name].shape:
+            print(f"{name}: shape {one.layouts[name].shape} against {two.layouts[name].shape}")
+            differ = True
+            continue
+        cells = []
+        for kind in kinds:
+            left, right = one.tensor(kind, name), two.tensor(kind, name)
+            gap, top = float(np.abs(left - right).max(initial=0.0)), float(np.abs(left).max(initial=0.0))
+            worst[kind] = max(worst[kind], gap)
+            cells.append(f"{kind} {gap:.3g} ({top:.3g})")
+        steps = [checkpoint.optimizer["steps"].get(name) for checkpoint in (one, two)]
+        cells += [f"updates {steps[0]} against {steps[1]}"] if steps[0] != steps[1] else []
+        print(f"{name}: {', '.join(cells)}")
+    print("all: " + ", ".join(f"{kind} {gap:.3g}" for kind, gap in worst.items()))
+    return 1 if differ or any(worst.values()) else 0
+
+
+def _pair(arguments: argparse.Namespace) -> tuple[Checkpoint, Checkpoint]:
+    from megavit.train.checkpoint import checkpoints_of, committed, open_step
+
+    run_dir: Path = arguments.run_dir
+    first, second = arguments.steps or (None, None)
+    if arguments.other:
+        return open_step(run_dir, first), open_step(arguments.other, second)
+    if first is None:
+        steps: Sequence[int] = [
+            int(path.name.removeprefix("step_")) for path in committed(checkpoints_of(run_dir))
+        ]
+        if len(steps) < 2:
+            raise ValueError(
+                f"{run_dir} holds {len(steps)} checkpoint(s); diff needs two, or another run folder"
+            )
+        first, second = steps[-2:]
+    return open_step(run_dir, first), open_step(run_dir, second)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
+    try:
+        return int(arguments.function(arguments))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Going on with a saved run: whether this configuration may, and what it has otherwise."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from megavit.config import ModelConfig, RunConfig, flat_config, plain_config
+from megavit.train.checkpoint import Checkpoint
+
+# Expected to differ from one start of a run to the next.
+_OF_THE_START = {
+    *("run_dir", "init_from", "stop_at_step"),
+    *(f"deepspeed.{key}" for key in ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu")),
+}
+
+
+def check_resumable(saved: Checkpoint, run: RunConfig) -> None:
+    """ValueError, naming the fields, when `run` is another run than the one that was saved."""
+    before, after = flat_config(saved.run), flat_config(plain_config(run))
+    fixed = ["seed", *(f"model.{field.name}" for field in dataclasses.fields(ModelConfig))]
+    changed = [
+        f"{key} is {after[key]}, was {before.get(key)}" for key in fixed if after[key] != before.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"{saved.folder} belongs to a run with another {'; '.join(changed)}. Choose another --run_dir, "
+            f"or start a new run from its exported weights (launch/export.py, --init_from)"
+        )
+    if saved.step > run.max_steps:
+        raise ValueError(
+            f"{saved.folder} is beyond --max_steps {run.max_steps}; raise it or choose another --run_dir"
+        )
+
+
+def describe_changes(saved: Checkpoint, run: RunConfig, ds_config: dict[str, Any]) -> list[str]:
+    """What this start has otherwise than the one that saved."""
+    before = flat_config(saved.run) | flat_config(saved.ds_config, "deepspeed.")
+    after = flat_config(plain_config(run)) | flat_config(ds_config, "deepspeed.")
+    return [
+        f"{key} {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key not in _OF_THE_START
+    ]

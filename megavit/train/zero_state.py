@@ -1,0 +1,168 @@
+"""A rank's weights and optimizer state as flat slices of logical tensors, whatever ZeRO stage holds them.
+
+This is what checkpoints save and restore. Each stage of DeepSpeed 0.19 keeps float32 master weights and
+moments in flat buffers of its own; the slices here are views of those buffers, so restoring is copying into
+them. All knowledge of the buffers' layout is in this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megavit.parallel.layout import layout_of
+from megavit.parallel.mesh import Mesh
+from megavit.train.checkpoint import WEIGHT
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Elements [start, stop) of the flattened TP shard of parameter `name`; `tensors` are 1-D views by kind
+    (weight, and the optimizer's)."""
+
+    name: str
+    start: int
+    stop: int
+    tensors: dict[str, Tensor]
+
+
+class ZeroState:
+    """The training state that one rank holds inside a DeepSpeed engine, for stages 0 to 3, also offloaded to
+    the CPU."""
+
+    def __init__(self, engine: Any, model: nn.Module, mesh: Mesh):
+        self._engine, self._model, self._mesh = engine, model, mesh
+        self._stage: int = engine.zero_optimization_stage()
+
+    @property
+    def optimizer_type(self) -> str:
+        return type(self._engine.basic_optimizer).__name__
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self._model.named_parameters()
+
+    def slices(self, kinds: tuple[str, ...] | None = None) -> Iterator[Slice]:
+        """Views of everything this rank holds. The optimizer's state is made first, with zeros of `kinds` or
+        of Adam's, if no step has made it yet.
+
+        Stage 0 holds whole shards on every DP rank, the others a partition each.
+        """
+        for name, parameter in self._model.named_parameters():
+            place = self._place(parameter)
+            if place is None:
+                continue
+            flat, offset, start, stop = place
+            tensors = {WEIGHT: flat}
+            tensors |= {kind: t.view(-1) for kind, t in self._moments(flat, kinds).items()}
+            yield Slice(
+                name,
+                start,
+                stop,
+                {
+                    kind: tensor.detach().view(-1)[offset : offset + stop - start]
+                    for kind, tensor in tensors.items()
+                },
+            )
+
+    def owned(self) -> Iterator[Slice]:
+        """The slices that this rank saves: all ranks' together are every shard once.
+
+        Stage 0 shares its whole shards out over the DP ranks; of replicated parameters TP rank 0's count.
+        """
+        layouts = {name: layout_of(parameter) for name, parameter in self._model.named_parameters()}
+        for part in self.slices():
+            if layouts[part.name].dim is None and self._mesh.tp_rank:
+                continue
+            if self._stage == 0:
+                share = -(-part.stop // self._mesh.dp_size)
+                start = min(share * self._mesh.dp_rank, part.stop)
+                stop = min(start + share, part.stop)
+                tensors = {kind: tensor[start:stop] for kind, tensor in part.tensors.items()}
+                part = Slice(part.name, start, stop, tensors)
+            if part.start < part.stop:
+                yield part
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Type, groups' hyperparameters, and each parameter's number of updates, as JSON."""
+        steps = {}
+        for name, parameter in self._model.named_parameters():
+            place = self._place(parameter)
+            if place is not None:
+                steps[name] = int(self._state_of(place[0]).get("step", 0))
+        groups = [
+            {key: value for key, value in group.items() if key != "params" and _is_plain(value)}
+            for group in self._engine.basic_optimizer.param_groups
+        ]
+        return {"type": self.optimizer_type, "groups": groups, "steps": steps}
+
+    def set_steps(self, steps: dict[str, int]) -> None:
+        """Restore the updates counted by each parameter's optimizer state (Adam's bias correction)."""
+        done: dict[int, int] = {}
+        for name, parameter in self._model.named_parameters():
+            place = self._place(parameter)
+            if place is None:
+                continue
+            flat = place[0]
+            assert done.setdefault(id(flat), steps[name]) == steps[name], f"{name} has its own step"
+            state = self._state_of(flat)
+            # A fresh tensor for each buffer: torch's AdamW counts in place.
+            state["step"] = torch.tensor(float(steps[name])) if self._counts_in_tensors else steps[name]
+
+    def refresh(self) -> None:
+        """Bring the weights that compute uses up to date with the master weights. Collective over DP."""
+        optimizer = self._engine.optimizer
+        if self._stage == 3:
+            optimizer.checkpoint_event_prologue()
+            for sub_group in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+            optimizer.checkpoint_event_epilogue()
+        elif self._stage in (1, 2):
+            optimizer.update_lp_params()
+
+    @property
+    def _counts_in_tensors(self) -> bool:
+        return type(self._engine.basic_optimizer).__module__.startswith("torch.")
+
+    def _place(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int] | None:
+        """(flat master buffer, offset in it, start and stop in the shard) of this rank's part of a parameter;
+        None if it has none."""
+        optimizer = self._engine.optimizer
+        if self._stage == 3:
+            group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            numel = parameter.ds_numel  # type: ignore[attr-defined]
+            start = min(self._mesh.dp_rank * size, numel)
+            return optimizer.fp32_partitioned_groups_flat[group], offset, start, min(start + size, numel)
+        if self._stage == 0:
+            return parameter, 0, 0, parameter.numel()
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return None
+        flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+        start = mapping.lp_fragment_address.start
+        return flat, mapping.hp_fragment_address.start, start, start + mapping.lp_fragment_address.numel
+
+    def _state_of(self, flat: Tensor) -> dict[str, Any]:
+        return self._engine.basic_optimizer.state[flat]
+
+    def _moments(self, flat: Tensor, kinds: tuple[str, ...] | None) -> dict[str, Tensor]:
+        state = self._state_of(flat)
+        if not state:
+            for kind in kinds or ("exp_avg", "exp_avg_sq"):
+                if kind != WEIGHT:
+                    state[kind] = torch.zeros_like(flat, requires_grad=False)
+            state["step"] = torch.tensor(0.0) if self._counts_in_tensors else 0
+        return {
+            key: value
+            for key, value in state.items()
+            if torch.is_tensor(value) and value.numel() == flat.numel() and key != "step"
+        }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)

@@ -1,0 +1,248 @@
+"""Stopping and going on, through the real launchers and signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megavit.train.checkpoint import checkpoints_of, committed
+from tests.data.shards import flip_bit
+from tests.launch.test_train import BIN, ROOT, SHORT, TRAIN, Run, launch
+from tests.ranks import free_port
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that nothing interrupted."""
+    run = launch(tmp_path_factory.mktemp("whole") / "run", digits, *SHORT, "--checkpoint.every", "6")
+    assert run.code == 0, run.output
+    return run
+
+
+def same_losses(run: Run, whole: Run) -> bool:
+    """Bitwise, and every step once."""
+    return [(row["step"], row["loss"]) for row in run.steps] == [
+        (row["step"], row["loss"]) for row in whole.steps
+    ]
+
+
+@pytest.fixture
+def half(whole: Run, tmp_path: Path, digits: Path) -> Run:
+    """A run of its own with checkpoints of steps 6 and 12."""
+    run = launch(tmp_path / "run", digits, *SHORT, "--checkpoint.every", "6", "--stop_at_step", "12")
+    assert run.code == 0 and "stopped at step 12" in run.output, run.output
+    return run
+
+
+def again(run: Run, *flags: str) -> Run:
+    """The same run folder, started without any of its flags."""
+    command = [sys.executable, TRAIN, "--deepspeed_config", str(ROOT / "ds_configs" / "zero3.json")]
+    command += ["--run_dir", str(run.folder), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=run.folder.parent, env=environment, capture_output=True, text=True, timeout=300
+    )
+    return Run(done.returncode, done.stdout + done.stderr, run.folder)
+
+
+def test_a_run_folder_goes_on_by_itself_and_bitwise(whole: Run, half: Run) -> None:
+    """Catches flags that must be repeated, steps done twice, state that is not restored to the bit."""
+    resumed = again(half)
+    assert resumed.code == 0 and "going on after step 12" in resumed.output, resumed.output
+    assert same_losses(resumed, whole)
+    assert all(torch.equal(resumed.weights[name], weight) for name, weight in whole.weights.items())
+    manifests = [
+        json.loads((run.folder / "checkpoints/step_00000020/manifest.json").read_text())
+        for run in (whole, half)
+    ]
+    assert manifests[0]["optimizer"] == manifests[1]["optimizer"]
+    decay = {group["name"]: group["weight_decay"] for group in manifests[1]["optimizer"]["groups"]}
+    assert decay == {"body": 0.05, "head": 0.05, "no_decay": 0.0}
+    assert set(manifests[1]["optimizer"]["steps"].values()) == {20}
+    finished = again(half)
+    assert finished.code == 0 and "nothing is left to do" in finished.output
+    assert same_losses(finished, whole)
+
+
+def test_another_layout_and_head_decay(digits: Path, tmp_path: Path) -> None:
+    """Catches DeepSpeed's universal checkpoints' faults: the head's decay lost, Adam's step multiplied."""
+    flags = [*SHORT, "--head_weight_decay", "3.0", "--stop_at_step", "10", "--tensor_parallel_size", "2"]
+    first = launch(tmp_path / "run", digits, *flags, ranks=4)
+    assert first.code == 0, first.output
+    second = again(first, "--stop_at_step", "11")
+    assert second.code == 0 and "changed: tensor_parallel_size 2 -> 1" in second.output, second.output
+    manifest = json.loads((first.folder / "checkpoints/step_00000011/manifest.json").read_text())
+    assert {group["name"]: group["weight_decay"] for group in manifest["optimizer"]["groups"]}["head"] == 3.0
+    assert set(manifest["optimizer"]["steps"].values()) == {11}
+    assert (manifest["tp_size"], manifest["dp_size"]) == (1, 1)
+
+
+def test_damage_is_named_and_survived_if_told_so(whole: Run, half: Run) -> None:
+    """Catches a damaged checkpoint that is trained on, or that ends a run which has an older one."""
+    newest = committed(checkpoints_of(half.folder))[-1]
+    file = newest / "rank_00000.safetensors"
+    flip_bit(file, file.stat().st_size // 2)
+    stopped = again(half)
+    assert stopped.code == 1 and f"{file.relative_to(half.folder)} is damaged" in stopped.output
+    assert "--checkpoint.on_damage previous" in stopped.output and "Traceback" not in stopped.output
+    resumed = again(half, "--checkpoint.on_damage", "previous")
+    assert resumed.code == 0 and "going on after step 6" in resumed.output, resumed.output
+    assert newest.with_name(newest.name + ".damaged").is_dir()
+    assert same_losses(resumed, whole)
+
+
+def start(run_dir: Path, digits: Path, *flags: str, ranks: int = 1) -> subprocess.Popen[str]:
+    """A run in a process group of its own."""
+    command = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    command = [sys.executable] if ranks == 1 else command
+    command += [
+        TRAIN,
+        "--deepspeed_config",
+        str(ROOT / "ds_configs" / "zero3.json"),
+        "--run_dir",
+        str(run_dir),
+    ]
+    command += ["--data.shards", f"{digits}/train-*.tar", "--data.val_shards=", *flags]
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        cwd=run_dir.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("step ") and int(line.split()[1].split("/")[0]) >= step:
+            return
+    raise AssertionError("the run ended before")
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "workers"), [("USR1", 1, 2), ("TERM", 1, 0), ("USR1", 2, 1), ("TERM", 2, 1)]
+)
+def test_a_stop_signal_saves_and_the_next_start_goes_on(
+    whole: Run, digits: Path, tmp_path: Path, name: str, ranks: int, workers: int
+) -> None:
+    """Catches lost steps, ranks that stop at different steps, and data workers that die of the signal."""
+    run_dir = tmp_path / "run"
+    flags = [*SHORT, "--checkpoint.every", "0", "--data.workers", str(workers), "--eval_every", "0"]
+    process = start(run_dir, digits, *flags, ranks=ranks)
+    wait_for_step(process, 3)
+    if ranks == 1:
+        os.killpg(process.pid, signal.Signals[f"SIG{name}"])
+    else:  # as a launcher or SLURM does: every process of the ranks, but not the launcher itself
+        for pid in descendants(process.pid):
+            if "launch/train.py" in command_of(pid) and "deepspeed.launcher" not in command_of(pid):
+                os.kill(pid, signal.Signals[f"SIG{name}"])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert f"SIG{name}: saving step" in output
+    assert (run_dir / "PREEMPTED").is_file()
+    resumed = again(Run(0, output, run_dir), "--tensor_parallel_size", "1")
+    assert resumed.code == 0, resumed.output
+    assert not (run_dir / "PREEMPTED").exists()
+    if ranks == 1:
+        assert same_losses(resumed, whole)
+    for mine, theirs in zip(resumed.steps, whole.steps, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def descendants(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    found, queue = [], [pid]
+    while queue:
+        below = children.get(queue.pop(), [])
+        found += below
+        queue += below
+    return found
+
+
+def command_of(pid: int) -> str:
+    try:
+        return (Path("/proc") / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def test_init_from_says_what_it_loads(whole: Run, digits: Path, tmp_path: Path) -> None:
+    """Catches weights that are not loaded, a classifier of the wrong size loaded, silence about either."""
+    exported = whole.folder / "export"
+    flags = ["--init_from", str(exported), "--max_steps", "1", "--eval_every", "0", "--data.val_shards="]
+    same = launch(tmp_path / "same", digits, *flags)
+    assert same.code == 0, same.output
+    names = len(whole.weights)
+    assert f"{names} of {names} tensors loaded from {exported}" in same.output
+    other = launch(
+        tmp_path / "other",
+        digits,
+        *flags,
+        "--model.num_classes",
+        "12",
+        "--model.image_size",
+        "16",
+        "--tensor_parallel_size",
+        "2",
+        ranks=2,
+    )
+    assert other.code == 0, other.output
+    assert f"{names - 2} of {names} tensors loaded" in other.output
+    assert "position embedding resized from 16 to 64 tokens" in other.output
+    assert "newly initialised: head.weight, head.bias" in other.output
+    wider = launch(tmp_path / "wider", digits, *flags, "--model.dim", "128", "--model.mlp_dim", "512")
+    assert wider.code == 1 and "has shape (64, 4), this model needs (128, 4)" in wider.output, wider.output
+
+
+def test_init_from_starts_at_the_exported_loss(whole: Run, digits: Path, tmp_path: Path) -> None:
+    """Catches weights that are loaded into the wrong places: the first loss must be the exported model's."""
+    exported = whole.folder / "export"
+    frozen = ["--init_from", str(exported), "--max_steps", "1", "--eval_every", "0"]
+    one = launch(tmp_path / "one", digits, *frozen)
+    two = launch(tmp_path / "two", digits, *frozen, "--tensor_parallel_size", "2", ranks=4)
+    assert one.code == two.code == 0, one.output + two.output
+    assert one.steps[0]["loss"] < whole.steps[0]["loss"] - 0.2
+    assert two.steps[0]["loss"] == pytest.approx(one.steps[0]["loss"], rel=1e-5)
+
+
+def test_checkpoints_command(half: Run, whole: Run, tmp_path: Path) -> None:
+    """Catches a list, check or comparison that does not say what is on the disk."""
+
+    def ask(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "launch" / "checkpoints.py"), *words], capture_output=True, text=True
+        )
+
+    listed = ask("list", str(half.folder))
+    assert listed.returncode == 0 and "* step_00000012" in listed.stdout and "step_00000006" in listed.stdout
+    checked = ask("verify", str(half.folder))
+    assert checked.returncode == 0 and checked.stdout.count("all well") == 2
+    apart = ask("diff", str(half.folder))
+    assert apart.returncode == 1 and "updates 6 against 12" in apart.stdout
+    equal = ask("diff", str(half.folder), str(whole.folder), "--steps", "12", "12")
+    assert equal.returncode == 0 and "all: weight 0, exp_avg 0, exp_avg_sq 0" in equal.stdout, equal.stdout
+    file = half.folder / "checkpoints/step_00000006/rank_00000.safetensors"
+    flip_bit(file, 5000)
+    checked = ask("verify", str(half.folder))
+    assert checked.returncode == 1 and f"{file} is damaged" in checked.stdout
+    missing = ask("list", str(tmp_path))
+    assert missing.returncode == 1 and "holds no checkpoints" in missing.stderr
