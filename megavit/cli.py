@@ -32,6 +32,14 @@ class _Parser(ArgumentParser):
             hint = nearest(unknown[1], flags)
         elif unknown := re.search(r"does not accept option '([^']+)'", message):
             hint = nearest(unknown[1], [part for flag in flags for part in flag.lstrip("-").split(".")])
+        if re.search(r"unrecognized arguments: [^-\s]", message) and len(message) > 200:
+            message = message[:200] + " ..."
+        if re.search(r"unrecognized arguments: \S+\.tar", message):
+            hint = (
+                "; a shell has expanded a pattern of shards (deepspeed over pdsh has a second one on the "
+                "hosts): name a manifest, or write the pattern in both "
+                "kinds of quotes, \"'data/train-*.tar'\""
+            )
         print(f"error: {message.strip()}{hint} (see --help)", file=sys.stderr)
         sys.exit(2)
 
@@ -78,9 +86,9 @@ def parse_run(argv: Sequence[str] | None = None) -> tuple[RunConfig, Path]:
         first.error(str(error))
     if not run.data.shards:
         first.error("--data.shards is required: the training shards, e.g. 'data/train-{000000..000099}.tar'")
-    data = dataclasses.replace(
-        run.data, shards=_from_root(run.data.shards), val_shards=_from_root(run.data.val_shards)
-    )
+    # Quotes that were meant for a remote shell, see _Parser.error.
+    shards, val_shards = (_from_root(text.strip("'")) for text in (run.data.shards, run.data.val_shards))
+    data = dataclasses.replace(run.data, shards=shards, val_shards=val_shards)
     return dataclasses.replace(run, data=data), Path(_from_root(values.deepspeed_config))
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from megavit.cli import PROJECT_ROOT, make_parser, parse_run
-from megavit.config import DataConfig, RunConfig, ScheduleConfig, run_preset
+from megavit.config import DataConfig, RunConfig, ScheduleConfig, plain_config, run_preset
 
 JSON = ["--deepspeed_config", "ds_configs/zero3.json"]
 
@@ -143,3 +143,32 @@ def test_project_paths_work_from_any_directory(tmp_path: Path, monkeypatch: pyte
     assert (run.model.name, run.model.patch_size, run.max_steps) == ("vit_s16", 4, 40_000)
     (tmp_path / "ds_configs").mkdir()
     assert parse_run(JSON)[1] == Path("ds_configs/zero3.json")
+
+
+def test_a_pattern_that_a_shell_expanded_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a hundred thousand shard names in an error message that does not say where they come from."""
+    words = [f"data/train-{i:06}.tar" for i in range(1000)]
+    with pytest.raises(SystemExit):
+        parse_run(["--deepspeed_config", "x.json", "--data.shards", *words])
+    error = capsys.readouterr().err
+    assert "a shell has expanded a pattern" in error and len(error) < 600
+    run, _ = parse_run(["--deepspeed_config", "x.json", "--data.shards", "'/d/train-*.tar'"])
+    assert run.data.shards == "/d/train-*.tar"
+
+
+def test_a_run_folder_brings_its_configuration(tmp_path: Path) -> None:
+    """Catches a resumed run that falls back to defaults, and one that inherits what belongs to a single
+    start."""
+    start = ["--deepspeed_config", "x.json", "--run_dir", str(tmp_path)]
+    first, _ = parse_run([*start, "--model.name", "vit_s16", "--data.shards", "/d/x.tar", "--max_steps", "7"])
+    saved = dataclasses.replace(first, tensor_parallel_size=2, stop_at_step=3, init_from="w")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain_config(saved)))
+    again, _ = parse_run(start)
+    assert again == first and again.model.dim == 384
+    longer, _ = parse_run([*start, "--max_steps", "9"])
+    assert longer == dataclasses.replace(first, max_steps=9)
+    other, _ = parse_run([*start, "--model.name", "vit_b16", "--data.shards", "/d/x.tar"])
+    assert other.model.dim == 768 and other.max_steps == run_preset("vit_b16").max_steps
+    (tmp_path / "config.yaml").write_text("max_stepz: 3\n")
+    with pytest.raises(SystemExit):
+        parse_run(start)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +27,11 @@ from megavit.train.inputs import Inputs
 from megavit.train.loss import image_losses
 from megavit.train.optim import parameter_groups
 from megavit.train.zero_state import ZeroState
+
+# DeepSpeed compiles its ops with the first `ninja` in PATH, and another version of it takes finished ops for
+# outdated: without this, a start with the environment not activated costs half a minute, and so does the
+# next.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 # DeepSpeed prints dozens of lines a rank at start.
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

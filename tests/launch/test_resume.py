@@ -15,6 +15,7 @@ import torch
 from megavit.train.checkpoint import checkpoints_of, committed
 from tests.data.shards import flip_bit
 from tests.launch.test_train import BIN, ROOT, SHORT, TRAIN, Run, launch
+from tests.processes import command_of, descendants
 from tests.ranks import free_port
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -160,29 +161,6 @@ def test_a_stop_signal_saves_and_the_next_start_goes_on(
         assert same_losses(resumed, whole)
     for mine, theirs in zip(resumed.steps, whole.steps, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-
-
-def descendants(pid: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        children.setdefault(int(fields[1]), []).append(int(path.parent.name))
-    found, queue = [], [pid]
-    while queue:
-        below = children.get(queue.pop(), [])
-        found += below
-        queue += below
-    return found
-
-
-def command_of(pid: int) -> str:
-    try:
-        return (Path("/proc") / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
-        return ""
 
 
 def test_init_from_says_what_it_loads(whole: Run, digits: Path, tmp_path: Path) -> None:

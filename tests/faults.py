@@ -1,0 +1,475 @@
+"""Injects faults into real training jobs and measures what they cost: `python -m tests.faults [--saves N]
+[NAME ...]`.
+
+Prints a Markdown table: what happened, seconds until every process of the job was gone, steps that had to be
+done again, and whether the resumed run's losses equal an uninterrupted run's to the bit. Each job is two
+ranks under the `deepspeed` launcher, ZeRO-3, with a checkpoint every few steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megavit.data.write import digits_splits, write_splits
+from megavit.train.checkpoint import checkpoints_of, committed, find_latest
+from tests.data.shards import flip_bit, truncate
+from tests.lab.hosts import HostsLab, hosts_missing
+from tests.processes import command_of, descendants, is_running
+from tests.ranks import free_port
+from tests.train.runs import log_of, steps_of
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+STEPS, EVERY, RANKS = 40, 4, 2
+TIMEOUT_S = 20
+
+
+@dataclass
+class Outcome:
+    """One line of the table."""
+
+    fault: str
+    happened: str
+    gone_s: float | None
+    lost_steps: int
+    equal: bool
+
+    def row(self) -> str:
+        gone = "still running" if self.gone_s is None else f"{self.gone_s:.1f}"
+        equal = "yes" if self.equal else "NO"
+        return f"| {self.fault} | {self.happened} | {gone} | {self.lost_steps} | {equal} |"
+
+
+HEADER = (
+    "| fault | what happened | s until all processes were gone | steps done again | "
+    "resumed = uninterrupted |\n|---|---|---|---|---|"
+)
+
+
+class Job:
+    """A training job in a run folder of its own; `start` again on the same one goes on with it."""
+
+    def __init__(self, folder: Path, data: Path, *flags: str):
+        self.folder, self.data, self.flags = folder, data, flags
+        self.run_dir = folder / "run"
+        self.output = folder / "output.txt"
+        self.process: subprocess.Popen[bytes] | None = None
+        self._pids: set[int] = set()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def command(self) -> list[str]:
+        return [
+            *(str(BIN / "deepspeed"), "--num_accelerators", str(RANKS), "--master_port", str(free_port())),
+            *self.train_command(),
+        ]
+
+    def train_command(self) -> list[str]:
+        return [
+            *(
+                str(ROOT / "launch" / "train.py"),
+                "--deepspeed_config",
+                str(ROOT / "ds_configs" / "zero3.json"),
+            ),
+            *(
+                "--run_dir",
+                str(self.run_dir),
+                "--data.shards",
+                f"{self.data}/train-*.tar",
+                "--data.val_shards=",
+            ),
+            *(
+                "--max_steps",
+                str(STEPS),
+                "--log_every",
+                "1",
+                "--eval_every",
+                "0",
+                "--schedule.warmup_steps",
+                "5",
+            ),
+            *("--checkpoint.every", str(EVERY), "--timeout_s", str(TIMEOUT_S), *self.flags),
+        ]
+
+    def start(self, **popen: Any) -> None:
+        environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        with open(self.output, "ab") as output:
+            self.process = subprocess.Popen(
+                self.command(),
+                cwd=self.folder,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                **popen,
+            )
+
+    def ranks(self) -> list[int]:
+        """The training processes, in rank order."""
+        assert self.process
+        found = [
+            pid
+            for pid in descendants(self.process.pid)
+            if "launch/train.py" in command_of(pid)
+            and "deepspeed" not in command_of(pid).split("launch/train.py")[0]
+        ]
+        return sorted(found)
+
+    def data_workers(self) -> list[int]:
+        """Processes forked from the forkservers, of all ranks."""
+        assert self.process
+        return [
+            pid
+            for pid in descendants(self.process.pid)
+            if "forkserver" in command_of(pid) and not any(True for _ in descendants(pid))
+        ]
+
+    def alive(self) -> list[int]:
+        assert self.process
+        self._pids |= {self.process.pid, *descendants(self.process.pid)}
+        self.process.poll()
+        return [pid for pid in self._pids if is_running(pid)]
+
+    def step(self) -> int:
+        log = self.run_dir / "log.jsonl"
+        return max((row["step"] for row in steps_of(self.run_dir)), default=0) if log.exists() else 0
+
+    def wait_for(self, ready: Callable[[], Any], timeout_s: float = 120) -> None:
+        """Until `ready()`; the job must not end before."""
+        deadline = time.monotonic() + timeout_s
+        while not ready():
+            self.alive()
+            assert self.process
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"not reached:\n{self.output.read_text()[-3000:]}")
+            time.sleep(0.005)
+
+    def wait_until_gone(self, timeout_s: float = 120) -> float | None:
+        """Seconds until no process of the job is left; None if some stay."""
+        started = time.monotonic()
+        while self.alive():
+            if time.monotonic() - started > timeout_s:
+                for pid in self.alive():
+                    os.kill(pid, signal.SIGKILL)
+                return None
+            time.sleep(0.02)
+        return time.monotonic() - started
+
+    def finish(self) -> tuple[int, int]:
+        """Start again, without a fault, to the end: the step that it went on from, and the exit status."""
+        self._pids = set()
+        self.start()
+        assert self.process
+        code = self.process.wait(timeout=300)
+        resumed = [row["step"] for row in log_of(self.run_dir) if row.get("event") == "resumed"]
+        return (resumed[-1] if resumed else 0), code
+
+    def losses(self) -> list[tuple[int, float]]:
+        return [(row["step"], row["loss"]) for row in steps_of(self.run_dir)]
+
+
+class Faults:
+    """The faults, each a method; `whole` is the run that has none."""
+
+    def __init__(self, folder: Path, saves: int = 20):
+        self.folder, self.saves = folder, saves
+        self.data = folder / "digits"
+        write_splits(digits_splits(), self.data, shard_size=100, workers=2)
+        self._whole: dict[tuple[str, ...], list[tuple[int, float]]] = {}
+        self._random = random.Random(0)
+
+    def whole(self, *flags: str) -> list[tuple[int, float]]:
+        """Losses of an uninterrupted run with these flags."""
+        if flags not in self._whole:
+            job = Job(self.folder / f"whole-{len(self._whole)}", self.data, *flags)
+            _, code = job.finish()
+            assert code == 0, job.output.read_text()[-3000:]
+            self._whole[flags] = job.losses()
+        return self._whole[flags]
+
+    def job(self, name: str, *flags: str) -> Job:
+        return Job(self.folder / name, self.data, *flags)
+
+    def end(
+        self, job: Job, fault: str, happened: str, gone_s: float | None, flags: tuple[str, ...] = ()
+    ) -> Outcome:
+        """Go on after the fault, and compare."""
+        reached = job.step()
+        resumed, code = job.finish()
+        equal = code == 0 and job.losses() == self.whole(*flags)
+        return Outcome(fault, happened, gone_s, reached - resumed, equal)
+
+    def _kill(
+        self, name: str, fault: str, choose: Callable[[Job], int], happened: str, *flags: str
+    ) -> Outcome:
+        job = self.job(name, *flags)
+        job.start()
+        job.wait_for(lambda: job.step() >= EVERY + 2)
+        os.kill(choose(job), signal.SIGKILL)
+        gone = job.wait_until_gone()
+        return self.end(job, fault, happened, gone)
+
+    def kill_rank(self) -> Outcome:
+        happened = "the other rank sees a closed connection, the launcher ends with an error"
+        return self._kill(
+            "kill-rank", "SIGKILL of rank 1 while computing", lambda job: job.ranks()[1], happened
+        )
+
+    def kill_rank_0(self) -> Outcome:
+        return self._kill("kill-rank-0", "SIGKILL of rank 0", lambda job: job.ranks()[0], "the same")
+
+    def kill_data_worker(self) -> Outcome:
+        happened = "its rank names the sample it was reading and ends, the launcher ends the other"
+        flags = ("--data.workers", "1")
+        return self._kill(
+            "kill-worker", "SIGKILL of a data worker", lambda job: job.data_workers()[0], happened, *flags
+        )
+
+    def kill_in_save(self) -> Outcome:
+        """Many lives of one run, each ended at a random moment of a save."""
+        flags = ("--model.dim", "128", "--model.mlp_dim", "512", "--checkpoint.every", "2")
+        job = self.job("kill-in-save", *flags)
+        lost, slowest, killed = 0, 0.0, 0
+        while killed < self.saves:
+            job._pids = set()
+            job.start()
+            target = (
+                max((int(path.name[5:]) for path in committed(checkpoints_of(job.run_dir))), default=0) + 2
+            )
+            if target >= STEPS:
+                shutil.rmtree(job.run_dir)
+                continue
+            victim = self._random.randrange(RANKS)
+            partial = checkpoints_of(job.run_dir) / f"step_{target:08d}.partial"
+            job.wait_for(partial.exists)
+            time.sleep(self._random.uniform(0, 0.04))
+            os.kill(job.ranks()[victim], signal.SIGKILL)
+            killed += 1
+            gone = job.wait_until_gone()
+            if gone is None:
+                return Outcome("SIGKILL of a rank during a save", "processes stayed", None, 0, False)
+            slowest = max(slowest, gone)
+            latest = find_latest(job.run_dir)
+            lost = max(lost, job.step() - (int(latest.name[5:]) if latest else 0))
+        outcome = self.end(job, "", "", slowest, flags)
+        outcome.fault = f"SIGKILL of a rank during a save, {self.saves} random moments in a row"
+        outcome.happened = "the newest committed checkpoint is used, the half-written one is deleted"
+        outcome.lost_steps = lost
+        return outcome
+
+    def kills(self) -> Outcome:
+        """Many lives of one run, each ended at a random moment."""
+        job = self.job("kills", "--checkpoint.every", "1")
+        slowest = 0.0
+        for _ in range(self.saves):
+            job._pids = set()
+            reached = job.step()
+            job.start()
+            if self._random.random() < 0.8:
+                job.wait_for(lambda reached=reached: job.step() > reached or job.step() >= STEPS)
+            time.sleep(self._random.uniform(0, 1.0))
+            victims = job.ranks()
+            if not victims:
+                continue
+            os.kill(self._random.choice(victims), signal.SIGKILL)
+            gone = job.wait_until_gone()
+            if gone is None:
+                return Outcome("SIGKILL at random moments", "processes stayed", None, 0, False)
+            slowest = max(slowest, gone)
+        happened = "each life goes on from the last commit"
+        return self.end(job, f"SIGKILL of a rank, {self.saves} random moments in a row", happened, slowest)
+
+    def full_disk(self) -> Outcome:
+        job = self.job("full-disk")
+        with small_disk(job.run_dir, "20m"):
+            job.start()
+            job.wait_for(lambda: job.step() >= EVERY + 1)
+            filler = job.run_dir / "filler"
+            with open(filler, "wb", buffering=0) as file:
+                fill(file)
+            job.wait_for(lambda: "CHECKPOINT NOT SAVED" in job.output.read_text())
+            filler.unlink()
+            assert job.process
+            code = job.process.wait(timeout=300)
+            equal = (
+                code == 0
+                and [row for row in self.whole() if row[0] in {step for step, _ in job.losses()}]
+                == job.losses()
+            )
+            happened = "the save fails and is reported, training goes on, later saves succeed"
+            return Outcome(
+                "disk full during a save", happened, 0.0, 0, equal and len(job.losses()) > STEPS - 8
+            )
+
+    def _damage(self, name: str, fault: str, harm: Callable[[Path], None], happened: str) -> Outcome:
+        job = self.job(name)
+        job.start()
+        job.wait_for(lambda: job.step() >= 2 * EVERY + 2)
+        for pid in job.ranks():
+            os.kill(pid, signal.SIGKILL)
+        gone = job.wait_until_gone()
+        harm(committed(checkpoints_of(job.run_dir))[-1] / "rank_00001.safetensors")
+        reached = job.step()
+        _, code = job.finish()
+        said = job.output.read_text()
+        refused = code != 0 and "rank_00001.safetensors" in said and "on_damage previous" in said
+        job.flags = (*job.flags, "--checkpoint.on_damage", "previous")
+        resumed, code = job.finish()
+        equal = refused and code == 0 and job.losses() == self.whole()
+        return Outcome(fault, happened, gone, reached - resumed, equal)
+
+    def flipped_bit(self) -> Outcome:
+        return self._damage(
+            "flipped-bit",
+            "one bit flipped in the newest checkpoint",
+            lambda path: flip_bit(path, path.stat().st_size // 2),
+            "the start names the file; with `on_damage previous` it goes on from the one before",
+        )
+
+    def truncated_file(self) -> Outcome:
+        return self._damage(
+            "truncated", "a file of it truncated", lambda path: truncate(path, 1000), "the same"
+        )
+
+    def deleted_shard(self) -> Outcome:
+        job = self.job("deleted-shard", "--data.max_bad_fraction", "1")
+        job.data = self.folder / "less"
+        shutil.copytree(self.data, job.data)
+        job.start()
+        job.wait_for(lambda: job.step() >= EVERY + 2)
+        (job.data / "train-000003.tar").unlink()
+        assert job.process
+        code = job.process.wait(timeout=300)
+        bad = steps_of(job.run_dir)[-1]["bad_samples"]
+        ended = code == 0 and job.step() == STEPS
+        happened = (
+            "open files are read on; where it must be opened anew its samples get weight 0 and are "
+            f"recorded ({bad} here)"
+        )
+        return Outcome("a training shard deleted", happened, 0.0, 0, ended and job.losses() == self.whole())
+
+    def stopped_rank(self) -> Outcome:
+        job = self.job("stopped-rank")
+        job.start()
+        job.wait_for(lambda: job.step() >= EVERY + 2)
+        os.kill(job.ranks()[1], signal.SIGSTOP)
+        gone = job.wait_until_gone(TIMEOUT_S + 90)
+        happened = f"the other rank's watchdog prints its stacks after --timeout_s {TIMEOUT_S} and ends it"
+        if "no progress for" not in job.output.read_text():
+            happened = "no report"
+        return self.end(job, "rank 1 stops for ever (SIGSTOP)", happened, gone)
+
+    def term_to_launcher(self) -> Outcome:
+        job = self.job("term")
+        job.start()
+        job.wait_for(lambda: job.step() >= EVERY + 2)
+        assert job.process
+        os.killpg(job.process.pid, signal.SIGTERM)
+        gone = job.wait_until_gone()
+        marker = (job.run_dir / "PREEMPTED").exists()
+        happened = "the ranks finish the step, save and exit 0" if marker else "no save"
+        return self.end(job, "TERM to the launcher's process group", happened, gone)
+
+    def link_down(self) -> Outcome:
+        if reason := hosts_missing():
+            return Outcome("a host's link down", f"not tried: {reason}", None, 0, False)
+        with HostsLab(self.folder / "hosts") as lab:
+            job = HostsJob(self.folder / "link-down", self.data, lab)
+            job.start()
+            job.wait_for(lambda: job.step() >= EVERY + 2)
+            lab.cut("h2")
+            started = time.monotonic()
+            while job.rank_pids() and time.monotonic() - started < TIMEOUT_S + 90:
+                time.sleep(0.05)
+            ranks_gone = time.monotonic() - started
+            assert job.process
+            job.process.wait(timeout=120)
+            lab.restore("h2")
+            happened = (
+                f"all ranks end by their watchdogs (--timeout_s {TIMEOUT_S}), then ssh by its keepalive"
+            )
+            return self.end(job, "a host's link down (two hosts, pdsh)", happened, ranks_gone)
+
+
+class HostsJob(Job):
+    """The same job with its two ranks on two hosts."""
+
+    def __init__(self, folder: Path, data: Path, lab: HostsLab):
+        super().__init__(folder, data)
+        self.lab = lab
+        variables = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+        (folder / ".deepspeed_env").write_text("".join(f"{k}={v}\n" for k, v in variables.items()))
+
+    def start(self, **popen: Any) -> None:
+        hostfile = ["--hostfile", str(self.lab.hostfile(1)), "--master_port", "29611"]
+        with open(self.output, "ab") as output:
+            command = [str(BIN / "deepspeed"), *hostfile, *self.train_command()]
+            command[command.index("--data.shards") + 1] = f"'{self.data}/train-*.tar'"  # for the remote shell
+            self.process = self.lab.head(command, cwd=self.folder, stdout=output, stderr=subprocess.STDOUT)
+
+    def rank_pids(self) -> list[int]:
+        return [pid for host in self.lab.hosts for pid in self.lab.pids(host, "launch/train.py")]
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """`folder` on a file system of its own that holds no more than `size`."""
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(file: Any) -> None:
+    """Write until the disk is full."""
+    for size in (1 << 20, 1 << 12, 1):
+        for _ in itertools.count():
+            try:
+                if file.write(b"x" * size) < size:
+                    break
+            except OSError:
+                break
+
+
+NAMES = (
+    "kill_rank kill_in_save kill_rank_0 kill_data_worker kills stopped_rank full_disk flipped_bit "
+    "truncated_file deleted_shard link_down term_to_launcher"
+).split()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"faults to inject ({', '.join(NAMES)})")
+    parser.add_argument("--saves", type=int, default=20, help="random moments in a row (20)")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(NAMES):
+        parser.error(f"unknown fault {sorted(unknown)[0]!r}; there are {', '.join(NAMES)}")
+    with tempfile.TemporaryDirectory() as folder:
+        faults = Faults(Path(folder), arguments.saves)
+        print(HEADER, flush=True)
+        outcomes = []
+        for name in arguments.names or NAMES:
+            outcomes.append(getattr(faults, name)())
+            print(outcomes[-1].row(), flush=True)
+    return 0 if all(outcome.equal and outcome.gone_s is not None for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""A hang ends, with a report; progress does not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+from megavit.train.watchdog import HANG_EXIT_STATUS, Watchdog
+
+HANG = """
+import time
+from megavit.train.watchdog import Watchdog
+watchdog = Watchdog(0.5, "rank 7", lambda: "data worker 12 last read sample 3 of x.tar")
+for _ in range(10):
+    watchdog.at("computing step 4")
+    time.sleep(0.1)
+def stuck():
+    time.sleep(60)
+stuck()
+"""
+
+
+def test_a_hang_prints_the_stacks_and_ends_the_process() -> None:
+    """Catches a hang that lasts, a report without rank, phase, data or stack, and one that comes too
+    early."""
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", HANG], capture_output=True, text=True, timeout=30)
+    assert done.returncode == HANG_EXIT_STATUS, done.stderr
+    assert 1.0 < time.monotonic() - started < 15
+    for words in ("rank 7: no progress for", "while computing step 4", "sample 3 of x.tar", "in stuck"):
+        assert words in done.stderr, done.stderr
+
+
+def test_heartbeats_and_a_stopped_watchdog() -> None:
+    """Catches heartbeats that stop with the work, and a watchdog that outlives its run."""
+    beats: list[tuple[str, float]] = []
+    watchdog = Watchdog(0.4, "rank 0", heartbeat=lambda *beat: beats.append(beat), heartbeat_s=0.1)
+    watchdog.at("evaluating")
+    time.sleep(0.35)
+    watchdog.stop()
+    seen = len(beats)
+    time.sleep(0.5)
+    assert seen >= 1 and len(beats) == seen and beats[0][0] == "evaluating"
