@@ -1,5 +1,5 @@
 """Measure: `python launch/bench.py data` compares the input pipeline with stock webdataset and with bare
-decoding.
+decoding, `checkpoint` saving and restoring with torch's own ways.
 
 Ratios are taken within a round, in CPU time of one process and one thread, and their medians printed:
 absolute rates on a shared machine mean little.
@@ -171,6 +171,17 @@ def bench_data(arguments: argparse.Namespace) -> None:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
+def bench_checkpoint(arguments: argparse.Namespace) -> None:
+    from megavit.bench.checkpoint import measure
+
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        speeds = measure(Path(name), arguments.gib, arguments.rounds)
+    print(f"{arguments.gib:g} GiB of weights and moments, one rank, median of {arguments.rounds} rounds\n")
+    print("| | GiB/s |\n|---|---|")
+    for way, speed in speeds.items():
+        print(f"| {way} | {speed:.2f} |")
+
+
 def _ratio(base: list[float], mine: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(base, mine, strict=True))
 
@@ -184,9 +195,15 @@ def main() -> int:
     data.add_argument("--images", type=int, default=256, help="a multiple of 32 (256)")
     data.add_argument("--rounds", type=int, default=6)
     data.add_argument("--json", type=Path, help="also write the table here")
+    data.set_defaults(function=bench_data)
+    saving = commands.add_parser("checkpoint", help="saving and restoring one rank's state")
+    saving.add_argument("--gib", type=float, default=1.0, help="weights and moments, in GiB (1)")
+    saving.add_argument("--rounds", type=int, default=3)
+    saving.add_argument("--folder", type=Path, help="where to write: measures its file system (/tmp)")
+    saving.set_defaults(function=bench_checkpoint)
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    bench_data(arguments)
+    arguments.function(arguments)
     return 0
 
 

@@ -46,12 +46,11 @@ class Outcome:
     happened: str
     gone_s: float | None
     lost_steps: int
-    equal: bool
+    equal: str
 
     def row(self) -> str:
         gone = "still running" if self.gone_s is None else f"{self.gone_s:.1f}"
-        equal = "yes" if self.equal else "NO"
-        return f"| {self.fault} | {self.happened} | {gone} | {self.lost_steps} | {equal} |"
+        return f"| {self.fault} | {self.happened} | {gone} | {self.lost_steps} | {self.equal} |"
 
 
 HEADER = (
@@ -69,6 +68,7 @@ class Job:
         self.output = folder / "output.txt"
         self.process: subprocess.Popen[bytes] | None = None
         self._pids: set[int] = set()
+        self._output_before = 0
         folder.mkdir(parents=True, exist_ok=True)
 
     def command(self) -> list[str]:
@@ -105,6 +105,8 @@ class Job:
         ]
 
     def start(self, **popen: Any) -> None:
+        self._pids = set()
+        self._output_before = self.output.stat().st_size if self.output.exists() else 0
         environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         with open(self.output, "ab") as output:
             self.process = subprocess.Popen(
@@ -143,6 +145,16 @@ class Job:
         self.process.poll()
         return [pid for pid in self._pids if is_running(pid)]
 
+    def has_begun(self) -> bool:
+        """Whether this life has taken a step."""
+        with open(self.output, "rb") as output:
+            output.seek(self._output_before)
+            return b"\nstep " in output.read()
+
+    def saves(self) -> list[dict[str, Any]]:
+        """The checkpoints that were committed, as logged."""
+        return [row for row in log_of(self.run_dir) if row.get("event") == "saved"]
+
     def step(self) -> int:
         log = self.run_dir / "log.jsonl"
         return max((row["step"] for row in steps_of(self.run_dir)), default=0) if log.exists() else 0
@@ -170,7 +182,6 @@ class Job:
 
     def finish(self) -> tuple[int, int]:
         """Start again, without a fault, to the end: the step that it went on from, and the exit status."""
-        self._pids = set()
         self.start()
         assert self.process
         code = self.process.wait(timeout=300)
@@ -210,7 +221,7 @@ class Faults:
         reached = job.step()
         resumed, code = job.finish()
         equal = code == 0 and job.losses() == self.whole(*flags)
-        return Outcome(fault, happened, gone_s, reached - resumed, equal)
+        return Outcome(fault, happened, gone_s, reached - resumed, "yes" if equal else "NO")
 
     def _kill(
         self, name: str, fault: str, choose: Callable[[Job], int], happened: str, *flags: str
@@ -240,57 +251,60 @@ class Faults:
 
     def kill_in_save(self) -> Outcome:
         """Many lives of one run, each ended at a random moment of a save."""
-        flags = ("--model.dim", "128", "--model.mlp_dim", "512", "--checkpoint.every", "2")
-        job = self.job("kill-in-save", *flags)
-        lost, slowest, killed = 0, 0.0, 0
-        while killed < self.saves:
-            job._pids = set()
+        flags = (
+            "--model.dim",
+            "128",
+            "--model.mlp_dim",
+            "512",
+            "--checkpoint.every",
+            "2",
+            "--max_steps",
+            "200",
+        )
+        fault = f"SIGKILL of a rank during a save, {self.saves} random moments in a row"
+        happened = "the newest committed checkpoint is used, the half-written one is deleted"
+
+        def in_save(job: Job) -> None:
+            job.wait_for(job.has_begun)
+            saved = len(job.saves())
+            folder = checkpoints_of(job.run_dir)
+            job.wait_for(lambda: list(folder.glob("*.partial")) or len(job.saves()) > saved)
+            time.sleep(self._random.uniform(0, 0.03))
+
+        return self._many_lives("kill-in-save", fault, happened, in_save, flags)
+
+    def kills(self) -> Outcome:
+        """Many lives of one run, each ended at a random moment, also while it starts."""
+
+        def anytime(job: Job) -> None:
+            if self._random.random() < 0.8:
+                job.wait_for(job.has_begun)
+            else:
+                job.wait_for(lambda: len(job.ranks()) == RANKS)
+            time.sleep(self._random.uniform(0, 1.0))
+
+        fault = f"SIGKILL of a rank, {self.saves} random moments in a row"
+        flags = ("--checkpoint.every", "1", "--max_steps", "400")
+        return self._many_lives("kills", fault, "each life goes on from the last commit", anytime, flags)
+
+    def _many_lives(
+        self, name: str, fault: str, happened: str, moment: Callable[[Job], None], flags: tuple[str, ...]
+    ) -> Outcome:
+        job = self.job(name, *flags)
+        lost, slowest = 0, 0.0
+        for _ in range(self.saves):
             job.start()
-            target = (
-                max((int(path.name[5:]) for path in committed(checkpoints_of(job.run_dir))), default=0) + 2
-            )
-            if target >= STEPS:
-                shutil.rmtree(job.run_dir)
-                continue
-            victim = self._random.randrange(RANKS)
-            partial = checkpoints_of(job.run_dir) / f"step_{target:08d}.partial"
-            job.wait_for(partial.exists)
-            time.sleep(self._random.uniform(0, 0.04))
-            os.kill(job.ranks()[victim], signal.SIGKILL)
-            killed += 1
+            moment(job)
+            os.kill(self._random.choice(job.ranks()), signal.SIGKILL)
             gone = job.wait_until_gone()
             if gone is None:
-                return Outcome("SIGKILL of a rank during a save", "processes stayed", None, 0, False)
+                return Outcome(fault, "processes stayed", None, 0, "NO")
             slowest = max(slowest, gone)
             latest = find_latest(job.run_dir)
             lost = max(lost, job.step() - (int(latest.name[5:]) if latest else 0))
-        outcome = self.end(job, "", "", slowest, flags)
-        outcome.fault = f"SIGKILL of a rank during a save, {self.saves} random moments in a row"
-        outcome.happened = "the newest committed checkpoint is used, the half-written one is deleted"
+        outcome = self.end(job, fault, happened, slowest, flags)
         outcome.lost_steps = lost
         return outcome
-
-    def kills(self) -> Outcome:
-        """Many lives of one run, each ended at a random moment."""
-        job = self.job("kills", "--checkpoint.every", "1")
-        slowest = 0.0
-        for _ in range(self.saves):
-            job._pids = set()
-            reached = job.step()
-            job.start()
-            if self._random.random() < 0.8:
-                job.wait_for(lambda reached=reached: job.step() > reached or job.step() >= STEPS)
-            time.sleep(self._random.uniform(0, 1.0))
-            victims = job.ranks()
-            if not victims:
-                continue
-            os.kill(self._random.choice(victims), signal.SIGKILL)
-            gone = job.wait_until_gone()
-            if gone is None:
-                return Outcome("SIGKILL at random moments", "processes stayed", None, 0, False)
-            slowest = max(slowest, gone)
-        happened = "each life goes on from the last commit"
-        return self.end(job, f"SIGKILL of a rank, {self.saves} random moments in a row", happened, slowest)
 
     def full_disk(self) -> Outcome:
         job = self.job("full-disk")
@@ -304,15 +318,10 @@ class Faults:
             filler.unlink()
             assert job.process
             code = job.process.wait(timeout=300)
-            equal = (
-                code == 0
-                and [row for row in self.whole() if row[0] in {step for step, _ in job.losses()}]
-                == job.losses()
-            )
+            logged = dict(job.losses())  # without the lines for which there was no room
+            equal = code == 0 and len(logged) > STEPS - 10 and logged.items() <= dict(self.whole()).items()
             happened = "the save fails and is reported, training goes on, later saves succeed"
-            return Outcome(
-                "disk full during a save", happened, 0.0, 0, equal and len(job.losses()) > STEPS - 8
-            )
+            return Outcome("disk full during a save", happened, 0.0, 0, "yes" if equal else "NO")
 
     def _damage(self, name: str, fault: str, harm: Callable[[Path], None], happened: str) -> Outcome:
         job = self.job(name)
@@ -329,7 +338,7 @@ class Faults:
         job.flags = (*job.flags, "--checkpoint.on_damage", "previous")
         resumed, code = job.finish()
         equal = refused and code == 0 and job.losses() == self.whole()
-        return Outcome(fault, happened, gone, reached - resumed, equal)
+        return Outcome(fault, happened, gone, reached - resumed, "yes" if equal else "NO")
 
     def flipped_bit(self) -> Outcome:
         return self._damage(
@@ -345,21 +354,25 @@ class Faults:
         )
 
     def deleted_shard(self) -> Outcome:
-        job = self.job("deleted-shard", "--data.max_bad_fraction", "1")
-        job.data = self.folder / "less"
-        shutil.copytree(self.data, job.data)
+        less = self.folder / "less"
+        shutil.copytree(self.data, less)
+        manifest = ("--data.shards", str(less / "train.manifest.json"))
+        job = self.job("deleted-shard", "--data.max_bad_fraction", "1", *manifest)
         job.start()
         job.wait_for(lambda: job.step() >= EVERY + 2)
-        (job.data / "train-000003.tar").unlink()
+        (less / "train-000003.tar").unlink()
         assert job.process
-        code = job.process.wait(timeout=300)
+        open_until_the_end = job.process.wait(timeout=300) == 0 and job.losses() == self.whole()
+        job.flags = (*job.flags, "--max_steps", str(STEPS + 10))
+        resumed, code = job.finish()
         bad = steps_of(job.run_dir)[-1]["bad_samples"]
-        ended = code == 0 and job.step() == STEPS
+        went_on = code == 0 and resumed == STEPS and bad > 0
         happened = (
-            "open files are read on; where it must be opened anew its samples get weight 0 and are "
-            f"recorded ({bad} here)"
+            "open shards are read to the end; the next start, which has to open it, gives its samples "
+            f"weight 0 and records them ({bad} in 10 steps)"
         )
-        return Outcome("a training shard deleted", happened, 0.0, 0, ended and job.losses() == self.whole())
+        equal = "while it is open" if open_until_the_end and went_on else "NO"
+        return Outcome("a training shard deleted", happened, 0.0, 0, equal)
 
     def stopped_rank(self) -> Outcome:
         job = self.job("stopped-rank")
@@ -385,7 +398,7 @@ class Faults:
 
     def link_down(self) -> Outcome:
         if reason := hosts_missing():
-            return Outcome("a host's link down", f"not tried: {reason}", None, 0, False)
+            return Outcome("a host's link down", f"not tried: {reason}", None, 0, "NO")
         with HostsLab(self.folder / "hosts") as lab:
             job = HostsJob(self.folder / "link-down", self.data, lab)
             job.start()
@@ -468,7 +481,7 @@ def main() -> int:
         for name in arguments.names or NAMES:
             outcomes.append(getattr(faults, name)())
             print(outcomes[-1].row(), flush=True)
-    return 0 if all(outcome.equal and outcome.gone_s is not None for outcome in outcomes) else 1
+    return 1 if any(outcome.equal == "NO" or outcome.gone_s is None for outcome in outcomes) else 0
 
 
 if __name__ == "__main__":

@@ -73,6 +73,17 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     stage = raw.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
+    for part in ("offload_optimizer", "offload_param"):
+        offload = raw.get("zero_optimization", {}).get(part) or {}
+        if offload.get("device", "none") not in ("none", "cpu"):
+            raise ValueError(
+                f"{path}: zero_optimization.{part}.device must be none or cpu, got {offload['device']!r}: "
+                f"checkpoints hold what is in memory"
+            )
+        if offload.get("ratio", 1) != 1:
+            raise ValueError(
+                f"{path}: zero_optimization.{part}.ratio must be 1: DeepSpeed splits the optimizer"
+            )
     for feature in ("zero_hpz_partition_size", "zero_quantized_gradients"):
         if raw.get("zero_optimization", {}).get(feature, 1) not in (1, False):
             raise ValueError(

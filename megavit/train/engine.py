@@ -6,6 +6,7 @@ documentation is handled here and said where it is handled.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
@@ -38,6 +39,11 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 import deepspeed  # noqa: E402
 from deepspeed.utils import set_z3_leaf_modules  # noqa: E402
+
+# An all-reduce over shared memory, for inference on CPUs only. At each start it would be compiled or looked
+# up, and leave 32 MB or more a rank in /dev/shm, for ever.
+# (The attribute deepspeed.comm.torch is PyTorch, hence the long way to the module.)
+importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
 class StepResult(NamedTuple):

@@ -44,6 +44,8 @@ def test_shipped_configurations_load(path: Path) -> None:
         ({"optimizer": {"type": "AdamW"}}, ["lr"]),
         ({"zero_optimization": {"stage": 4}}, ["stage", "4"]),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, ["zero_hpz_partition_size"]),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, ["offload_param.device", "nvme"]),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, ["ratio must be 1"]),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, change: dict[str, Any], words: list[str]) -> None:

@@ -1,0 +1,119 @@
+"""Saving, verifying and restoring a rank's state: ours against torch.save and torch's distributed
+checkpoints.
+
+All write the same tensors (weights and two moments) and flush them to the disk. Wall time, since the disk
+counts; the order turns from round to round.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from megavit.config import CheckpointConfig, plain_config, run_preset
+from megavit.parallel.layout import Layout
+from megavit.parallel.mesh import Mesh
+from megavit.train.checkpoint import Checkpoint
+from megavit.train.saver import Saver
+from megavit.train.zero_state import Slice
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+_ROW = 4096
+
+
+class FlatState:
+    """What a rank holds, without an engine: `blocks` parameters of [rows, 4096] and their moments."""
+
+    def __init__(self, blocks: int, rows: int):
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.tensors: dict[str, dict[str, torch.Tensor]] = {}
+        for number in range(blocks):
+            name = f"blocks.{number}.weight"
+            parameter = nn.Parameter(torch.empty(0))
+            parameter.tp_layout = Layout((rows, _ROW), 0)  # type: ignore[attr-defined]
+            self.parameters[name] = parameter
+            self.tensors[name] = {kind: torch.rand(rows * _ROW) for kind in KINDS}
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.parameters.items()
+
+    def owned(self) -> Iterator[Slice]:
+        for name, tensors in self.tensors.items():
+            yield Slice(name, 0, len(tensors["weight"]), tensors)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        return {"type": "AdamW", "groups": [], "steps": dict.fromkeys(self.parameters, 1)}
+
+
+def measure(folder: Path, gib: float, rounds: int) -> dict[str, float]:
+    """GiB/s (median of `rounds`) of each way, on the file system of `folder`. Holds `gib` twice in memory."""
+    state = FlatState(8, max(1, round(gib * 2**30 / (8 * len(KINDS) * _ROW * 4))))
+    flat = {f"{kind}/{name}": t for name, tensors in state.tensors.items() for kind, t in tensors.items()}
+    size = sum(tensor.nbytes for tensor in flat.values()) / 2**30
+    saver = Saver(folder, CheckpointConfig(keep=1), Mesh.single(), state)  # type: ignore[arg-type]
+    fields = {"state": {}, "run": plain_config(run_preset("vit_tiny")), "ds_config": {}}
+    out = {name: np.empty(len(tensors["weight"]), np.float32) for name, tensors in state.tensors.items()}
+    steps = iter(range(1, 1000))
+
+    def save() -> None:
+        saver.save(next(steps), fields)
+        saver.wait()
+
+    def newest() -> Checkpoint:
+        return Checkpoint.open(saver.folder / (saver.folder / "latest").read_text().strip())
+
+    def verify() -> None:
+        found = newest()
+        assert not found.damage(found.files)
+
+    def restore() -> None:
+        found = newest()
+        for name, layout in found.layouts.items():
+            boxes = layout.boxes(0, 1, 0, len(out[name]))
+            for kind in KINDS:
+                found.read(name, boxes, {kind: out[name]})
+
+    def torch_save() -> None:
+        with open(folder / "torch.pt", "wb") as file:
+            torch.save(flat, file)
+            os.fsync(file.fileno())
+
+    def dcp_save() -> None:
+        shutil.rmtree(folder / "dcp", ignore_errors=True)
+        dcp.save(flat, checkpoint_id=folder / "dcp", no_dist=True)
+
+    def dcp_load() -> None:
+        dcp.load(flat, checkpoint_id=folder / "dcp", no_dist=True)
+
+    def torch_load() -> None:
+        torch.load(folder / "torch.pt")
+
+    ways: dict[str, Callable[[], None]] = {
+        "save, with checksums and commit": save,
+        "save, torch.save": torch_save,
+        "save, torch.distributed.checkpoint": dcp_save,
+        "verify every byte": verify,
+        "restore": restore,
+        "restore, torch.load": torch_load,
+        "restore, torch.distributed.checkpoint": dcp_load,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    stalls = []
+    for _ in range(rounds + 1):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - started)
+        stalls += [saved.stall_s for saved in saver.finished()]
+    speeds = {name: size / median(times[1:]) for name, times in seconds.items()}
+    return speeds | {"hold-up of training (copy to host memory)": size / median(stalls[1:])}
