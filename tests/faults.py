@@ -251,16 +251,8 @@ class Faults:
 
     def kill_in_save(self) -> Outcome:
         """Many lives of one run, each ended at a random moment of a save."""
-        flags = (
-            "--model.dim",
-            "128",
-            "--model.mlp_dim",
-            "512",
-            "--checkpoint.every",
-            "2",
-            "--max_steps",
-            "200",
-        )
+        shape = ("--model.dim", "128", "--model.mlp_dim", "512")
+        flags = (*shape, "--checkpoint.every", "2", "--max_steps", str(20 + 4 * self.saves))
         fault = f"SIGKILL of a rank during a save, {self.saves} random moments in a row"
         happened = "the newest committed checkpoint is used, the half-written one is deleted"
 
@@ -284,7 +276,7 @@ class Faults:
             time.sleep(self._random.uniform(0, 1.0))
 
         fault = f"SIGKILL of a rank, {self.saves} random moments in a row"
-        flags = ("--checkpoint.every", "1", "--max_steps", "400")
+        flags = ("--checkpoint.every", "1", "--max_steps", str(40 + 10 * self.saves))
         return self._many_lives("kills", fault, "each life goes on from the last commit", anytime, flags)
 
     def _many_lives(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "megavit.model.vit", "deepspeed"])
+_context.set_forkserver_preload(["torch", "torch.distributed", "megavit.train.loop"])
 
 
 def free_port() -> int:

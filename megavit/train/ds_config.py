@@ -70,6 +70,9 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     parameters = raw.get("optimizer", {}).get("params", {})
     if not isinstance(parameters.get("lr"), int | float) or not parameters["lr"] > 0:
         raise ValueError(f'{path}: "optimizer": {{"params": {{"lr": ...}}}} must give the peak learning rate')
+    optimizer = raw["optimizer"].get("type", "")
+    if str(optimizer).lower() not in ("adam", "adamw"):
+        raise ValueError(f"{path}: optimizer.type must be Adam or AdamW, got {optimizer!r}")
     stage = raw.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
@@ -135,8 +138,7 @@ def resolve_ds_config(raw: dict[str, Any], dp_size: int, device_type: str) -> di
         # DeepSpeed's wrapper for it refuses float32 accumulation, keeps no readable master weights and clips
         # by a norm that misses the other TP ranks.
         raise ValueError("bf16 needs zero_optimization.stage 1 or higher; stage 0 is for float32")
-    is_adam = config["optimizer"].get("type", "").lower() in ("adam", "adamw")
-    if is_adam and not _offloads_optimizer(config) and (device_type == "cpu" or not _has_cuda_compiler()):
+    if not _offloads_optimizer(config) and (device_type == "cpu" or not _has_cuda_compiler()):
         # DeepSpeed's fused Adam would have to be compiled first: not worth it on a CPU, impossible without
         # nvcc.
         config["optimizer"].setdefault("params", {}).setdefault("torch_adam", True)

@@ -97,7 +97,9 @@ class Trainer:
             for change in changes:
                 self._say(f"  changed: {change}")
         elif run.init_from:
-            self._say(load_exported(Path(run.init_from), self.engine.state, run.model, mesh))
+            loaded = load_exported(Path(run.init_from), self.engine.state, run.model, mesh)
+            self.monitor.event(0, "initialised", what=loaded)
+            self._say(loaded)
         self.saver = Saver(self.run_dir, run.checkpoint, mesh, self.engine.state, self.step)
         if mesh.is_main:
             self.loader.save_order(self.run_dir / DATA_FILE, self.step)

@@ -23,9 +23,9 @@ from megavit.config import CheckpointConfig
 from megavit.parallel.layout import Layout, layout_of
 from megavit.parallel.mesh import Mesh
 from megavit.train import checkpoint
-from megavit.train.checkpoint import Checkpoint, CheckpointError, RankFile
+from megavit.train.checkpoint import WEIGHT, Checkpoint, CheckpointError, RankFile
 from megavit.train.tensorfile import Entry, write_tensors
-from megavit.train.zero_state import Slice, ZeroState
+from megavit.train.zero_state import MOMENTS, Slice, ZeroState
 
 _RNG = "rng"
 
@@ -166,9 +166,8 @@ class Saver:
             files = [report.file for report in reports if report.file]
             size = sum(file.bytes for file in files)
             steps = {name: count for report in reports for name, count in report.steps.items()}
-            kinds = tuple(slices[0].tensors)  # the main rank always owns something
             optimizer |= {"steps": steps}
-            error = error or self._commit(step, partial, files, optimizer, layouts, kinds, fields)
+            error = error or self._commit(step, partial, files, optimizer, layouts, fields)
             if error:
                 shutil.rmtree(partial, ignore_errors=True)
         error, size = mesh.broadcast_for_io((error, size))
@@ -187,7 +186,6 @@ class Saver:
         files: list[RankFile],
         optimizer: dict[str, Any],
         layouts: dict[str, Layout],
-        kinds: tuple[str, ...],
         fields: dict[str, Any],
     ) -> str:
         """On the main rank: make the checkpoint count, and delete those that are no longer kept. An error's
@@ -198,7 +196,7 @@ class Saver:
             step=step,
             tp_size=self._mesh.tp_size,
             dp_size=self._mesh.dp_size,
-            kinds=kinds,
+            kinds=(WEIGHT, *MOMENTS),
             layouts=layouts,
             files=tuple(files),
             optimizer=optimizer,
@@ -247,17 +245,10 @@ def _open(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def restore(source: Checkpoint, state: ZeroState, mesh: Mesh) -> None:
-    """Copy weights, moments and update counts into the engine's own buffers. Collective over DP.
-
-    Reads this rank's boxes only. Raises CheckpointError when the optimizer keeps other moments.
-    """
+    """Copy weights, moments and update counts into the engine's own buffers, reading this rank's boxes only.
+    Collective over DP."""
     layouts = {name: layout_of(parameter) for name, parameter in state.named_parameters()}
-    for part in state.slices(source.kinds):
-        if set(part.tensors) != set(source.kinds):
-            raise CheckpointError(
-                f"{source.folder} holds {', '.join(source.kinds)} of {source.optimizer['type']}, this run's "
-                f"{state.optimizer_type} keeps {', '.join(part.tensors)}; use the same type of optimizer"
-            )
+    for part in state.slices():
         boxes = layouts[part.name].boxes(mesh.tp_rank, mesh.tp_size, part.start, part.stop)
         values = {kind: np.zeros(part.stop - part.start, np.float32) for kind in part.tensors}
         source.read(part.name, boxes, values)
@@ -273,11 +264,8 @@ def restore(source: Checkpoint, state: ZeroState, mesh: Mesh) -> None:
 
 def _arrange(slices: list[Slice]) -> tuple[dict[str, Entry], list[Tensor]]:
     """The file's entries, kind by kind, and the tensors that fill them."""
-    found = [
-        (f"{kind}/{part.name}", part.tensors[kind])
-        for kind in (slices[0].tensors if slices else ())
-        for part in slices
-    ]
+    kinds = (WEIGHT, *MOMENTS)
+    found = [(f"{kind}/{part.name}", part.tensors[kind]) for kind in kinds for part in slices]
     return {key: Entry("F32", (tensor.numel(),)) for key, tensor in found}, [tensor for _, tensor in found]
 
 

@@ -18,6 +18,8 @@ from megavit.parallel.layout import layout_of
 from megavit.parallel.mesh import Mesh
 from megavit.train.checkpoint import WEIGHT
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, the one kind of optimizer that ds_config lets through
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -38,16 +40,12 @@ class ZeroState:
         self._engine, self._model, self._mesh = engine, model, mesh
         self._stage: int = engine.zero_optimization_stage()
 
-    @property
-    def optimizer_type(self) -> str:
-        return type(self._engine.basic_optimizer).__name__
-
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self._model.named_parameters()
 
-    def slices(self, kinds: tuple[str, ...] | None = None) -> Iterator[Slice]:
-        """Views of everything this rank holds. The optimizer's state is made first, with zeros of `kinds` or
-        of Adam's, if no step has made it yet.
+    def slices(self) -> Iterator[Slice]:
+        """Views of everything this rank holds. The moments are made first, zero, if no step has made them
+        yet.
 
         Stage 0 holds whole shards on every DP rank, the others a partition each.
         """
@@ -56,17 +54,9 @@ class ZeroState:
             if place is None:
                 continue
             flat, offset, start, stop = place
-            tensors = {WEIGHT: flat}
-            tensors |= {kind: t.view(-1) for kind, t in self._moments(flat, kinds).items()}
-            yield Slice(
-                name,
-                start,
-                stop,
-                {
-                    kind: tensor.detach().view(-1)[offset : offset + stop - start]
-                    for kind, tensor in tensors.items()
-                },
-            )
+            whole = {WEIGHT: flat} | self._moments(flat)
+            part = slice(offset, offset + stop - start)
+            yield Slice(name, start, stop, {kind: t.detach().view(-1)[part] for kind, t in whole.items()})
 
     def owned(self) -> Iterator[Slice]:
         """The slices that this rank saves: all ranks' together are every shard once.
@@ -97,7 +87,7 @@ class ZeroState:
             {key: value for key, value in group.items() if key != "params" and _is_plain(value)}
             for group in self._engine.basic_optimizer.param_groups
         ]
-        return {"type": self.optimizer_type, "groups": groups, "steps": steps}
+        return {"type": type(self._engine.basic_optimizer).__name__, "groups": groups, "steps": steps}
 
     def set_steps(self, steps: dict[str, int]) -> None:
         """Restore the updates counted by each parameter's optimizer state (Adam's bias correction)."""
@@ -148,18 +138,12 @@ class ZeroState:
     def _state_of(self, flat: Tensor) -> dict[str, Any]:
         return self._engine.basic_optimizer.state[flat]
 
-    def _moments(self, flat: Tensor, kinds: tuple[str, ...] | None) -> dict[str, Tensor]:
+    def _moments(self, flat: Tensor) -> dict[str, Tensor]:
         state = self._state_of(flat)
         if not state:
-            for kind in kinds or ("exp_avg", "exp_avg_sq"):
-                if kind != WEIGHT:
-                    state[kind] = torch.zeros_like(flat, requires_grad=False)
+            state.update({kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS})
             state["step"] = torch.tensor(0.0) if self._counts_in_tensors else 0
-        return {
-            key: value
-            for key, value in state.items()
-            if torch.is_tensor(value) and value.numel() == flat.numel() and key != "step"
-        }
+        return {kind: state[kind] for kind in MOMENTS}
 
 
 def _is_plain(value: Any) -> bool:

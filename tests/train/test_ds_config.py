@@ -42,6 +42,7 @@ def test_shipped_configurations_load(path: Path) -> None:
         ({"train_batch_size": "auto"}, ["train_batch_size", "auto"]),
         ({"train_batch_size": 0}, ["train_batch_size", "0"]),
         ({"optimizer": {"type": "AdamW"}}, ["lr"]),
+        ({"optimizer": {"type": "Lion", "params": {"lr": 1e-4}}}, ["Adam or AdamW", "Lion"]),
         ({"zero_optimization": {"stage": 4}}, ["stage", "4"]),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, ["zero_hpz_partition_size"]),
         ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, ["offload_param.device", "nvme"]),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.ranks import run_ranks
-from tests.train.runs import ds_config, small_run, steps_of, train_here
+from tests.train.runs import ds_config, log_of, small_run, steps_of, train_here
 
 # (tp, dp, ZeRO configuration)
 LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -31,7 +33,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 def start(folder: Path, digits: Path, layout: str, **changes: Any) -> None:
     tp, dp, raw = LAYOUTS[layout]
-    run = small_run(digits, folder, tensor_parallel_size=tp, **changes)
+    run = small_run(digits, folder, tensor_parallel_size=tp, head_weight_decay=3.0, **changes)
     assert run_ranks(tp * dp, train_here, run, raw) == [""] * (tp * dp)
 
 
@@ -47,14 +49,12 @@ PAIRS = [
     ("tp 2, dp 2, stage 3", "one rank, stage 3"),
     ("tp 2, dp 2, stage 3", "dp 3, stage 3"),
     ("tp 2, dp 2, stage 3", "tp 4, stage 3"),
-    ("tp 2, dp 2, stage 3", "dp 2, stage 3"),
     ("tp 2, dp 2, stage 3", "dp 2, stage 1"),
     ("dp 2, stage 1", "tp 2, dp 2, stage 2"),
     ("tp 2, dp 2, stage 2", "dp 2, stage 0"),
-    ("dp 2, stage 0", "dp 3, stage 3"),
-    ("dp 3, stage 3", "dp 2, stage 3, accumulation"),
+    ("dp 2, stage 0", "dp 2, stage 3, accumulation"),
     ("dp 2, stage 3, accumulation", "dp 2, stage 3, offloaded"),
-    ("dp 2, stage 3, offloaded", "tp 4, stage 3"),
+    ("dp 2, stage 3, offloaded", "dp 2, stage 3"),
 ]
 
 
@@ -71,3 +71,61 @@ def test_resume_at_another_layout(whole: Path, digits: Path, tmp_path: Path, bef
     for mine, theirs in zip(resumed, expected, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5), mine["step"]
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), mine["step"]
+    manifest = json.loads((folder / "checkpoints" / "step_00000020" / "manifest.json").read_text())
+    decay = {group["name"]: group["weight_decay"] for group in manifest["optimizer"]["groups"]}
+    assert decay == {"body": 0.05, "head": 3.0, "no_decay": 0.0}
+    assert set(manifest["optimizer"]["steps"].values()) == {20}
+    (resumed_at,) = (row for row in log_of(folder) if row.get("event") == "resumed")
+    assert resumed_at["step"] == 8
+    if LAYOUTS[before][:2] != LAYOUTS[after][:2] and LAYOUTS[before][0] != LAYOUTS[after][0]:
+        sizes = f"tensor_parallel_size {LAYOUTS[before][0]} -> {LAYOUTS[after][0]}"
+        assert sizes in resumed_at["changes"]
+
+
+def test_shipped_loss_stays_readable(whole: Path) -> None:
+    """Catches a log that is no JSON, e.g. with NaN in it."""
+    for line in (whole / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_init_from_an_export(whole: Path, digits: Path, tmp_path: Path) -> None:
+    """Catches weights loaded into the wrong places or not at all, a classifier of the wrong size loaded, and
+    silence about either."""
+    exported = str(whole / "export")
+    runs = {
+        "same": (1, {}),
+        "other": (2, {"model__num_classes": 12, "model__image_size": 16, "data__crop_area": (0.5, 1.0)}),
+        "sharded": (4, {"tensor_parallel_size": 2}),
+    }
+    said = {}
+    for name, (ranks, changes) in runs.items():
+        run = small_run(digits, tmp_path / name, init_from=exported, max_steps=1, **changes)
+        assert run_ranks(ranks, train_here, run, ds_config(3)) == [""] * ranks
+        (row,) = (row for row in log_of(tmp_path / name) if row.get("event") == "initialised")
+        said[name] = row["what"]
+    names = len(load_file(whole / "export" / "model.safetensors"))
+    assert said["same"] == said["sharded"] == f"{names} of {names} tensors loaded from {exported}"
+    assert f"{names - 2} of {names} tensors loaded" in said["other"]
+    assert "position embedding resized from 16 to 64 tokens" in said["other"]
+    assert "newly initialised: head.weight, head.bias" in said["other"]
+    first = {name: steps_of(tmp_path / name)[0]["loss"] for name in runs}
+    assert first["same"] < steps_of(whole)[0]["loss"] - 0.05
+    assert first["sharded"] == pytest.approx(first["same"], rel=1e-5)
+    wider = small_run(digits, tmp_path / "wider", init_from=exported, model__dim=128)
+    (error,) = run_ranks(1, train_here, wider, ds_config(3))
+    assert "has shape (64, 4), this model needs (128, 4)" in error
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_bfloat16_goes_on_to_the_bit(digits: Path, tmp_path: Path) -> None:
+    """Catches a run that goes on from the bfloat16 copies instead of the float32 master weights."""
+    raw = ds_config(3) | {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    for name, stops in {"whole": (20,), "halves": (7, 20)}.items():
+        for stop in stops:
+            run = small_run(digits, tmp_path / name, stop_at_step=stop)
+            assert run_ranks(2, train_here, run, raw) == [""] * 2
+    whole, halves = (steps_of(tmp_path / name) for name in ("whole", "halves"))
+    assert [row["loss"] for row in halves] == [row["loss"] for row in whole]

@@ -1,0 +1,35 @@
+"""Some of the faults that `python -m tests.faults` injects; the others have tests of their own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.faults import Faults
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Faults:
+    return Faults(tmp_path_factory.mktemp("faults"), saves=3)
+
+
+def test_kill_while_saving(faults: Faults) -> None:
+    """Catches a half-written checkpoint that counts, and one that is lost by it."""
+    outcome = faults.kill_in_save()
+    assert outcome.equal == "yes" and outcome.lost_steps <= 3 and outcome.gone_s is not None, outcome
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_full_disk(faults: Faults) -> None:
+    """Catches a run that a full disk ends, and a log that it tears."""
+    outcome = faults.full_disk()
+    assert outcome.equal == "yes", outcome
+
+
+def test_nothing_is_left_in_shared_memory() -> None:
+    """Catches ops that fill /dev/shm with every run."""
+    assert not list(Path("/dev/shm").glob("deepspeed_*"))
