@@ -54,7 +54,7 @@ class MegaVit(nn.Module):
     `MegaVit(image_size=..., patch_size=..., ...)` builds any shape, `from_preset` the paper's,
     `from_pretrained` loads an export. `options` are the further fields of `ModelConfig` (pool, num_registers,
     qk_norm, ...). With a `mesh` of tp_size > 1 it holds this rank's shard; the weights depend on `seed` and
-    the logical shape only.
+    the logical shape only. `deferred_init` leaves them unfilled, see `parallel.init`.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class MegaVit(nn.Module):
         mesh: Mesh | None = None,
         seed: int = 0,
         recompute: Recompute = "none",
+        deferred_init: bool = False,
         **options: Any,
     ):
         super().__init__()
@@ -82,7 +83,7 @@ class MegaVit(nn.Module):
         self.config = config = model_config({"name": "custom"} | sizes | rates | options)
         self.mesh = mesh = mesh or Mesh.single()
         config.check_tensor_parallel(mesh.tp_size)
-        init = Initializer(seed, mesh)
+        init = Initializer(seed, mesh, deferred=deferred_init)
         self.embed = PatchEmbedding(config, init.scope("embed"))
         self.prefix = (
             init.normal("prefix", Layout((config.num_prefix_tokens, config.dim)), 1e-6)
@@ -98,7 +99,7 @@ class MegaVit(nn.Module):
 
     @classmethod
     def from_config(cls, config: ModelConfig, **arguments: Any) -> MegaVit:
-        """Build from a `ModelConfig`; `arguments` are `mesh`, `seed` and `recompute`."""
+        """Build from a `ModelConfig`; `arguments` are `mesh`, `seed`, `recompute` and `deferred_init`."""
         fields = dataclasses.asdict(config)
         return cls(heads=fields.pop("num_heads"), **fields, **arguments)
 

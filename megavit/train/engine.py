@@ -59,10 +59,10 @@ class Engine:
     """A `MegaVit` trained by DeepSpeed ZeRO on a mesh.
 
     Collective: every rank calls the same methods in the same order. `ds_config` is a resolved one
-    (`resolve_ds_config`).
+    (`resolve_ds_config`). Without `initialise` the weights hold anything: the caller loads them (`state`).
     """
 
-    def __init__(self, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh):
+    def __init__(self, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh, *, initialise: bool = True):
         self.run, self.mesh = run, mesh
         self.dtype = torch.bfloat16 if uses_bf16(ds_config) else torch.float32
         self.grad_accum: int = ds_config["gradient_accumulation_steps"]
@@ -80,6 +80,8 @@ class Engine:
             dist_init_required=False,
         )
         self.state = ZeroState(self._deepspeed, self.model, mesh)
+        if initialise:
+            self.state.initialise()
         self._update = self._deepspeed.basic_optimizer.step
         self._deepspeed.basic_optimizer.step = self._update_unless_refused
         self._grad_norm, self._norm_limit = math.nan, math.inf
@@ -166,11 +168,13 @@ class Engine:
 
 
 def build_model(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> MegaVit:
-    """The model on the mesh's device: whole for stages 0 to 2, partitioned parameter by parameter for stage
-    3."""
+    """The model on the mesh's device, its weights not yet filled: whole for stages 0 to 2, for stage 3
+    partitioned parameter by parameter, so that no more than one of them is ever whole."""
 
     def build() -> MegaVit:
-        return MegaVit.from_config(run.model, mesh=mesh, seed=run.seed, recompute=run.recompute)
+        return MegaVit.from_config(
+            run.model, mesh=mesh, seed=run.seed, recompute=run.recompute, deferred_init=True
+        )
 
     if ds_config.get("zero_optimization", {}).get("stage", 0) < 3:
         with mesh.device:

@@ -85,15 +85,12 @@ def load_exported(folder: Path, state: ZeroState, config: ModelConfig, mesh: Mes
                 )
             position = resize_position(torch.from_numpy(file.get_tensor(name)), config.grid_size).numpy()
             notes.append(f"position embedding resized from {shapes[name][0]} to {layout.shape[0]} tokens")
-        for part in state.slices():
-            if part.name in fresh or part.name in other_head:
-                continue
-            boxes = layouts[part.name].boxes(mesh.tp_rank, mesh.tp_size, part.start, part.stop)
-            stored = file.get_slice(part.name)
-            if part.name == _POSITION and position is not None:
-                stored = position
-            part.tensors[WEIGHT].copy_(torch.from_numpy(_read(stored, boxes, part.stop - part.start)))
-    state.refresh()
+
+        def read(name: str, boxes: list[Box], out: dict[str, np.ndarray]) -> None:
+            stored = position if name == _POSITION and position is not None else file.get_slice(name)
+            _read(stored, boxes, out[WEIGHT])
+
+        state.load(read, moments=False, leave=[*fresh, *other_head])
     kept = [name for name in fresh if name not in other_head] + other_head
     unused = sorted(shapes.keys() - layouts.keys())
     notes += [f"newly initialised: {', '.join(kept)}"] if kept else []
@@ -102,12 +99,10 @@ def load_exported(folder: Path, state: ZeroState, config: ModelConfig, mesh: Mes
     return "; ".join([f"{loaded} of {len(layouts)} tensors loaded from {folder}", *notes])
 
 
-def _read(stored: Any, boxes: list[Box], size: int) -> np.ndarray:
-    """The flat slice that `boxes` describe, of a logical tensor (an array or a safetensors slice)."""
-    flat = np.zeros(size, np.float32)
+def _read(stored: Any, boxes: list[Box], flat: np.ndarray) -> None:
+    """Fill the flat slice that `boxes` describe from a logical tensor (an array or a safetensors slice)."""
     for box in boxes:
         rows, columns = slice(box.row, box.row + box.rows), slice(box.column, box.column + box.columns)
         two_dims = len(stored.get_shape() if hasattr(stored, "get_shape") else stored.shape) == 2
         part = stored[rows, columns] if two_dims else stored[rows]
         flat[box.offset : box.offset + box.rows * box.columns] = part.reshape(-1)
-    return flat

@@ -87,7 +87,7 @@ class Trainer:
         run, mesh, saved = self.run, self.mesh, self.saved
         self.watchdog.at("building the engine")
         with children_spared():
-            self.engine = Engine(run, self.ds_config, mesh)
+            self.engine = Engine(run, self.ds_config, mesh, initialise=saved is None)
         if saved:
             self.watchdog.at(f"restoring {saved.folder.name}")
             restore(saved, self.engine.state, mesh)

@@ -247,15 +247,8 @@ def _open(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
 def restore(source: Checkpoint, state: ZeroState, mesh: Mesh) -> None:
     """Copy weights, moments and update counts into the engine's own buffers, reading this rank's boxes only.
     Collective over DP."""
-    layouts = {name: layout_of(parameter) for name, parameter in state.named_parameters()}
-    for part in state.slices():
-        boxes = layouts[part.name].boxes(mesh.tp_rank, mesh.tp_size, part.start, part.stop)
-        values = {kind: np.zeros(part.stop - part.start, np.float32) for kind in part.tensors}
-        source.read(part.name, boxes, values)
-        for kind, tensor in part.tensors.items():
-            tensor.copy_(torch.from_numpy(values[kind]))
+    state.load(source.read, moments=True)
     state.set_steps(source.optimizer["steps"])
-    state.refresh()
     if (source.tp_size, source.dp_size) == (mesh.tp_size, mesh.dp_size):
         saved = source.rank_state(source.files[mesh.global_rank], _RNG)
         _set_generator_state(saved, mesh.device)

@@ -7,17 +7,21 @@ them. All knowledge of the buffers' layout is in this file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megavit.parallel.layout import layout_of
+from megavit.parallel.init import initial_values_of
+from megavit.parallel.layout import Box, layout_of
 from megavit.parallel.mesh import Mesh
 from megavit.train.checkpoint import WEIGHT
 
+# (parameter's name, boxes, flat arrays by kind): fills the arrays, see ZeroState.load
+Read = Callable[[str, list[Box], dict[str, np.ndarray]], None]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, the one kind of optimizer that ds_config lets through
 
 
@@ -43,9 +47,9 @@ class ZeroState:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self._model.named_parameters()
 
-    def slices(self) -> Iterator[Slice]:
-        """Views of everything this rank holds. The moments are made first, zero, if no step has made them
-        yet.
+    def slices(self, *, moments: bool = True) -> Iterator[Slice]:
+        """Views of everything this rank holds, or of the weights alone. The moments are made first, zero, if
+        no step has made them yet.
 
         Stage 0 holds whole shards on every DP rank, the others a partition each.
         """
@@ -54,7 +58,7 @@ class ZeroState:
             if place is None:
                 continue
             flat, offset, start, stop = place
-            whole = {WEIGHT: flat} | self._moments(flat)
+            whole = {WEIGHT: flat} | (self._moments(flat) if moments else {})
             part = slice(offset, offset + stop - start)
             yield Slice(name, start, stop, {kind: t.detach().view(-1)[part] for kind, t in whole.items()})
 
@@ -75,6 +79,26 @@ class ZeroState:
                 part = Slice(part.name, start, stop, tensors)
             if part.start < part.stop:
                 yield part
+
+    def load(self, read: Read, *, moments: bool, leave: Collection[str] = ()) -> None:
+        """Fill this rank's slices, but for the parameters in `leave`, with what `read(name, boxes, out)` puts
+        into `out`: a zeroed flat float32 array for each kind. Collective over DP."""
+        layouts = {name: layout_of(parameter) for name, parameter in self._model.named_parameters()}
+        for part in self.slices(moments=moments):
+            if part.name in leave:
+                continue
+            boxes = layouts[part.name].boxes(self._mesh.tp_rank, self._mesh.tp_size, part.start, part.stop)
+            values = {kind: np.zeros(part.stop - part.start, np.float32) for kind in part.tensors}
+            read(part.name, boxes, values)
+            for kind, tensor in part.tensors.items():
+                tensor.copy_(torch.from_numpy(values[kind]))
+        self._refresh()
+
+    def initialise(self) -> None:
+        """Fill the weights with their initial values, drawing this rank's own elements only. Collective over
+        DP."""
+        values = {name: initial_values_of(parameter) for name, parameter in self._model.named_parameters()}
+        self.load(lambda name, boxes, out: values[name].read(boxes, out[WEIGHT]), moments=False)
 
     def optimizer_state(self) -> dict[str, Any]:
         """Type, groups' hyperparameters, and each parameter's number of updates, as JSON."""
@@ -102,7 +126,7 @@ class ZeroState:
             # A fresh tensor for each buffer: torch's AdamW counts in place.
             state["step"] = torch.tensor(float(steps[name])) if self._counts_in_tensors else steps[name]
 
-    def refresh(self) -> None:
+    def _refresh(self) -> None:
         """Bring the weights that compute uses up to date with the master weights. Collective over DP."""
         optimizer = self._engine.optimizer
         if self._stage == 3:
