@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavit.config import ModelConfig, Recompute
+from megavit.model.norm import normalize
 from megavit.model.recompute import recompute_with
 from megavit.parallel.collectives import copy_to_tp, dropout, gather_from_tp
 from megavit.parallel.init import Initializer
@@ -19,15 +20,6 @@ from megavit.parallel.linear import ColumnParallelLinear, RowParallelLinear
 
 # MLP biases start at Normal(0, 1e-6), as in big_vision's vit.py.
 MLP_BIAS_STD = 1e-6
-
-
-def normalize(x: Tensor, scale: Tensor, bias: Tensor | None, *, centring: bool, eps: float) -> Tensor:
-    """x / rms(x) * scale (+ bias) over the last dim, about the mean if `centring`; statistics in float32 in
-    any dtype."""
-    if centring:
-        return F.layer_norm(x, scale.shape, scale, bias, eps)
-    y = F.rms_norm(x, scale.shape, scale, eps)
-    return y if bias is None else y + bias
 
 
 class Norm(nn.Module):

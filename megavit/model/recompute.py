@@ -1,6 +1,6 @@
 """Which activations of a block are kept for backward and which are computed again.
 
-Per token and block, in elements (D width, F = 4D): none keeps about 19 D, selective 9 D (block input D, q k v
+Per token and block, in elements (D width, F = 4D): none keeps about 16 D, selective 9 D (block input D, q k v
 3 D, attention output D, MLP hidden 4 D), full 1 D. Selective rebuilds only norms and GELU, no matmul; full
 repeats the forward pass (+33%). Always torch's non-reentrant checkpoint: the only kind that works under
 ZeRO-3's hooks.
