@@ -243,7 +243,7 @@ def held_elements(model: MegaVit, batch: int) -> float:
 
 
 def test_full_recompute_keeps_one_tensor_a_block() -> None:
-    """Catches a policy that is not applied: full must hold D per token and block, none about 16 D (F = 4 D)."""
+    """Catches a policy that is not applied: full must hold D per token and block, none about 16 D."""
     tokens, dim, batch = 16, 32, 4
     per_block = {}
     for policy in ("none", "full"):
