@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -72,24 +72,41 @@ def make_parser(
 def parse_run(argv: Sequence[str] | None = None) -> tuple[RunConfig, Path]:
     """(run configuration, path of the DeepSpeed JSON) from the command line; exits with a message on any
     mistake."""
+    run, values, parser = parse_flags(argv)
+    if not run.data.shards:
+        parser.error("--data.shards is required: the training shards, e.g. 'data/train-{000000..000099}.tar'")
+    return run, Path(_from_root(values.deepspeed_config))
+
+
+def parse_flags(
+    argv: Sequence[str] | None = None, add_flags: Callable[[ArgumentParser], None] | None = None
+) -> tuple[RunConfig, Any, ArgumentParser]:
+    """(run configuration, all flags' values, parser); `add_flags` gives the parser flags of another command,
+    which needs no DeepSpeed JSON then. Exits with a message on any mistake."""
     argv = _file_first(_complete_switches(_rename(list(sys.argv[1:] if argv is None else argv))))
-    first = make_parser("vit_tiny", json_required=False)
+
+    def make(preset: str, saved: dict[str, Any] | None, *, json_required: bool) -> ArgumentParser:
+        parser = make_parser(preset, saved, json_required=json_required)
+        if add_flags:
+            add_flags(parser)
+        return parser
+
+    first = make("vit_tiny", None, json_required=False)
     words = [word for word in argv if word not in ("-h", "--help")]
     try:
         saved = _saved_config(first.parse_args(words).run_dir)
         first.set_defaults({"model.name": saved.get("model.name", "vit_tiny")})
         preset = first.parse_args(words).model.name
-        parser = make_parser(preset, saved if saved.get("model.name") == preset else None)
+        saved_flags = saved if saved.get("model.name") == preset else None
+        parser = make(preset, saved_flags, json_required=add_flags is None)
         values = parser.instantiate(parser.parse_args(argv))
         run = RunConfig(**{f.name: values[f.name] for f in dataclasses.fields(RunConfig)})
     except ValueError as error:
         first.error(str(error))
-    if not run.data.shards:
-        first.error("--data.shards is required: the training shards, e.g. 'data/train-{000000..000099}.tar'")
     # Quotes that were meant for a remote shell, see _Parser.error.
     shards, val_shards = (_from_root(text.strip("'")) for text in (run.data.shards, run.data.val_shards))
     data = dataclasses.replace(run.data, shards=shards, val_shards=val_shards)
-    return dataclasses.replace(run, data=data), Path(_from_root(values.deepspeed_config))
+    return dataclasses.replace(run, data=data), values, parser
 
 
 def _complete_switches(argv: list[str]) -> list[str]:

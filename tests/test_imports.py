@@ -19,6 +19,8 @@ FORBIDDEN = {
     "parallel": ("deepspeed", "megavit.model", "megavit.data", "megavit.train", "megavit.config"),
     "model": ("deepspeed", "torch.distributed", "megavit.data", "megavit.train"),
     "data": ("deepspeed", "torch.distributed", "megavit.model", "megavit.parallel", "megavit.train"),
+    "scale": ("deepspeed", "megavit.data"),
+    "scale/gpus.py": ("torch", "megavit.model", "megavit.parallel", "megavit.train", "megavit.data"),
     "train/schedule.py": ("torch", "deepspeed"),
     "train/ds_config.py": ("torch", "deepspeed"),
     "train/preempt.py": ("torch", "deepspeed"),

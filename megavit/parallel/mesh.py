@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megavit.parallel.rendezvous import join_launch, require_meeting_point, threads_per_rank
+from megavit.parallel.rendezvous import imagine_launch, join_launch, require_meeting_point, threads_per_rank
 
 # The longest that a rank waits for others which are still building ops or writing, unless the run says
 # otherwise.
@@ -78,6 +78,7 @@ class Mesh:
             torch.set_num_threads(threads)
         if not dist.is_initialized():
             _init_process_group(device, global_rank, world_size, timeout)
+        io_group: Any = dist.new_group(timeout=_IO_TIMEOUT, backend="gloo")
         mesh = Mesh(
             tp_size=tp_size,
             tp_rank=global_rank % tp_size,
@@ -85,8 +86,20 @@ class Mesh:
             dp_rank=global_rank // tp_size,
             local_rank=local_rank,
             device=device,
+            io_group=io_group,
         )
         return mesh._with_groups(timeout)
+
+    @staticmethod
+    def imagined(tp_size: int, dp_size: int, device: torch.device | str = "cpu") -> Mesh:
+        """Rank 0 of a grid whose other ranks do not exist, for rehearsals: its collectives move nothing and
+        leave their results as they were allocated. Cannot write checkpoints. Once a process."""
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        imagine_launch(tp_size * dp_size)
+        dist.init_process_group("fake", rank=0, world_size=tp_size * dp_size, store=FakeStore())
+        mesh = Mesh(tp_size=tp_size, dp_size=dp_size, device=torch.device(device))
+        return mesh._with_groups(timedelta(seconds=_TIMEOUT_S))
 
     def _with_groups(self, timeout: timedelta) -> Mesh:
         # Every rank creates every group, in one order: new_group is collective over the world. A group's
@@ -98,13 +111,7 @@ class Mesh:
         for tp_rank in range(self.tp_size):
             ranks = [dp_rank * self.tp_size + tp_rank for dp_rank in range(self.dp_size)]
             groups["dp", tp_rank] = dist.new_group(ranks, timeout=timeout)
-        io_group: Any = dist.new_group(timeout=_IO_TIMEOUT, backend="gloo")
-        return replace(
-            self,
-            tp_group=groups["tp", self.dp_rank],
-            dp_group=groups["dp", self.tp_rank],
-            io_group=io_group,
-        )
+        return replace(self, tp_group=groups["tp", self.dp_rank], dp_group=groups["dp", self.tp_rank])
 
     @property
     def world_size(self) -> int:

@@ -46,11 +46,20 @@ def join_launch() -> Rank:
         _meet_over_slurm()
     else:
         rank = Rank(1, 0, 0, 1)
+    _publish(rank)
+    return rank
+
+
+def imagine_launch(world_size: int) -> None:
+    """Say that this process is the first of `world_size` ranks which nobody started."""
+    _publish(Rank(world_size, 0, 0, 1))
+
+
+def _publish(rank: Rank) -> None:
     names = {"WORLD_SIZE": rank.world_size, "RANK": rank.global_rank, "LOCAL_RANK": rank.local_rank}
     names |= {"LOCAL_SIZE": rank.local_size, "LOCAL_WORLD_SIZE": rank.local_size}
     for name, value in names.items():
         os.environ.setdefault(name, str(value))
-    return rank
 
 
 def require_meeting_point(world_size: int) -> None:

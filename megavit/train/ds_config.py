@@ -138,6 +138,13 @@ def resolve_ds_config(raw: dict[str, Any], dp_size: int, device_type: str) -> di
         # DeepSpeed's wrapper for it refuses float32 accumulation, keeps no readable master weights and clips
         # by a norm that misses the other TP ranks.
         raise ValueError("bf16 needs zero_optimization.stage 1 or higher; stage 0 is for float32")
+    accumulates_in_fp32 = config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    if bf16.get("enabled") and config["zero_optimization"]["stage"] == 1 and accumulates_in_fp32:
+        # DeepSpeed takes another optimizer class for it, with buffers that zero_state does not know.
+        raise ValueError(
+            "bf16 with zero_optimization.stage 1 and data_types.grad_accum_dtype fp32 is not supported; use "
+            "stage 2, which needs less memory and sends no more"
+        )
     if not _offloads_optimizer(config) and (device_type == "cpu" or not _has_cuda_compiler()):
         # DeepSpeed's fused Adam would have to be compiled first: not worth it on a CPU, impossible without
         # nvcc.

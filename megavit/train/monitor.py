@@ -29,6 +29,7 @@ from megavit.config import RunConfig, plain_config
 from megavit.data.bad import BAD_SAMPLES_FILE
 from megavit.model.count import num_params, train_flops
 from megavit.parallel.mesh import Mesh
+from megavit.scale.gpus import peak_flops
 from megavit.train.ds_config import uses_bf16
 from megavit.train.inputs import Inputs
 from megavit.train.saver import Progress, Saved
@@ -38,16 +39,6 @@ LOG_FILE = "log.jsonl"
 DISCARDED_SUFFIX = ".discarded"  # lines of steps that a run did again from an earlier checkpoint
 _PROGRESS_S = 15.0
 BASELINES_FILE = "baselines.json"
-
-# Dense bf16 matmul peak, FLOP/s, by a part of torch.cuda.get_device_name(); the first match counts.
-_PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-}
 
 
 class Monitor:
@@ -362,10 +353,9 @@ def _peak_flops(mesh: Mesh, dtype: torch.dtype) -> float:
     (0.1 s)."""
     on_gpu = mesh.device.type == "cuda"
     if on_gpu and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(mesh.device)
-        for part, peak in _PEAK_FLOPS.items():
-            if part in name:
-                return peak
+        known = peak_flops(torch.cuda.get_device_name(mesh.device))
+        if known is not None:
+            return known
     side = 8192 if on_gpu else 1024
     a = torch.randn(side, side, device=mesh.device, dtype=dtype)
     times = []

@@ -204,3 +204,32 @@ def test_a_cut_host_ends_the_job_and_the_next_start_goes_on(
     (resumed,) = events(run_dir, "resumed")
     assert lost - 4 - 4 <= resumed["step"] <= lost
     assert [row["step"] for row in steps_of(run_dir)] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_plan_is_ready_to_submit(
+    slurm: SlurmLab, digits: Path, tmp_path: Path, whole: list[dict[str, Any]]
+) -> None:
+    """Catches files of launch/plan.py that need a hand before SLURM takes them. ZeRO-3 x TP 2 on two nodes."""
+    out, run_dir = tmp_path / "plan", tmp_path / "run"
+    plan = [
+        sys.executable,
+        "launch/plan.py",
+        "--model.name",
+        "vit_tiny",
+        "--nodes",
+        "2",
+        "--gpus_per_node",
+        "2",
+    ]
+    base = ("--deepspeed_config", "ds_configs/zero3.json", "--only", "tp=2,stage=3,micro_batch=128")
+    done = subprocess.run([*plan, *base, "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    own = flags(digits, run_dir)[2:]  # the JSON is the plan's
+    options = [*NODES, "--cpus-per-task=1", f"--output={tmp_path}/%j.log"]
+    job = slurm.sbatch(out / "train.sbatch", *own, options=options, cwd=ROOT)
+    ended = slurm.wait(job, timeout_s=180)
+    assert ended["JobState"] == "COMPLETED", slurm.output(job)
+    assert "dp 2 x tp 2" in slurm.output(job)
+    check_equal(run_dir, whole)

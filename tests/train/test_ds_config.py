@@ -87,6 +87,9 @@ def test_bf16_without_zero_is_refused() -> None:
     """Catches a run whose clipping and export would be wrong, see resolve_ds_config."""
     with pytest.raises(ValueError, match="stage 1"):
         resolve_ds_config(GOOD | {"bf16": {"enabled": True}}, 1, "cuda")
+    stage_1 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    with pytest.raises(ValueError, match="grad_accum_dtype fp32 is not supported; use stage 2"):
+        resolve_ds_config(GOOD | stage_1 | {"data_types": {"grad_accum_dtype": "fp32"}}, 1, "cuda")
 
 
 def test_auto_precision_follows_the_device_and_the_input_is_left_alone() -> None:

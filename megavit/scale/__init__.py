@@ -1,0 +1,2 @@
+"""What a run costs before anybody rents the machines: memory, time and bytes sent, predicted and
+rehearsed."""

@@ -1,0 +1,114 @@
+"""Bytes that one rank's collectives carry in a step: predicted, and counted in a running program.
+
+A collective's bytes are those of the whole tensor that it makes or reads on a rank: an all-reduce's tensor,
+an all-gather's result, a reduce-scatter's input. A ring of n ranks moves (n - 1)/n of a gather or scatter,
+and twice that of an all-reduce, over each rank's link.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megavit.config import ModelConfig, Recompute
+from megavit.scale.gathers import replay
+from megavit.scale.inventory import inventory
+from megavit.scale.job import Layout, ZeroSettings
+
+# c10d's operations, and which argument is the whole tensor.
+_COLLECTIVES = {
+    "allreduce_": ("all_reduce", 0),
+    "_allgather_base_": ("all_gather", 0),
+    "allgather_": ("all_gather", 0),
+    "allgather_into_tensor_coalesced_": ("all_gather", 0),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "reduce_scatter_": ("reduce_scatter", 1),
+    "broadcast_": ("broadcast", 0),
+    "reduce_": ("reduce", 0),
+}
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Counts the collectives that run inside `with CollectiveCounter() as counter:` on this thread and its
+    backward passes, whoever starts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[tuple[str, int]] = Counter()  # by (collective, ranks in its group)
+        self.bytes: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::")
+            if name in _COLLECTIVES:
+                kind, whole = _COLLECTIVES[name]
+                key = kind, _group_size(args)
+                self.calls[key] += 1
+                self.bytes[key] += sum(t.numel() * t.element_size() for t in _tensors(args[whole]))
+        return func(*args, **(kwargs or {}))
+
+
+def _group_size(args: Any) -> int:
+    for argument in args:
+        if (
+            hasattr(argument, "_type")
+            and callable(argument._type)
+            and "ProcessGroup" in str(argument._type())
+        ):
+            return int(dist.ProcessGroup.unbox(argument).size())
+    raise AssertionError(args)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value for tensor in _tensors(item)]
+
+
+def step_traffic(
+    model: ModelConfig, recompute: Recompute, layout: Layout, zero: ZeroSettings
+) -> dict[tuple[str, int], int]:
+    """Bytes of one optimizer step's collectives on one rank, by (collective, ranks in its group), in the
+    steady state (from the third step on). Exact but for a few scalars (loss, norm), under 100 bytes."""
+    traffic: Counter[tuple[str, int]] = Counter()
+    tree = inventory(model, layout.tp_size)
+    if layout.tp_size > 1:
+        per_micro_step = tp_elements(model, recompute, layout.micro_batch) * zero.element_bytes
+        traffic["all_reduce", layout.tp_size] = per_micro_step * layout.grad_accum
+    dp = layout.dp_size
+    if dp == 1:
+        return dict(traffic)
+    if zero.stage == 3:
+        trace = replay(tree, dp, zero.gathers)
+        gathered = trace.gathered * layout.grad_accum + trace.padded_persistent
+        traffic["all_gather", dp] = gathered * zero.element_bytes
+        reduced = tree.shared(dp) * dp * layout.grad_accum
+        traffic["reduce_scatter", dp] = reduced * zero.element_bytes
+    else:
+        times = layout.grad_accum if zero.stage == 2 else 1
+        traffic["all_reduce", dp] += tree.numel() * zero.element_bytes * times
+        if zero.stage:
+            traffic["all_gather", dp] = tree.numel() * zero.element_bytes
+    return dict(traffic)
+
+
+def tp_elements(model: ModelConfig, recompute: Recompute, micro_batch: int) -> int:
+    """Elements all-reduced over a TP group in one forward and backward pass.
+
+    A parallel block reduces its output forward and its input's gradient backward; a sequential one each
+    twice. Full recomputation stops before a block's last reduce, so only a sequential block repeats one.
+    """
+    stream = micro_batch * model.num_tokens * model.dim
+    sequential = model.block == "sequential"
+    reduces = 2 * (1 + sequential) + (sequential and recompute == "full")
+    scales = 2 * model.head_dim if model.qk_norm else 0
+    elements = model.depth * (reduces * stream + scales)
+    pooled = micro_batch * model.dim
+    if model.pool == "map":
+        # Forward: attention output and MLP. Backward: the tokens, the probe, the MLP's input.
+        elements += 2 * pooled + micro_batch * model.num_patches * model.dim + model.dim + pooled
+    return elements + (pooled if model.num_classes else 0)

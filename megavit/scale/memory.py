@@ -1,0 +1,251 @@
+"""Memory of one rank's training, item by item, predicted from sizes.
+
+Two kinds of items: what is there all the time (`persistent`), and what is there on top while the fullest
+moment of a step passes (`transient`): somewhere between the end of the forward pass and the first blocks'
+backward pass, or in the optimizer. All figures in bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megavit.config import ModelConfig, Recompute
+from megavit.scale.gathers import Moment, replay
+from megavit.scale.inventory import Unit, inventory
+from megavit.scale.job import Layout, ZeroSettings
+
+_MOMENT_BYTES = 8  # Adam's two, float32
+_PROGRAM_ON_CPU = 100 << 20  # what libraries load when the first engine is built, measured
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by item. The optimizer's share is on the host if it is offloaded (`host`)."""
+
+    persistent: dict[str, int]
+    transient: dict[str, int]
+    host: dict[str, int]
+    fullest: str  # the moment of the peak, in words
+
+    @property
+    def persistent_bytes(self) -> int:
+        return sum(self.persistent.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.persistent_bytes + sum(self.transient.values())
+
+
+def predict_memory(
+    model: ModelConfig, recompute: Recompute, layout: Layout, zero: ZeroSettings, *, on_cpu: bool = False
+) -> Memory:
+    """Memory of one rank, its fullest moment in the steady state. `on_cpu` is for rehearsals there: pages of
+    buffers that nobody writes do not count, and the libraries' own do."""
+    tree = inventory(model, layout.tp_size)
+    persistent, host = _states(tree, layout, zero)
+    gradients, bucket = _gradients(tree, layout, zero), _bucket(tree, layout, zero, on_cpu)
+    if zero.stage == 3:  # allocated once; the other stages do it in every step
+        persistent |= gradients | bucket
+        gradients, bucket = {}, {}
+    if on_cpu:
+        persistent["program"] = _PROGRAM_ON_CPU
+    fullest, in_step = _in_step(model, recompute, layout, zero, tree)
+    in_step |= gradients | bucket
+    in_update = _in_update(tree, layout, zero) | gradients
+    if sum(in_update.values()) > sum(in_step.values()):
+        fullest, in_step = "the update", in_update
+    return Memory(_nonzero(persistent), _nonzero(in_step), _nonzero(host), fullest)
+
+
+def _nonzero(items: dict[str, int]) -> dict[str, int]:
+    return {name: int(size) for name, size in items.items() if size}
+
+
+def _states(tree: Unit, layout: Layout, zero: ZeroSettings) -> tuple[dict[str, int], dict[str, int]]:
+    """(on the device, on the host) between two steps: weights, master weights, moments."""
+    whole, share, size = tree.numel(), tree.shared(layout.dp_size), zero.element_bytes
+    if zero.stage == 0:
+        return {"weights": size * whole, "moments": _MOMENT_BYTES * whole}, {}
+    # DeepSpeed keeps master weights beside float32 weights too.
+    items = {"master weights": 4 * share, "moments": _MOMENT_BYTES * share}
+    host: dict[str, int] = {}
+    if zero.offload_optimizer:  # gradients arrive in one buffer and are handed to Adam in another
+        items, host = {}, items | {"gradients": 8 * share}
+    if zero.stage < 3:
+        return {"weights": size * whole} | items, host
+    small = sum(n for n in tree.all_sizes if n <= zero.gathers.persistence)
+    (host if zero.offload_param else items)["weights"] = size * share
+    return items | {"weights never sharded": size * small}, host
+
+
+def _gradients(tree: Unit, layout: Layout, zero: ZeroSettings) -> dict[str, int]:
+    """What accumulates over the micro-steps."""
+    if zero.offload_optimizer:
+        return {}
+    if zero.stage < 2:
+        return {"gradients": zero.element_bytes * tree.numel()}
+    accumulated = 4 if zero.accumulates_in_fp32 else zero.element_bytes
+    return {"gradients": accumulated * tree.shared(layout.dp_size)}
+
+
+def _bucket(tree: Unit, layout: Layout, zero: ZeroSettings, on_cpu: bool) -> dict[str, int]:
+    """The buffer that gradients wait in to be reduced; stages 1 and 2 have a second one to fill meanwhile."""
+    if zero.stage == 0:
+        return {}
+    elements = zero.reduce_bucket * (1 if zero.stage == 3 else 2)
+    if on_cpu:
+        elements = min(elements, tree.numel() * layout.grad_accum)
+    return {"gradient bucket": elements * zero.element_bytes}
+
+
+def _in_step(
+    model: ModelConfig, recompute: Recompute, layout: Layout, zero: ZeroSettings, tree: Unit
+) -> tuple[str, dict[str, int]]:
+    """The fullest moment of forward and backward: gathered weights and activations wax and wane together."""
+    activations = Activations(model, recompute, layout, zero.element_bytes)
+    moments: tuple[Moment, ...]
+    if zero.stage == 3 and layout.dp_size > 1:
+        moments = replay(tree, layout.dp_size, zero.gathers).moments
+    else:
+        moments = _without_gathers(tree)
+    found: list[tuple[str, dict[str, int]]] = []
+    bucket = _Bucket(layout, zero)
+    blocks_done = 0
+    for moment in moments:
+        unit = moment.unit
+        items = {"gathered weights": moment.peak * zero.element_bytes}
+        blocks_done -= unit.is_block and moment.backward
+        items["activations"] = activations.outside + blocks_done * activations.per_block
+        if unit.is_block:
+            items["working set of a block"] = activations.working_set(backward=moment.backward)
+        if moment.backward:
+            items["fresh gradients"] = (
+                sum(unit.all_sizes if unit.is_block else unit.sizes) * zero.element_bytes
+            )
+            items["reduction copy"] = bucket.add(unit.all_sizes if unit.is_block else unit.sizes)
+        blocks_done += unit.is_block and not moment.backward
+        found.append((_in_words(moment, blocks_done), items))
+    end = {"gathered weights": moments[-1].live * zero.element_bytes, "reduction copy": bucket.flush()}
+    found.append(("end of the backward pass", end))
+    return max(found, key=lambda moment: sum(moment[1].values()))
+
+
+class _Bucket:
+    """How full the buffer of gradients is. A reduce-scatter (stage 3) first puts them in another order, in a
+    copy, and its result is converted; both count."""
+
+    def __init__(self, layout: Layout, zero: ZeroSettings):
+        self.layout, self.zero = layout, zero
+        self.fill = 0  # elements
+
+    def add(self, sizes: tuple[int, ...]) -> int:
+        """Bytes of the largest copy while gradients of these sizes come."""
+        most = 0
+        for size in sizes:
+            if self.fill and self.fill + size > self.zero.reduce_bucket:
+                most = max(most, self.flush())
+            self.fill += size
+        return most
+
+    def flush(self) -> int:
+        elements, self.fill = self.fill, 0
+        if self.zero.stage != 3 or self.layout.dp_size == 1:
+            return 0
+        return elements * self.zero.element_bytes + math.ceil(elements / self.layout.dp_size) * 4
+
+
+def _without_gathers(tree: Unit) -> tuple[Moment, ...]:
+    leaves = tree.children
+    forward = [Moment(unit, False, 0, 0) for unit in leaves]
+    return (*forward, *(Moment(unit, True, 0, 0) for unit in reversed(leaves)))
+
+
+def _in_words(moment: Moment, block: int) -> str:
+    what = f"block {block}" if moment.unit.is_block else moment.unit.name or "the start"
+    return f"{'backward' if moment.backward else 'forward'} pass of {what}"
+
+
+def _in_update(tree: Unit, layout: Layout, zero: ZeroSettings) -> dict[str, int]:
+    """Adam works on one sub-group at a time (stage 3), with a flat copy of its gradients and two
+    temporaries."""
+    if zero.offload_optimizer:
+        return {}
+    elements = tree.shared(layout.dp_size if zero.stage else 1)
+    if zero.stage == 3:
+        elements = min(elements, zero.sub_group)
+    return {"optimizer's temporaries": (3 if zero.stage else 2) * 4 * elements}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that one micro-batch's forward pass leaves for backward, and what a block needs while it runs.
+
+    In units of one [B, N, D] tensor, with F the MLP's width over D and t the TP ranks; x the block's input.
+    """
+
+    model: ModelConfig
+    recompute: Recompute
+    layout: Layout
+    element_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        return self.layout.micro_batch * self.model.num_tokens
+
+    @property
+    def stream(self) -> int:
+        """One [B, N, D] tensor."""
+        return self.tokens * self.model.dim * self.element_bytes
+
+    @property
+    def per_block(self) -> int:
+        """Kept from forward to backward by one block."""
+        if self.recompute == "full":
+            return self.stream
+        in_units = self._selective if self.recompute == "selective" else self._none
+        return int(in_units * self.stream) + self._statistics
+
+    @property
+    def _ratio(self) -> float:
+        return self.model.mlp_dim / self.model.dim
+
+    @property
+    def _selective(self) -> float:
+        """x; q k v, attention output, MLP's hidden layer before GELU."""
+        return 1 + (4 + self._ratio) / self.layout.tp_size
+
+    @property
+    def _none(self) -> float:
+        """x, normalised x; q k v, normalised q k, attention output, hidden layer before and after GELU."""
+        norms = 2 if self.model.block == "sequential" else 1
+        inputs = 2 if self.model.block == "sequential" else 1
+        qk = 2 if self.model.qk_norm else 0
+        return norms + inputs + (4 + qk + 2 * self._ratio) / self.layout.tp_size
+
+    @property
+    def _statistics(self) -> int:
+        """Float32 numbers a row: attention's log-sum-exp, the norms' inverse."""
+        heads = self.model.num_heads // self.layout.tp_size
+        rows = heads + (2 * heads if self.model.qk_norm else 0) + 1
+        return self.tokens * 4 * rows
+
+    def working_set(self, *, backward: bool) -> int:
+        """The most that a block holds beside what it keeps, while it runs forward or backward."""
+        t = self.layout.tp_size
+        if not backward:
+            alive = self._none if self.recompute != "none" else 2 + self._ratio / t
+            return int(alive * self.stream)
+        rebuilt = {"none": 0.0, "selective": self._none - self._selective, "full": self._none - 1}
+        # Gradients of the output, of the hidden layer before and after GELU, of the normalised input.
+        gradients = 2 + 2 * self._ratio / t
+        return int((rebuilt[self.recompute] + gradients) * self.stream)
+
+    @property
+    def outside(self) -> int:
+        """Kept outside the blocks: patches, embedded tokens, the last norm, MAP's keys and values, logits."""
+        model, t = self.model, self.layout.tp_size
+        patches = self.tokens * model.channels * model.patch_size**2 * self.element_bytes
+        pool = (2 / t + 1) * self.stream if model.pool == "map" else self.stream
+        logits = self.layout.micro_batch * math.ceil(model.num_classes / t) * (self.element_bytes + 4 * 4)
+        return int(2 * patches + 2 * self.stream + pool) + logits

@@ -1,0 +1,177 @@
+"""One true rank of a big job, on this machine: the production engine in a world whose other ranks do not
+exist (their collectives move nothing). Memory and compute time are real, the numbers that come out are not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megavit.config import RunConfig
+from megavit.parallel.mesh import Mesh
+from megavit.scale.communication import CollectiveCounter, step_traffic
+from megavit.scale.memory import Memory, predict_memory
+from megavit.scale.search import Plan
+from megavit.train.ds_config import resolve_ds_config
+from megavit.train.engine import Engine
+from megavit.train.inputs import Inputs
+
+_SCALARS = 1024  # bytes: collectives of single numbers (loss, norm, flags) are not worth a line
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one rank used, in bytes and seconds; the step's are of the last one. On a CPU memory is the
+    process's resident set above that before the engine was built, on a GPU PyTorch's allocator's."""
+
+    build_s: float
+    build_peak_bytes: int
+    step_s: float
+    persistent_bytes: int
+    peak_bytes: int
+    traffic: dict[tuple[str, int], int]
+
+
+def rehearse(
+    run: RunConfig, raw_ds_config: dict[str, Any], tp_size: int, dp_size: int, steps: int = 3
+) -> Rehearsal:
+    """Build rank 0 of the grid and take `steps` optimizer steps. Once a process: the imagined process group
+    cannot be replaced."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    mesh = Mesh.imagined(tp_size, dp_size, device)
+    meter = _CudaMeter() if device.type == "cuda" else _ResidentMeter()
+    run = replace(run, tensor_parallel_size=tp_size)
+    ds_config = resolve_ds_config(raw_ds_config, dp_size, device.type)
+    meter.reset_peak()
+    started = time.perf_counter()
+    engine = Engine(run, ds_config, mesh)
+    build_s, build_peak = time.perf_counter() - started, meter.peak()
+    batches = [_inputs(run, engine.micro_batch, mesh)] * engine.grad_accum
+    weight = torch.tensor(float(ds_config["train_batch_size"]), device=device)
+    for _ in range(steps):
+        meter.reset_peak()
+        started = time.perf_counter()
+        with CollectiveCounter() as counter:
+            engine.train_step(batches, weight, 1e-3, norm_limit=math.inf)
+        step_s = time.perf_counter() - started
+        peak = meter.peak()
+    gc.collect()
+    return Rehearsal(build_s, build_peak, step_s, meter.now(), peak, dict(counter.bytes))
+
+
+def fitting_depth(plan: Plan, limit_gib: float, *, on_cpu: bool) -> int:
+    """The most blocks, up to the model's own, with which one rank's peak stays under the limit, host memory
+    included. ValueError if not even one does."""
+
+    def peak(depth: int) -> float:
+        memory = _predicted(plan, depth, on_cpu=on_cpu)
+        return (memory.peak_bytes + (sum(memory.host.values()) if on_cpu else 0)) / 2**30
+
+    for depth in range(plan.model.depth, 0, -1):
+        if peak(depth) <= limit_gib:
+            return depth
+    raise ValueError(
+        f"one block needs {peak(1):.1f} GiB, more than --rehearse_gib {limit_gib:g}; lower "
+        f"--rehearse_micro_batch, or shard over more ranks"
+    )
+
+
+def compare(plan: Plan, depth: int, measured: Rehearsal, *, on_cpu: bool) -> str:
+    """The rehearsal with `depth` blocks beside the prediction for it, and the prediction for all blocks."""
+    memory, whole = (_predicted(plan, blocks, on_cpu=on_cpu) for blocks in (depth, plan.model.depth))
+    host = sum(memory.host.values()) if on_cpu else 0
+    model = replace(plan.model, depth=depth)
+    traffic = step_traffic(model, plan.recompute, plan.layout, plan.zero)
+    layout = plan.layout
+    lines = [
+        f"rehearsal of rank 0 of {layout.ranks} ({plan.name}, dp {layout.dp_size}), {depth} of "
+        f"{plan.model.depth} blocks, micro-batch {layout.micro_batch}, on a {'CPU' if on_cpu else 'GPU'}; "
+        f"built in {measured.build_s:.1f} s with at most {measured.build_peak_bytes / 2**30:.2f} GiB, the "
+        f"last step took {measured.step_s:.2f} s",
+        "",
+        f"| of this rank | predicted | measured | ratio | predicted with all {plan.model.depth} blocks |",
+        "|---|---|---|---|---|",
+    ]
+    rows = [
+        (
+            "persistent memory",
+            memory.persistent_bytes + host,
+            measured.persistent_bytes,
+            whole.persistent_bytes,
+        ),
+        ("peak memory", memory.peak_bytes + host, measured.peak_bytes, whole.peak_bytes),
+    ]
+    for name, predicted, found, all_blocks in rows:
+        sizes = [f"{size / 2**30:.2f} GiB" for size in (predicted, found)]
+        all_size = f"{(all_blocks + (sum(whole.host.values()) if on_cpu else 0)) / 2**30:.2f} GiB"
+        lines.append(f"| {name} | {' | '.join(sizes)} | {predicted / found:.3f} | {all_size} |")
+    for (kind, ranks), counted in sorted(measured.traffic.items()):
+        guess = traffic.get((kind, ranks), 0)
+        if ranks > 1 and counted >= _SCALARS:
+            share = f"{guess / counted:.6f}"
+            lines.append(f"| {kind} over {ranks} ranks | {guess:,} B | {counted:,} B | {share} | |")
+    return "\n".join(lines)
+
+
+def _predicted(plan: Plan, depth: int, *, on_cpu: bool) -> Memory:
+    model = replace(plan.model, depth=depth)
+    return predict_memory(model, plan.recompute, plan.layout, plan.zero, on_cpu=on_cpu)
+
+
+def _inputs(run: RunConfig, micro_batch: int, mesh: Mesh) -> Inputs:
+    model = run.model
+    generator = torch.Generator().manual_seed(run.seed)
+    shape = (micro_batch, model.channels, model.image_size, model.image_size)
+    images = torch.rand(shape, generator=generator) * 2 - 1
+    classes = math.ceil(model.num_classes / mesh.tp_size)
+    targets = torch.zeros(micro_batch, classes)
+    weights = torch.ones(micro_batch)
+    return Inputs(*(tensor.to(mesh.device) for tensor in (images, targets, weights)))
+
+
+class _ResidentMeter:
+    """Resident memory of this process, above that at its construction."""
+
+    def __init__(self) -> None:
+        # glibc keeps freed memory for later: let it give back every piece of a megabyte at once.
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        self._before = _status("VmRSS")
+
+    def reset_peak(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        return _status("VmHWM") - self._before
+
+    def now(self) -> int:
+        ctypes.CDLL(None).malloc_trim(0)
+        return _status("VmRSS") - self._before
+
+
+class _CudaMeter:
+    def reset_peak(self) -> None:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int:
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+
+    def now(self) -> int:
+        return torch.cuda.memory_allocated()
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(field)

@@ -1,0 +1,230 @@
+"""How long an optimizer step takes on a cluster, predicted part by part.
+
+Compute follows from FLOPs and bytes, communication from the bytes of `communication.py` and the slowest link
+on their way, and what can overlap does. The shares of nominal rates below are assumptions, from published
+measurements, not fitted to runs of this program: trust differences between plans more than the figures.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from megavit.config import ModelConfig, Recompute
+from megavit.model.count import forward_flops, train_flops
+from megavit.scale.communication import tp_elements
+from megavit.scale.gathers import replay
+from megavit.scale.gpus import Gpu
+from megavit.scale.inventory import inventory
+from megavit.scale.job import Layout, ZeroSettings
+
+MATMUL_SHARE = 0.80  # of the nominal rate, large matmuls: 790 to 795 of an H100's 989 TFLOP/s
+SUSTAINED_SHARE = 0.87  # of such sums: clocks under full power, processors that communication takes
+ATTENTION_SHARE = 0.45  # of the nominal rate, fused attention of 256 tokens, forward and backward
+MEMORY_SHARE = 0.85  # of the nominal memory bandwidth
+LINK_SHARE = 0.80  # of a link's nominal bandwidth, large collectives
+OVERLAP_TAX = 0.10  # of hidden communication: it takes processors and bandwidth from compute
+LATENCY_S = 20e-6  # of a collective within a node
+LATENCY_PER_NODE_S = 2e-6  # more for each node it spans
+KERNEL_S = 5e-6  # between the starts of two kernels: blocks that are too small wait for Python
+_KERNELS = 75  # of a block, forward and backward, eager
+_TILE_ROWS, _TILE_COLUMNS = 128, 256  # of a matmul's result, the work of one processor at a time
+_HOST_ADAM_GB_PER_S = 100.0  # host memory traffic of DeepSpeed's Adam, a node
+_DECODE_PER_CORE_S = 1000.0  # images a second and core (`launch/bench.py data`)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes of equal GPUs. Bandwidths in GB/s: the network's a node and direction, the file system's for
+    all."""
+
+    gpu: Gpu
+    nodes: int
+    gpus_per_node: int
+    network_gb_per_s: float = 400.0
+    filesystem_gb_per_s: float = 50.0
+    host_gib: float = 1024.0
+    cores_per_gpu: int = 12
+
+    def __post_init__(self) -> None:
+        for field in fields(self)[1:]:
+            if not getattr(self, field.name) > 0:
+                raise ValueError(f"{field.name} must be positive, got {getattr(self, field.name)}")
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step. Communication is what cannot be hidden, and the price of hiding."""
+
+    matmuls: float
+    attention: float
+    elementwise: float
+    recomputation: float
+    waiting_for_launches: float
+    tensor_parallel: float
+    sharding: float
+    update: float
+    data: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def predict_step(
+    model: ModelConfig, recompute: Recompute, layout: Layout, zero: ZeroSettings, cluster: Cluster
+) -> StepTime:
+    """Time of an optimizer step of `layout` on `cluster`, in the steady state."""
+    passes = _Passes(model, recompute, layout, cluster)
+    times = layout.grad_accum
+    tensor_parallel = _tensor_parallel_s(model, recompute, layout, zero, cluster)
+    sharding, update = _data_parallel_s(model, layout, zero, cluster, passes)
+    compute = passes.forward_s + passes.backward_s
+    images = layout.micro_batch * times
+    decoded = images / layout.tp_size / (cluster.cores_per_gpu * _DECODE_PER_CORE_S)
+    busy = times * (compute + tensor_parallel) + sharding + update
+    return StepTime(
+        matmuls=times * passes.matmuls_s,
+        attention=times * passes.attention_s,
+        elementwise=times * passes.elementwise_s,
+        recomputation=times * passes.recomputation_s,
+        waiting_for_launches=times * passes.launches_s,
+        tensor_parallel=times * tensor_parallel,
+        sharding=sharding,
+        update=update,
+        data=max(0.0, decoded - busy),
+    )
+
+
+class _Passes:
+    """Compute of one micro-step on one rank, in seconds."""
+
+    def __init__(self, model: ModelConfig, recompute: Recompute, layout: Layout, cluster: Cluster):
+        gpu, t, batch = cluster.gpu, layout.tp_size, layout.micro_batch
+        rate = gpu.tflops * 1e12 * SUSTAINED_SHARE
+        attention_flops = 3 * 4 * model.num_tokens**2 * model.dim * model.depth * batch / t
+        matmul_flops = train_flops(model) * batch / t - attention_flops
+        share = MATMUL_SHARE * _wave_share(model, layout, gpu)
+        self.matmuls_s = matmul_flops / (rate * share)
+        self.attention_s = attention_flops / (rate * ATTENTION_SHARE)
+        bytes_per_s = gpu.memory_gb_per_s * 1e9 * MEMORY_SHARE
+        stream_s = batch * model.num_tokens * model.dim * 2 / bytes_per_s
+        # Reads and writes of [B, N, D] tensors by norms, GELU, attention's layout and sums, counted by hand
+        # (+-30%): forward 14 + 4 F/D, backward 18 + 5 F/D, most of it on a rank's own heads and hidden units.
+        ratio = model.mlp_dim / model.dim
+        forward = (6 + (8 + 4 * ratio) / t) * stream_s * model.depth
+        backward = (8 + (10 + 5 * ratio) / t) * stream_s * model.depth
+        self.elementwise_s = forward + backward
+        forward_s = (self.matmuls_s + self.attention_s) / 3 + forward
+        self.recomputation_s = {
+            "none": 0.0,
+            "selective": (4 + (2 + 2 * ratio) / t) * stream_s * model.depth,
+            "full": forward_s * _block_share(model),
+        }[recompute]
+        launches = _KERNELS * model.depth * KERNEL_S
+        busy = self.matmuls_s + self.attention_s + self.elementwise_s + self.recomputation_s
+        self.launches_s = max(0.0, launches - busy)
+        self.forward_s = forward_s + self.launches_s / 3
+        self.backward_s = busy - forward_s + self.launches_s * 2 / 3
+
+
+def _block_share(model: ModelConfig) -> float:
+    """The blocks' part of the forward FLOPs."""
+    per_token = 2 * (4 * model.dim**2 + 2 * model.dim * model.mlp_dim) + 4 * model.num_tokens * model.dim
+    return model.depth * model.num_tokens * per_token / forward_flops(model)
+
+
+def _wave_share(model: ModelConfig, layout: Layout, gpu: Gpu) -> float:
+    """How full the last wave of tiles leaves the processors, over a block's matmuls."""
+    rows = layout.micro_batch * model.num_tokens
+    dim, t = model.dim, layout.tp_size
+    shapes = [(3 * dim // t, dim), (dim, dim // t), (model.mlp_dim // t, dim), (dim, model.mlp_dim // t)]
+    ideal = real = 0.0
+    for columns, depth in shapes:
+        tiles = math.ceil(rows / _TILE_ROWS) * math.ceil(columns / _TILE_COLUMNS)
+        ideal += rows * columns / (_TILE_ROWS * _TILE_COLUMNS) / gpu.processors * depth
+        real += math.ceil(tiles / gpu.processors) * depth
+    return ideal / real
+
+
+def _tensor_parallel_s(
+    model: ModelConfig, recompute: Recompute, layout: Layout, zero: ZeroSettings, cluster: Cluster
+) -> float:
+    """A micro-step's all-reduces over the TP group. Nothing hides them: their results are needed at once."""
+    t = layout.tp_size
+    if t == 1:
+        return 0.0
+    size = tp_elements(model, recompute, layout.micro_batch) * zero.element_bytes
+    in_node = min(t, cluster.gpus_per_node)
+    calls = model.depth * (2 if model.block == "parallel" else 4)
+    return 2 * _ring_s(size, in_node, math.ceil(t / in_node), 1, cluster) + calls * _latency(t, cluster)
+
+
+def _data_parallel_s(
+    model: ModelConfig, layout: Layout, zero: ZeroSettings, cluster: Cluster, passes: _Passes
+) -> tuple[float, float]:
+    """(communication of ZeRO that is not hidden and the price of what is, the update itself), a step."""
+    tree, dp = inventory(model, layout.tp_size), layout.dp_size
+    share = tree.shared(dp if zero.stage else 1)
+    in_node = max(1, min(dp, cluster.gpus_per_node // layout.tp_size))
+    nodes = math.ceil(dp / in_node)
+    groups = min(layout.tp_size, cluster.gpus_per_node)
+
+    def ring_s(elements: float) -> float:
+        return _ring_s(elements * zero.element_bytes, in_node, nodes, groups, cluster)
+
+    update_s = _update_s(share, zero, cluster)
+    if dp == 1:
+        return 0.0, update_s
+    latency_s = _latency(dp, cluster)
+    whole = tree.numel()
+    if zero.stage < 3:
+        reduce_s = 2 * ring_s(whole) + latency_s * max(1, whole / zero.reduce_bucket)
+        exposed, tax = _overlap(reduce_s, passes.backward_s)
+        every = layout.grad_accum if zero.stage == 2 else 1
+        return every * (exposed + tax) + (ring_s(whole) if zero.stage else 0.0), update_s
+    trace = replay(tree, dp, zero.gathers)
+    calls = model.depth + len(tree.children)
+    forward_s = ring_s(trace.gathered_forward) + calls * latency_s
+    backward_s = (
+        ring_s(trace.gathered - trace.gathered_forward + tree.shared(dp) * dp) + 2 * calls * latency_s
+    )
+    sums = [_overlap(forward_s, passes.forward_s), _overlap(backward_s, passes.backward_s)]
+    # Nothing runs yet while the first weights come, and nothing any more while the last gradients go.
+    ends_s = ring_s(max(unit.numel() for unit in tree.children)) * 2
+    per_micro_step = sum(exposed + tax for exposed, tax in sums) + ends_s
+    return per_micro_step * layout.grad_accum + ring_s(trace.padded_persistent), update_s
+
+
+def _overlap(communication_s: float, compute_s: float) -> tuple[float, float]:
+    """(what sticks out, what hiding the rest costs)."""
+    hidden = min(communication_s, compute_s)
+    return communication_s - hidden, OVERLAP_TAX * hidden
+
+
+def _ring_s(size: float, in_node: int, nodes: int, groups: int, cluster: Cluster) -> float:
+    """One gather, or one scatter, of `size` bytes over `in_node` ranks of each of `nodes` nodes, while
+    `groups` such groups share each node's network. An all-reduce takes two."""
+    inside = (in_node - 1) / in_node * size / (cluster.gpu.link_gb_per_s * 1e9)
+    outside = (nodes - 1) / nodes * size * groups / (cluster.network_gb_per_s * 1e9)
+    return max(inside, outside) / LINK_SHARE
+
+
+def _latency(ranks: int, cluster: Cluster) -> float:
+    return LATENCY_S + LATENCY_PER_NODE_S * math.ceil(ranks / cluster.gpus_per_node)
+
+
+def _update_s(share: int, zero: ZeroSettings, cluster: Cluster) -> float:
+    """Adam reads and writes 28 bytes a weight, and as much again in temporaries; on the host, behind a copy
+    of the gradients down and of the weights up."""
+    if not zero.offload_optimizer:
+        return 2 * 28 * share / (cluster.gpu.memory_gb_per_s * 1e9 * MEMORY_SHARE)
+    host_s = 28 * share * cluster.gpus_per_node / (_HOST_ADAM_GB_PER_S * 1e9)
+    return host_s + (4 + zero.element_bytes) * share / (cluster.gpu.host_gb_per_s * 1e9)

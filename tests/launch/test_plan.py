@@ -1,0 +1,84 @@
+"""`launch/plan.py` as a user runs it, and what it writes, run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megavit.cli import parse_run
+from megavit.train.ds_config import load_ds_config
+from tests.train.runs import steps_of
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+def plan(*flags: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "launch" / "plan.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+
+
+def test_table_json_plot_and_files(tmp_path: Path) -> None:
+    """Catches a plan that cannot be submitted: files that the trainer refuses, or that say otherwise."""
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    out, facts_file, image = tmp_path / "plan", tmp_path / "plan.json", tmp_path / "plan.png"
+    done = plan(
+        *("--model.name", "vit_22b", "--nodes", "16", "--gpu", "h100", "--out", str(out)),
+        *("--json", str(facts_file), "--plot", str(image), "--data.shards", "x.tar"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| best |" in done.stdout and "GPU-hours" in done.stdout and "| 4096 |" in done.stdout
+    assert image.read_bytes().startswith(b"\x89PNG")
+    best = json.loads(facts_file.read_text())["plans"][0]
+    assert best["fits"] and best["layout"]["tp_size"] == 1
+    ds_config = load_ds_config(out / "ds_config.json")
+    run, _ = parse_run(["--deepspeed_config", str(out / "ds_config.json"), "--config", str(out / "run.yaml")])
+    assert run.recompute == best["recompute"] and run.model.name == "vit_22b" and run.model.depth == 48
+    assert run.tensor_parallel_size == 1 and run.data.shards == "x.tar"
+    assert ds_config["train_batch_size"] == 65_536
+    assert ds_config["train_micro_batch_size_per_gpu"] == best["layout"]["micro_batch"]
+    assert yaml.safe_load((out / "run.yaml").read_text())["model"] == {"name": "vit_22b"}
+    script = (out / "train.sbatch").read_text()
+    assert "#SBATCH --nodes=16" in script and "/ds_config.json" in script
+    subprocess.run(["bash", "-n", str(out / "train.sbatch")], check=True)
+
+
+def test_what_does_not_fit_is_an_error_that_says_what_would(tmp_path: Path) -> None:
+    """Catches a plan that is written although it cannot run."""
+    out = tmp_path / "plan"
+    flags = ("--model.name", "vit_22b", "--gpu", "a100_40", "--only", "offload=false", "--out", str(out))
+    done = plan(*flags)
+    assert done.returncode == 1 and not out.exists()
+    assert "does not fit" in done.stdout and "it fits on 2 such nodes" in done.stdout
+    for wrong, message in [
+        (("--gpu", "h1000"), "unknown GPU 'h1000'; did you mean 'h100'"),
+        (("--nodes", "0"), "nodes must be positive"),
+        (("--only", "tp=5"), "no layout is possible"),
+        (("--nodez", "2"), "did you mean '--nodes'"),
+    ]:
+        failed = plan("--model.name", "vit_22b", *wrong)
+        assert failed.returncode == 2 and message in failed.stderr, failed.stderr
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_written_files_run(digits: Path, tmp_path: Path) -> None:
+    """Catches JSON and YAML that are accepted and then run something else."""
+    out, run_dir = tmp_path / "plan", tmp_path / "run"
+    base = ("--deepspeed_config", "ds_configs/zero3.json", "--gpus_per_node", "2", "--only", "tp=2,stage=3")
+    done = plan("--model.name", "vit_tiny", *base, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    command = [
+        *(str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", str(ROOT / "launch" / "train.py")),
+        *("--deepspeed_config", str(out / "ds_config.json"), "--config", str(out / "run.yaml")),
+        *("--data.shards", f"{digits}/train-*.tar", "--data.val_shards=", "--eval_every", "0"),
+        *("--run_dir", str(run_dir), "--max_steps", "3", "--log_every", "1", "--schedule.warmup_steps", "1"),
+    ]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "dp 1 x tp 2" in ran.stdout and [row["step"] for row in steps_of(run_dir)] == [1, 2, 3]

@@ -1,0 +1,55 @@
+"""Every size of the family trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+
+import pytest
+import torch
+
+from megavit.config import PRESETS, run_preset
+from megavit.parallel.mesh import Mesh
+from megavit.train.ds_config import resolve_ds_config
+from megavit.train.inputs import Inputs
+from tests.ranks import run_ranks
+
+DS_CONFIG = {
+    "train_batch_size": 2,
+    "gradient_clipping": 1.0,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+    "zero_optimization": {"stage": 3},
+}
+
+
+def two_steps() -> dict[str, list[float]]:
+    """Losses of two steps on one batch, for each preset with one block of its true width."""
+    from megavit.train.engine import Engine
+
+    mesh, losses = Mesh.from_environment(), {}
+    for name in PRESETS:
+        if name == "vit_22b":  # one block, pooling and classifier are 22 GB with Adam; see launch/plan.py
+            continue
+        run = run_preset(name)
+        run = dataclasses.replace(run, model=dataclasses.replace(run.model, depth=1))
+        engine = Engine(run, resolve_ds_config(DS_CONFIG, 1, "cpu"), mesh)
+        model = run.model
+        torch.manual_seed(0)
+        images = torch.rand(2, model.channels, model.image_size, model.image_size) * 2 - 1
+        targets = torch.nn.functional.one_hot(torch.tensor([1, 2]), model.num_classes).float()
+        batch = [Inputs(images, targets, torch.ones(2))]
+        losses[name] = [engine.train_step(batch, torch.tensor(2.0), 1e-3).loss for _ in range(2)]
+        del engine
+        gc.collect()
+    return losses
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_every_preset_trains() -> None:
+    """Catches a shape that cannot be built, or whose first update goes nowhere."""
+    (losses,) = run_ranks(1, two_steps)
+    assert len(losses) == len(PRESETS) - 1
+    for name, (first, second) in losses.items():
+        assert math.isfinite(first) and second < first, (name, first, second)

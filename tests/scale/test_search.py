@@ -1,0 +1,100 @@
+"""The search on clusters whose answers are known."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megavit.config import run_preset
+from megavit.scale.gpus import gpu_named, peak_flops
+from megavit.scale.roofline import Cluster
+from megavit.scale.search import Only, Plan, advice, reason, scaling, search
+
+RUN = run_preset("vit_22b")
+BATCH = 65_536
+
+
+def cluster(gpu: str, nodes: int, gpus_per_node: int = 8) -> Cluster:
+    return Cluster(gpu_named(gpu), nodes, gpus_per_node)
+
+
+def test_22b_on_128_h100() -> None:
+    """Catches a planner that prefers what is known to be slow: full recomputation, TP over a node."""
+    plans = search(RUN, BATCH, cluster("h100", 16))
+    best = plans[0]
+    assert (best.zero.stage, best.layout.tp_size, best.recompute) == (3, 1, "selective") and best.fits
+    assert best.layout.global_batch == BATCH and best.layout.ranks == 128
+    assert 0.5 < best.mfu < 0.65
+    by_name = {plan.name: plan for plan in plans}
+    assert "recomputation" in reason(by_name["ZeRO-3 tp 1 full"], best)
+    assert "tensor-parallel" in reason(by_name["ZeRO-3 tp 8 selective"], best)
+    assert reason(best, best) == "best"
+    assert all(a.step.total <= b.step.total for a, b in zip(plans, plans[1:], strict=False) if b.fits)
+
+
+def test_22b_does_not_fit_eight_small_gpus() -> None:
+    """Catches a plan that hides an offload: 18 bytes a parameter over 8 are 47 GiB, a GPU has 40."""
+    small = cluster("a100_40", 1)
+    plans = search(RUN, BATCH, small)
+    fitting = [plan for plan in plans if plan.fits]
+    assert fitting and all(plan.zero.offload_optimizer for plan in fitting)
+    lines = advice(RUN, BATCH, small, plans)
+    assert "without offloading the least is" in lines[0] and "more than one a100_40 has" in lines[0]
+    assert lines[1] == "it fits on 2 such nodes (16 GPUs)" and "h100" in lines[2]
+    without = search(RUN, BATCH, small, Only(offload=False))
+    assert not without[0].fits and "does not fit" in reason(without[0], without[0])
+
+
+def test_offloading_needs_host_memory() -> None:
+    """Catches a plan that moves 450 GB to hosts with 256."""
+    poor = dataclasses.replace(cluster("a100_40", 1), host_gib=256)
+    plans = search(RUN, BATCH, poor)
+    assert not plans[0].fits
+    assert "GiB of host memory a node" in " ".join(reason(plan, plans[0]) for plan in plans)
+
+
+def test_more_memory_is_never_slower_and_more_gpus_need_no_more() -> None:
+    """Catches a search that misses the larger micro-batch."""
+
+    def best(gpu: str, nodes: int) -> Plan:
+        return search(RUN, BATCH, cluster(gpu, nodes))[0]
+
+    assert best("h200", 4).step.total <= best("h100", 4).step.total
+    fixed = Only.parse("tp=8,stage=3,recompute=selective,offload=false,micro_batch=8")
+    needed = [search(RUN, BATCH, cluster("h100", nodes), fixed)[0].needed_gib for nodes in (2, 4, 8, 16)]
+    assert needed == sorted(needed, reverse=True)
+
+
+def test_scaling_loses_efficiency_to_communication() -> None:
+    """Catches a model in which 4096 GPUs are as good as 64."""
+    few, many = scaling(RUN, BATCH, cluster("h100", 8), [64, 4096])
+    assert few and many and many.mfu < few.mfu
+    assert many.step.sharding / many.step.total > few.step.sharding / few.step.total
+
+
+def test_mistakes_are_named() -> None:
+    """Catches a KeyError, a division by zero, and an empty table."""
+    with pytest.raises(ValueError, match=r"unknown GPU 'h10'; did you mean 'h100'"):
+        gpu_named("h10")
+    with pytest.raises(ValueError, match="nodes must be positive, got 0"):
+        cluster("h100", 0)
+    with pytest.raises(ValueError, match="must divide the global batch of 100; 96 would do for every layout"):
+        search(RUN, 100, cluster("h100", 4), Only(tp=1))
+    for text, message in [
+        ("stages=2", r"unknown 'stages'; did you mean 'stage'"),
+        ("stage=1", "stage must be 2 or 3"),
+        ("offload=yes", "offload must be true or false"),
+        ("tp=0", "tp must be a whole number of at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Only.parse(text)
+
+
+def test_peak_of_a_device() -> None:
+    """Catches the plain name matching a slower card's."""
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA GB200") == 2500e12
+    assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
+    assert peak_flops("Some card") is None
