@@ -211,7 +211,7 @@ def test_a_cut_host_ends_the_job_and_the_next_start_goes_on(
 def test_a_plan_is_ready_to_submit(
     slurm: SlurmLab, digits: Path, tmp_path: Path, whole: list[dict[str, Any]]
 ) -> None:
-    """Catches files of launch/plan.py that need a hand before SLURM takes them. ZeRO-3 x TP 2 on two nodes."""
+    """Catches files of launch/plan.py that need a hand before SLURM takes them. Two nodes, TP 2."""
     out, run_dir = tmp_path / "plan", tmp_path / "run"
     plan = [
         sys.executable,

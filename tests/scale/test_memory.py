@@ -88,7 +88,7 @@ def test_selective_keeps_nine_d() -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        "--model.name vit_l16 --model.depth 8 --nodes 1 --gpus_per_node 4 --only tp=2,stage=3,recompute=selective",
+        "--model.name vit_l16 --model.depth 8 --gpus_per_node 4 --only tp=2,stage=3,recompute=selective",
         "--model.name vit_b16 --nodes 2 --gpus_per_node 1 --only tp=1,stage=2,recompute=full,offload=false",
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 
@@ -30,7 +31,7 @@ def test_22b_on_128_h100() -> None:
     assert "recomputation" in reason(by_name["ZeRO-3 tp 1 full"], best)
     assert "tensor-parallel" in reason(by_name["ZeRO-3 tp 8 selective"], best)
     assert reason(best, best) == "best"
-    assert all(a.step.total <= b.step.total for a, b in zip(plans, plans[1:], strict=False) if b.fits)
+    assert all(a.step.total <= b.step.total for a, b in pairwise(plans) if b.fits)
 
 
 def test_22b_does_not_fit_eight_small_gpus() -> None:
