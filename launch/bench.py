@@ -1,5 +1,7 @@
-"""Measure: `python launch/bench.py data` compares the input pipeline with stock webdataset and with bare
-decoding, `checkpoint` saving and restoring with torch's own ways.
+"""Measure, each against other ways of doing the same work, in alternating rounds of one process.
+
+`python launch/bench.py data` compares the input pipeline with stock webdataset and with bare decoding,
+`checkpoint` saving and restoring with torch's own ways.
 
 Ratios are taken within a round, in CPU time of one process and one thread, and their medians printed:
 absolute rates on a shared machine mean little.
@@ -8,167 +10,17 @@ absolute rates on a shared machine mean little.
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import os
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
-def make_photos(count: int) -> list[bytes]:
-    """JPEGs of about 400 x 500 pixels, quality 90, 4:2:0: pink noise, a gradient, shapes and sensor noise."""
-    import numpy as np
-    from PIL import Image, ImageDraw
-
-    photos = []
-    for i in range(count):
-        rng = np.random.default_rng(i)
-        height, width = int(rng.integers(360, 440)), int(rng.integers(450, 550))
-        frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-        frequency[0, 0] = 1
-        noise = rng.standard_normal((3, *frequency.shape)) + 1j * rng.standard_normal((3, *frequency.shape))
-        layers = np.fft.irfft2(noise / frequency**1.5, (height, width))
-        layers = 128 + 45 * layers / layers.std() + np.linspace(-30, 30, width)
-        image = Image.fromarray(np.clip(layers.transpose(1, 2, 0), 0, 255).astype(np.uint8))
-        draw = ImageDraw.Draw(image)
-        for _ in range(6):
-            x, y, side = rng.integers(0, width), rng.integers(0, height), rng.integers(20, 120)
-            draw.ellipse(
-                (int(x), int(y), int(x + side), int(y + side)), tuple(rng.integers(0, 256, 3).tolist())
-            )
-        grain = np.asarray(image) + rng.normal(0, 1, (height, width, 3))
-        buffer = io.BytesIO()
-        Image.fromarray(np.clip(grain, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
-        photos.append(buffer.getvalue())
-    return photos
-
-
-def write_shards(folder: Path, photos: list[bytes], per_shard: int) -> None:
-    import webdataset as wds
-
-    from megavit.data.manifest import MANIFEST_SUFFIX, open_shards, write_index
-
-    for start in range(0, len(photos), per_shard):
-        path = folder / f"photo-{start // per_shard:04}.tar"
-        with wds.TarWriter(str(path), encoder=False, mtime=0) as tar:
-            for i in range(start, min(len(photos), start + per_shard)):
-                tar.write({"__key__": f"{i:06}", "jpg": photos[i], "cls": str(i % 1000).encode()})
-        write_index(path, f"{path}.idx")
-    open_shards(f"{folder}/photo-*.tar").save(folder / f"photo{MANIFEST_SUFFIX}")
-
-
-def rounds(ways: dict[str, Callable[[], None]], count: int) -> dict[str, list[float]]:
-    """CPU seconds of each way in `count` rounds, the order turned by one each round; one round before is not
-    counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    names = list(ways)
-    for number in range(count + 1):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            started = time.process_time()
-            ways[name]()
-            if number:
-                seconds[name].append(time.process_time() - started)
-    return seconds
-
-
-def stock(folder: Path, images: int) -> None:
-    """The usual recipe: decode("pil"), RandomResizedCrop, flip, float, normalise, batched."""
-    import webdataset as wds
-    from torchvision import transforms as t
-
-    steps = [t.RandomResizedCrop(224, (0.05, 1.0)), t.RandomHorizontalFlip(), t.ToTensor()]
-    transform = t.Compose([*steps, t.Normalize([0.5] * 3, [0.5] * 3)])
-    data: Any = wds.WebDataset(str(folder / "photo-{0000..0007}.tar"), shardshuffle=False)
-    data = data.shuffle(100).decode("pil").to_tuple("jpg", "cls").map_tuple(transform, int).batched(32)
-    seen = 0
-    for batch, _ in data:
-        seen += len(batch)
-        if seen >= images:
-            return
-
-
-def data_ways(folder: Path, photos: list[bytes], images: int) -> dict[str, Callable[[], None]]:
-    import simplejpeg
-    import webdataset as wds
-
-    from megavit.config import DataConfig, ModelConfig
-    from megavit.data.loader import TrainLoader
-    from megavit.data.manifest import open_shards
-    from megavit.data.reader import ShardReader
-
-    manifest = open_shards(str(folder / "photo.manifest.json"))
-    model = ModelConfig(patch_size=16)
-
-    def ours(**options: Any) -> Callable[[], None]:
-        loader = TrainLoader(
-            manifest, model, DataConfig(workers=0, **options), seed=0, global_batch=32, micro_batch=32
-        )
-        return lambda: [None for _ in loader.batches(0, images // 32)].clear()
-
-    reader = ShardReader(manifest)
-
-    def read() -> None:
-        for number in range(images):
-            shard, index = divmod(number, int(manifest.samples[0]))
-            reader.read(shard, index, reader.members(shard, index).values())
-
-    def read_stock() -> None:
-        for number, _ in enumerate(
-            wds.WebDataset(str(folder / "photo-{0000..0007}.tar"), shardshuffle=False)
-        ):
-            if number + 1 == images:
-                return
-
-    ways: dict[str, Callable[[], None]] = {
-        "decode only (libjpeg-turbo)": lambda: [
-            None for photo in photos[:images] if simplejpeg.decode_jpeg(photo) is None
-        ].clear(),
-        "stock webdataset": lambda: stock(folder, images),
-        "megavit": ours(),
-        "megavit, no antialias": ours(antialias=False),
-    }
-    try:
-        ways |= {
-            "megavit, region": ours(decoder="region"),
-            "megavit, region, no antialias": ours(decoder="region", antialias=False),
-        }
-    except ValueError as error:
-        print(f"left out: {error}")
-    return ways | {"reading only, stock webdataset": read_stock, "reading only, megavit": read}
-
-
 def bench_data(arguments: argparse.Namespace) -> None:
-    import torch
+    from megavit.bench.data import measure
 
-    torch.set_num_threads(1)
-    per_shard = -(-arguments.images // 8)
-    photos = make_photos(arguments.images)
-    with tempfile.TemporaryDirectory() as name:
-        write_shards(Path(name), photos, per_shard)
-        seconds = rounds(data_ways(Path(name), photos, arguments.images), arguments.rounds)
-    rows = []
-    for way, mine in seconds.items():
-        base = "reading only, stock webdataset" if way.startswith("reading") else "stock webdataset"
-        rows.append(
-            {
-                "pipeline": way,
-                "images_per_s_per_core": arguments.images / statistics.median(mine),
-                "x_stock": _ratio(seconds[base], mine),
-                "x_decode": _ratio(seconds["decode only (libjpeg-turbo)"], mine),
-            }
-        )
-    size = sum(map(len, photos)) / len(photos) / 1000
-    print(f"{arguments.images} JPEGs of {size:.0f} kB, {arguments.rounds} rounds, one thread, CPU time\n")
-    print("| pipeline | img/s per core | x stock | x decode only |\n|---|---|---|---|")
-    for row in rows:
-        print("| {pipeline} | {images_per_s_per_core:,.0f} | {x_stock:.2f} | {x_decode:.2f} |".format(**row))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    measure(arguments.images, arguments.rounds, arguments.json)
 
 
 def bench_checkpoint(arguments: argparse.Namespace) -> None:
@@ -182,26 +34,29 @@ def bench_checkpoint(arguments: argparse.Namespace) -> None:
         print(f"| {way} | {speed:.2f} |")
 
 
-def _ratio(base: list[float], mine: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(base, mine, strict=True))
-
-
-def main() -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    data = commands.add_parser("data", help="the input pipeline on JPEGs made for it")
-    data.add_argument("--images", type=int, default=256, help="a multiple of 32 (256)")
-    data.add_argument("--rounds", type=int, default=6)
+
+    def command(name: str, function: Any, text: str, rounds: int) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        made.add_argument("--rounds", type=int, default=rounds, help="rounds that count")
+        made.set_defaults(function=function)
+        return made
+
+    data = command("data", bench_data, "the input pipeline on JPEGs made for it", 6)
+    data.add_argument("--images", type=int, default=256, help="a multiple of 32")
     data.add_argument("--json", type=Path, help="also write the table here")
-    data.set_defaults(function=bench_data)
-    saving = commands.add_parser("checkpoint", help="saving and restoring one rank's state")
-    saving.add_argument("--gib", type=float, default=1.0, help="weights and moments, in GiB (1)")
-    saving.add_argument("--rounds", type=int, default=3)
-    saving.add_argument("--folder", type=Path, help="where to write: measures its file system (/tmp)")
-    saving.set_defaults(function=bench_checkpoint)
-    arguments = parser.parse_args()
+    saving = command("checkpoint", bench_checkpoint, "saving and restoring one rank's state", 3)
+    saving.add_argument("--gib", type=float, default=1.0, help="weights and moments, in GiB")
+    saving.add_argument("--folder", type=Path, help="where to write: measures its file system")
+    return parser
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     arguments.function(arguments)
     return 0
