@@ -1,10 +1,12 @@
 """Measure, each against other ways of doing the same work, in alternating rounds of one process.
 
-`python launch/bench.py data` compares the input pipeline with stock webdataset and with bare decoding,
-`checkpoint` saving and restoring with torch's own ways.
+    python launch/bench.py data         the input pipeline, stock webdataset, bare decoding
+    python launch/bench.py checkpoint   saving and restoring, torch's own ways
+    python launch/bench.py model        a training step of MegaVit, other people's vision transformers
+    python launch/bench.py trainer      the trainer's step at each ZeRO stage, the bare model's
 
-Ratios are taken within a round, in CPU time of one process and one thread, and their medians printed:
-absolute rates on a shared machine mean little.
+Ratios are taken within a round, in CPU time of one process and one thread (on a GPU, wall time), and their
+medians printed: absolute rates on a shared machine mean little.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+SHAPES = ["384x6x6x8", "1024x2x16x2"]
 
 
 def bench_data(arguments: argparse.Namespace) -> None:
@@ -34,6 +38,57 @@ def bench_checkpoint(arguments: argparse.Namespace) -> None:
         print(f"| {way} | {speed:.2f} |")
 
 
+def bench_model(arguments: argparse.Namespace) -> None:
+    from megavit.bench.model import HOW, compare, plot, to_json, to_markdown
+    from megavit.bench.peers import choose
+    from megavit.bench.rounds import Report, require_matplotlib
+
+    if arguments.plot:
+        require_matplotlib()
+    contestants, left_out = choose(arguments.models)
+    report = Report(f"{_settings(arguments)}\n\n{HOW}", arguments.markdown, arguments.json)
+    report.add(*left_out)
+    tables = {}
+    for shape in _shapes(arguments):
+        tables[str(shape)] = rows = compare(shape, contestants, **_how(arguments), device=arguments.device)
+        report.add(f"\n{shape}\n", to_markdown(rows), data={"shape": vars(shape), "rows": to_json(rows)})
+    if arguments.plot:
+        plot(tables, arguments.plot)
+
+
+def bench_trainer(arguments: argparse.Namespace) -> None:
+    from megavit.bench.rounds import Report
+    from megavit.bench.trainer import compare, to_json, to_markdown
+
+    report = Report(_settings(arguments), arguments.markdown, arguments.json)
+    for shape in _shapes(arguments):
+        results = compare(shape, arguments.stages, **_how(arguments))
+        rows = to_json(results)
+        report.add(f"\n{shape}\n", to_markdown(results), data={"shape": vars(shape), "rows": rows})
+
+
+def _shapes(arguments: argparse.Namespace) -> list[Any]:
+    from megavit.bench.peers import Shape
+
+    image = (arguments.image_size, arguments.patch_size, arguments.num_classes)
+    return [Shape.parse(text, *image) for text in arguments.shape]
+
+
+def _how(arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(1)
+    dtype = getattr(torch, arguments.dtype)
+    return {"count": arguments.rounds, "dtype": dtype, "compiled": arguments.compile}
+
+
+def _settings(arguments: argparse.Namespace) -> str:
+    import torch
+
+    mode = "compiled blocks" if arguments.compile else "eager"
+    return f"{arguments.dtype}, {mode}, {arguments.rounds} rounds, torch {torch.__version__}"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -43,22 +98,49 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, function: Any, text: str, rounds: int) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         made.add_argument("--rounds", type=int, default=rounds, help="rounds that count")
+        made.add_argument("--json", type=Path, help="also write the results here")
         made.set_defaults(function=function)
         return made
 
     data = command("data", bench_data, "the input pipeline on JPEGs made for it", 6)
     data.add_argument("--images", type=int, default=256, help="a multiple of 32")
-    data.add_argument("--json", type=Path, help="also write the table here")
     saving = command("checkpoint", bench_checkpoint, "saving and restoring one rank's state", 3)
     saving.add_argument("--gib", type=float, default=1.0, help="weights and moments, in GiB")
     saving.add_argument("--folder", type=Path, help="where to write: measures its file system")
+    model = command("model", bench_model, "a training step, against peers at the same shape", 9)
+    _add_step_options(model)
+    model.add_argument("--models", nargs="+", help="which of them (all)")
+    model.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    model.add_argument("--plot", type=Path, help="a bar chart, PNG or SVG; needs megavit[plot]")
+    trainer = command("trainer", bench_trainer, "the trainer's step, against the bare model's", 9)
+    _add_step_options(trainer)
+    trainer.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages")
     return parser
+
+
+def _add_step_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shape", nargs="+", default=SHAPES, help="width x depth x heads x batch, e.g. 384x6x6x8"
+    )
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--patch_size", type=int, default=14)
+    parser.add_argument("--num_classes", type=int, default=1000)
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="of all parameters"
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile each block")
+    parser.add_argument("--markdown", type=Path, help="also write the tables here")
 
 
 def main() -> int:
     arguments = _parser().parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    arguments.function(arguments)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's chatter
+    try:
+        arguments.function(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

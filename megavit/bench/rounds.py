@@ -6,10 +6,12 @@ that turns, share whatever else goes on.
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 
 class Spread(NamedTuple):
@@ -52,3 +54,34 @@ def speed_ratio(base: Sequence[float], mine: Sequence[float]) -> Spread:
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+class Report:
+    """Tables as they come: printed, and both files written anew each time, so that a run that is ended early
+    leaves what it has."""
+
+    def __init__(self, title: str, markdown: Path | None, json_file: Path | None):
+        self._lines: list[str] = []
+        self._data: dict[str, Any] = {"title": title, "tables": []}
+        self._markdown, self._json = markdown, json_file
+        self.add(title)
+
+    def add(self, *lines: str, data: dict[str, Any] | None = None) -> None:
+        """Lines for people, and the same as `data` for programs."""
+        self._lines += lines
+        if lines:
+            print("\n".join(lines), flush=True)
+        if data is not None:
+            self._data["tables"].append(data)
+        if self._markdown:
+            self._markdown.write_text("\n".join(self._lines) + "\n")
+        if self._json:
+            self._json.write_text(json.dumps(self._data, indent=2) + "\n")
+
+
+def require_matplotlib() -> None:
+    """ValueError, before anything is measured, where no chart can be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ValueError("a chart needs matplotlib: pip install 'megavit[plot]'") from error
