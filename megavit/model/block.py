@@ -67,10 +67,11 @@ class SelfAttention(nn.Module):
         """[B, N, D] -> ([B, N, D], attention map [B, H, N, N] or None); `n` and `scales` come through
         `copy_to_tp`."""
         qkv = self.qkv(n).unflatten(-1, (3, -1, self.head_dim))  # [B, N, 3, H/tp, K]
-        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # [B, H/tp, N, K]
+        q, k, v = qkv.unbind(2)  # [B, N, H/tp, K]
         if self.qk_norm:
             q = normalize(q, scales[0], None, centring=self.centring, eps=self.eps)
             k = normalize(k, scales[1], None, centring=self.centring, eps=self.eps)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H/tp, N, K]
         attended, weights = attend(q, k, v, return_map=return_map)
         if weights is not None:
             weights = gather_from_tp(self.mesh, weights, dim=1)
