@@ -7,6 +7,9 @@ here works on one rank's shard and, with a single rank, is the plain layer.
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -88,6 +91,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, return_map: bool) -> tuple[Tensor
     return weights @ v, weights
 
 
+def gelu(x: Tensor) -> Tensor:
+    """The tanh form, x (1 + tanh z) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    # (1 + tanh z) / 2 is sigmoid(2z), which compiled code for CPUs computes six times as fast as tanh.
+    return x * torch.sigmoid(math.sqrt(8 / math.pi) * x * (1 + 0.044715 * x.square()))
+
+
 class Mlp(nn.Module):
     """[B, N, D] -> GELU (tanh form) -> [B, N, D]; both linears with bias. The input comes through
     `copy_to_tp`."""
@@ -103,7 +114,7 @@ class Mlp(nn.Module):
     def forward(self, n: Tensor, addend: Tensor | None = None) -> Tensor:
         """`addend` [B, N, D] is another layer's partial sum: it joins inside the matmul, before the one
         reduce."""
-        hidden = F.gelu(self.up(n), approximate="tanh")  # [B, N, F/tp]
+        hidden = gelu(self.up(n))  # [B, N, F/tp]
         hidden = dropout(self.mesh, hidden, self.dropout, self.training, sharded=True)
         return self.down(hidden, addend)
 
