@@ -184,10 +184,17 @@ CONTESTANTS = {
     ),
     "megavit-full": Contestant("megavit", _ours("full"), _of("blocks"), True, "recompute each block"),
     "timm-parallel": Contestant(
-        "timm", _timm("ParallelScalingBlock", **_TIMM_MAP), _of("blocks"), True, "LayerNorm"
+        "timm", _timm("ParallelScalingBlock", **_TIMM_MAP), _of("blocks"), True, "LayerNorm, erf GELU"
+    ),
+    "timm-parallel-tanh": Contestant(
+        "timm",
+        _timm("ParallelScalingBlock", **_TIMM_MAP, act_layer="gelu_tanh"),
+        _of("blocks"),
+        True,
+        "LayerNorm, our GELU (tanh)",
     ),
     "timm-sequential": Contestant(
-        "timm", _timm("Block", **_TIMM_MAP), _of("blocks"), True, "LayerNorm, sequential block"
+        "timm", _timm("Block", **_TIMM_MAP), _of("blocks"), True, "LayerNorm, erf GELU, sequential block"
     ),
     "timm-cls": Contestant(
         "timm", _timm("Block"), _of("blocks"), False, _NO_QK + "class token, sequential block"
