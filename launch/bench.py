@@ -4,6 +4,7 @@
     python launch/bench.py checkpoint   saving and restoring, torch's own ways
     python launch/bench.py model        a training step of MegaVit, other people's vision transformers
     python launch/bench.py trainer      the trainer's step at each ZeRO stage, the bare model's
+    python launch/bench.py gpu          blocks of ViT-22B's width on one GPU: batches, recompute, kernels
 
 Ratios are taken within a round, in CPU time of one process and one thread (on a GPU, wall time), and their
 medians printed: absolute rates on a shared machine mean little.
@@ -12,6 +13,7 @@ medians printed: absolute rates on a shared machine mean little.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -67,6 +69,34 @@ def bench_trainer(arguments: argparse.Namespace) -> None:
         report.add(f"\n{shape}\n", to_markdown(results), data={"shape": vars(shape), "rows": rows})
 
 
+def bench_gpu(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from megavit.bench.gpu import Size, describe, measure, to_json, to_markdown
+    from megavit.bench.kernels import plot, time_by_kind
+    from megavit.bench.rounds import require_matplotlib
+
+    if arguments.plot:
+        require_matplotlib()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(1)
+    size = Size(arguments.width, arguments.heads, arguments.tokens, arguments.blocks, arguments.dtype)
+    for found in measure(
+        size, arguments.batch, modes=arguments.modes, repeats=arguments.rounds, device=device
+    ):
+        text = f"{describe(found)}\n\n{to_markdown(found)}\n"
+        print(to_markdown(found).splitlines()[-1], flush=True)
+        if arguments.markdown:
+            arguments.markdown.write_text(text)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(to_json(found), indent=2) + "\n")
+    print(f"\n{text}")
+    if arguments.plot:
+        times = time_by_kind(size, arguments.batch[0], device)
+        plot(times, f"{found.device}, width {size.width}, batch {arguments.batch[0]}", arguments.plot)
+
+
 def _shapes(arguments: argparse.Namespace) -> list[Any]:
     from megavit.bench.peers import Shape
 
@@ -115,6 +145,15 @@ def _parser() -> argparse.ArgumentParser:
     trainer = command("trainer", bench_trainer, "the trainer's step, against the bare model's", 9)
     _add_step_options(trainer)
     trainer.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages")
+    gpu = command("gpu", bench_gpu, "blocks of ViT-22B's width on one GPU, under 10 minutes", 10)
+    for name, default in {"blocks": 4, "width": 6144, "heads": 48, "tokens": 256}.items():
+        gpu.add_argument(f"--{name}", type=int, default=default)
+    gpu.add_argument("--batch", type=int, nargs="+", default=[8, 16, 32], help="micro-batches")
+    modes = ["eager", "compiled"]
+    gpu.add_argument("--modes", nargs="+", default=modes, choices=modes)
+    gpu.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    gpu.add_argument("--markdown", type=Path, help="also write the table here")
+    gpu.add_argument("--plot", type=Path, help="a chart of the time by kind of kernel; needs megavit[plot]")
     return parser
 
 

@@ -46,11 +46,16 @@ class _RmsNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_scale, None
 
 
+def has_fused_rms_norm(x: Tensor) -> bool:
+    """Whether torch computes the RMS norm of `x` in one kernel."""
+    return x.is_cuda or torch.compiler.is_compiling()
+
+
 def normalize(x: Tensor, scale: Tensor, bias: Tensor | None, *, centring: bool, eps: float) -> Tensor:
     """x / rms(x) * scale (+ bias) over the last dim, about the mean if `centring`; statistics in float32 in
     any dtype."""
     if centring:
         return F.layer_norm(x, scale.shape, scale, bias, eps)
-    fused = x.is_cuda or torch.compiler.is_compiling()
+    fused = has_fused_rms_norm(x)
     y = F.rms_norm(x, scale.shape, scale, eps) if fused else _RmsNorm.apply(x, scale, eps)
     return y if bias is None else y + bias

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from megavit.bench import gpu
 from megavit.bench.counters import BlockMatmuls, forward_flops, memory_of_step
 from megavit.bench.model import compare
 from megavit.bench.peers import CONTESTANTS, Shape, choose
@@ -94,3 +95,23 @@ def test_plot_without_matplotlib_is_an_early_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"pip install 'megavit\[plot\]'"):
         require_matplotlib()
+
+
+def test_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches one case too large for the GPU that ends all others."""
+
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu, "_run", too_large)
+    size = gpu.Size(width=32, heads=2, tokens=16, blocks=1, dtype="float32")
+    for found in gpu.measure(size, [1], modes=["eager"], repeats=1, device="cpu"):  # noqa: B007
+        pass
+    assert {result.error for result in found.results} == {"out of memory"}
+    assert "| out of memory |" in gpu.to_markdown(found)
+
+
+def test_flops_of_a_block_are_24_n_d_squared() -> None:
+    """Catches FLOPs of embedding or pooling in the blocks' rate."""
+    size = gpu.Size(width=6144, heads=48, tokens=256, blocks=4)
+    assert size.flops_per_image == 3 * 4 * (24 * 256 * 6144**2 + 4 * 256**2 * 6144)
