@@ -1,174 +1,32 @@
-"""Measure: `python launch/bench.py data` compares the input pipeline with stock webdataset and with bare
-decoding, `checkpoint` saving and restoring with torch's own ways.
+"""Measure, each against other ways of doing the same work, in alternating rounds of one process.
 
-Ratios are taken within a round, in CPU time of one process and one thread, and their medians printed:
-absolute rates on a shared machine mean little.
+    python launch/bench.py data         the input pipeline, stock webdataset, bare decoding
+    python launch/bench.py checkpoint   saving and restoring, torch's own ways
+    python launch/bench.py model        a training step of MegaVit, other people's vision transformers
+    python launch/bench.py trainer      the trainer's step at each ZeRO stage, the bare model's
+    python launch/bench.py gpu          blocks of ViT-22B's width on one GPU: batches, recompute, kernels
+
+Ratios are taken within a round, in CPU time of one process and one thread (on a GPU, wall time), and their
+medians printed: absolute rates on a shared machine mean little.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
-def make_photos(count: int) -> list[bytes]:
-    """JPEGs of about 400 x 500 pixels, quality 90, 4:2:0: pink noise, a gradient, shapes and sensor noise."""
-    import numpy as np
-    from PIL import Image, ImageDraw
-
-    photos = []
-    for i in range(count):
-        rng = np.random.default_rng(i)
-        height, width = int(rng.integers(360, 440)), int(rng.integers(450, 550))
-        frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-        frequency[0, 0] = 1
-        noise = rng.standard_normal((3, *frequency.shape)) + 1j * rng.standard_normal((3, *frequency.shape))
-        layers = np.fft.irfft2(noise / frequency**1.5, (height, width))
-        layers = 128 + 45 * layers / layers.std() + np.linspace(-30, 30, width)
-        image = Image.fromarray(np.clip(layers.transpose(1, 2, 0), 0, 255).astype(np.uint8))
-        draw = ImageDraw.Draw(image)
-        for _ in range(6):
-            x, y, side = rng.integers(0, width), rng.integers(0, height), rng.integers(20, 120)
-            draw.ellipse(
-                (int(x), int(y), int(x + side), int(y + side)), tuple(rng.integers(0, 256, 3).tolist())
-            )
-        grain = np.asarray(image) + rng.normal(0, 1, (height, width, 3))
-        buffer = io.BytesIO()
-        Image.fromarray(np.clip(grain, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
-        photos.append(buffer.getvalue())
-    return photos
-
-
-def write_shards(folder: Path, photos: list[bytes], per_shard: int) -> None:
-    import webdataset as wds
-
-    from megavit.data.manifest import MANIFEST_SUFFIX, open_shards, write_index
-
-    for start in range(0, len(photos), per_shard):
-        path = folder / f"photo-{start // per_shard:04}.tar"
-        with wds.TarWriter(str(path), encoder=False, mtime=0) as tar:
-            for i in range(start, min(len(photos), start + per_shard)):
-                tar.write({"__key__": f"{i:06}", "jpg": photos[i], "cls": str(i % 1000).encode()})
-        write_index(path, f"{path}.idx")
-    open_shards(f"{folder}/photo-*.tar").save(folder / f"photo{MANIFEST_SUFFIX}")
-
-
-def rounds(ways: dict[str, Callable[[], None]], count: int) -> dict[str, list[float]]:
-    """CPU seconds of each way in `count` rounds, the order turned by one each round; one round before is not
-    counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    names = list(ways)
-    for number in range(count + 1):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            started = time.process_time()
-            ways[name]()
-            if number:
-                seconds[name].append(time.process_time() - started)
-    return seconds
-
-
-def stock(folder: Path, images: int) -> None:
-    """The usual recipe: decode("pil"), RandomResizedCrop, flip, float, normalise, batched."""
-    import webdataset as wds
-    from torchvision import transforms as t
-
-    steps = [t.RandomResizedCrop(224, (0.05, 1.0)), t.RandomHorizontalFlip(), t.ToTensor()]
-    transform = t.Compose([*steps, t.Normalize([0.5] * 3, [0.5] * 3)])
-    data: Any = wds.WebDataset(str(folder / "photo-{0000..0007}.tar"), shardshuffle=False)
-    data = data.shuffle(100).decode("pil").to_tuple("jpg", "cls").map_tuple(transform, int).batched(32)
-    seen = 0
-    for batch, _ in data:
-        seen += len(batch)
-        if seen >= images:
-            return
-
-
-def data_ways(folder: Path, photos: list[bytes], images: int) -> dict[str, Callable[[], None]]:
-    import simplejpeg
-    import webdataset as wds
-
-    from megavit.config import DataConfig, ModelConfig
-    from megavit.data.loader import TrainLoader
-    from megavit.data.manifest import open_shards
-    from megavit.data.reader import ShardReader
-
-    manifest = open_shards(str(folder / "photo.manifest.json"))
-    model = ModelConfig(patch_size=16)
-
-    def ours(**options: Any) -> Callable[[], None]:
-        loader = TrainLoader(
-            manifest, model, DataConfig(workers=0, **options), seed=0, global_batch=32, micro_batch=32
-        )
-        return lambda: [None for _ in loader.batches(0, images // 32)].clear()
-
-    reader = ShardReader(manifest)
-
-    def read() -> None:
-        for number in range(images):
-            shard, index = divmod(number, int(manifest.samples[0]))
-            reader.read(shard, index, reader.members(shard, index).values())
-
-    def read_stock() -> None:
-        for number, _ in enumerate(
-            wds.WebDataset(str(folder / "photo-{0000..0007}.tar"), shardshuffle=False)
-        ):
-            if number + 1 == images:
-                return
-
-    ways: dict[str, Callable[[], None]] = {
-        "decode only (libjpeg-turbo)": lambda: [
-            None for photo in photos[:images] if simplejpeg.decode_jpeg(photo) is None
-        ].clear(),
-        "stock webdataset": lambda: stock(folder, images),
-        "megavit": ours(),
-        "megavit, no antialias": ours(antialias=False),
-    }
-    try:
-        ways |= {
-            "megavit, region": ours(decoder="region"),
-            "megavit, region, no antialias": ours(decoder="region", antialias=False),
-        }
-    except ValueError as error:
-        print(f"left out: {error}")
-    return ways | {"reading only, stock webdataset": read_stock, "reading only, megavit": read}
+SHAPES = ["384x6x6x8", "1024x2x16x2"]
 
 
 def bench_data(arguments: argparse.Namespace) -> None:
-    import torch
+    from megavit.bench.data import measure
 
-    torch.set_num_threads(1)
-    per_shard = -(-arguments.images // 8)
-    photos = make_photos(arguments.images)
-    with tempfile.TemporaryDirectory() as name:
-        write_shards(Path(name), photos, per_shard)
-        seconds = rounds(data_ways(Path(name), photos, arguments.images), arguments.rounds)
-    rows = []
-    for way, mine in seconds.items():
-        base = "reading only, stock webdataset" if way.startswith("reading") else "stock webdataset"
-        rows.append(
-            {
-                "pipeline": way,
-                "images_per_s_per_core": arguments.images / statistics.median(mine),
-                "x_stock": _ratio(seconds[base], mine),
-                "x_decode": _ratio(seconds["decode only (libjpeg-turbo)"], mine),
-            }
-        )
-    size = sum(map(len, photos)) / len(photos) / 1000
-    print(f"{arguments.images} JPEGs of {size:.0f} kB, {arguments.rounds} rounds, one thread, CPU time\n")
-    print("| pipeline | img/s per core | x stock | x decode only |\n|---|---|---|---|")
-    for row in rows:
-        print("| {pipeline} | {images_per_s_per_core:,.0f} | {x_stock:.2f} | {x_decode:.2f} |".format(**row))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    measure(arguments.images, arguments.rounds, arguments.json)
 
 
 def bench_checkpoint(arguments: argparse.Namespace) -> None:
@@ -182,28 +40,146 @@ def bench_checkpoint(arguments: argparse.Namespace) -> None:
         print(f"| {way} | {speed:.2f} |")
 
 
-def _ratio(base: list[float], mine: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(base, mine, strict=True))
+def bench_model(arguments: argparse.Namespace) -> None:
+    from megavit.bench.model import HOW, compare, plot, to_json, to_markdown
+    from megavit.bench.peers import choose
+    from megavit.bench.rounds import Report, require_matplotlib
+
+    if arguments.plot:
+        require_matplotlib()
+    contestants, left_out = choose(arguments.models)
+    report = Report(f"{_settings(arguments)}\n\n{HOW}", arguments.markdown, arguments.json)
+    report.add(*left_out)
+    tables = {}
+    for shape in _shapes(arguments):
+        tables[str(shape)] = rows = compare(shape, contestants, **_how(arguments), device=arguments.device)
+        report.add(f"\n{shape}\n", to_markdown(rows), data={"shape": vars(shape), "rows": to_json(rows)})
+    if arguments.plot:
+        plot(tables, arguments.plot)
 
 
-def main() -> int:
+def bench_trainer(arguments: argparse.Namespace) -> None:
+    from megavit.bench.rounds import Report
+    from megavit.bench.trainer import compare, to_json, to_markdown
+
+    report = Report(_settings(arguments), arguments.markdown, arguments.json)
+    for shape in _shapes(arguments):
+        results = compare(shape, arguments.stages, **_how(arguments))
+        rows = to_json(results)
+        report.add(f"\n{shape}\n", to_markdown(results), data={"shape": vars(shape), "rows": rows})
+
+
+def bench_gpu(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from megavit.bench.gpu import Size, describe, measure, to_json, to_markdown
+    from megavit.bench.kernels import plot, time_by_kind
+    from megavit.bench.rounds import require_matplotlib
+
+    if arguments.plot:
+        require_matplotlib()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(1)
+    size = Size(arguments.width, arguments.heads, arguments.tokens, arguments.blocks, arguments.dtype)
+    for found in measure(
+        size, arguments.batch, modes=arguments.modes, repeats=arguments.rounds, device=device
+    ):
+        text = f"{describe(found)}\n\n{to_markdown(found)}\n"
+        print(to_markdown(found).splitlines()[-1], flush=True)
+        if arguments.markdown:
+            arguments.markdown.write_text(text)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(to_json(found), indent=2) + "\n")
+    print(f"\n{text}")
+    if arguments.plot:
+        times = time_by_kind(size, arguments.batch[0], device)
+        plot(times, f"{found.device}, width {size.width}, batch {arguments.batch[0]}", arguments.plot)
+
+
+def _shapes(arguments: argparse.Namespace) -> list[Any]:
+    from megavit.bench.peers import Shape
+
+    image = (arguments.image_size, arguments.patch_size, arguments.num_classes)
+    return [Shape.parse(text, *image) for text in arguments.shape]
+
+
+def _how(arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(1)
+    dtype = getattr(torch, arguments.dtype)
+    return {"count": arguments.rounds, "dtype": dtype, "compiled": arguments.compile}
+
+
+def _settings(arguments: argparse.Namespace) -> str:
+    import torch
+
+    mode = "compiled blocks" if arguments.compile else "eager"
+    return f"{arguments.dtype}, {mode}, {arguments.rounds} rounds, torch {torch.__version__}"
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    data = commands.add_parser("data", help="the input pipeline on JPEGs made for it")
-    data.add_argument("--images", type=int, default=256, help="a multiple of 32 (256)")
-    data.add_argument("--rounds", type=int, default=6)
-    data.add_argument("--json", type=Path, help="also write the table here")
-    data.set_defaults(function=bench_data)
-    saving = commands.add_parser("checkpoint", help="saving and restoring one rank's state")
-    saving.add_argument("--gib", type=float, default=1.0, help="weights and moments, in GiB (1)")
-    saving.add_argument("--rounds", type=int, default=3)
-    saving.add_argument("--folder", type=Path, help="where to write: measures its file system (/tmp)")
-    saving.set_defaults(function=bench_checkpoint)
-    arguments = parser.parse_args()
+
+    def command(name: str, function: Any, text: str, rounds: int) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        made.add_argument("--rounds", type=int, default=rounds, help="rounds that count")
+        made.add_argument("--json", type=Path, help="also write the results here")
+        made.set_defaults(function=function)
+        return made
+
+    data = command("data", bench_data, "the input pipeline on JPEGs made for it", 6)
+    data.add_argument("--images", type=int, default=256, help="a multiple of 32")
+    saving = command("checkpoint", bench_checkpoint, "saving and restoring one rank's state", 3)
+    saving.add_argument("--gib", type=float, default=1.0, help="weights and moments, in GiB")
+    saving.add_argument("--folder", type=Path, help="where to write: measures its file system")
+    model = command("model", bench_model, "a training step, against peers at the same shape", 9)
+    _add_step_options(model)
+    model.add_argument("--models", nargs="+", help="which of them (all)")
+    model.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    model.add_argument("--plot", type=Path, help="a bar chart, PNG or SVG; needs megavit[plot]")
+    trainer = command("trainer", bench_trainer, "the trainer's step, against the bare model's", 9)
+    _add_step_options(trainer)
+    trainer.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages")
+    gpu = command("gpu", bench_gpu, "blocks of ViT-22B's width on one GPU, under 10 minutes", 10)
+    for name, default in {"blocks": 4, "width": 6144, "heads": 48, "tokens": 256}.items():
+        gpu.add_argument(f"--{name}", type=int, default=default)
+    gpu.add_argument("--batch", type=int, nargs="+", default=[8, 16, 32], help="micro-batches")
+    modes = ["eager", "compiled"]
+    gpu.add_argument("--modes", nargs="+", default=modes, choices=modes)
+    gpu.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    gpu.add_argument("--markdown", type=Path, help="also write the table here")
+    gpu.add_argument("--plot", type=Path, help="a chart of the time by kind of kernel; needs megavit[plot]")
+    return parser
+
+
+def _add_step_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shape", nargs="+", default=SHAPES, help="width x depth x heads x batch, e.g. 384x6x6x8"
+    )
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--patch_size", type=int, default=14)
+    parser.add_argument("--num_classes", type=int, default=1000)
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="of all parameters"
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile each block")
+    parser.add_argument("--markdown", type=Path, help="also write the tables here")
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    arguments.function(arguments)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's chatter
+    try:
+        arguments.function(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -7,6 +7,9 @@ here works on one rank's shard and, with a single rank, is the plain layer.
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -67,10 +70,11 @@ class SelfAttention(nn.Module):
         """[B, N, D] -> ([B, N, D], attention map [B, H, N, N] or None); `n` and `scales` come through
         `copy_to_tp`."""
         qkv = self.qkv(n).unflatten(-1, (3, -1, self.head_dim))  # [B, N, 3, H/tp, K]
-        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # [B, H/tp, N, K]
+        q, k, v = qkv.unbind(2)  # [B, N, H/tp, K]
         if self.qk_norm:
             q = normalize(q, scales[0], None, centring=self.centring, eps=self.eps)
             k = normalize(k, scales[1], None, centring=self.centring, eps=self.eps)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H/tp, N, K]
         attended, weights = attend(q, k, v, return_map=return_map)
         if weights is not None:
             weights = gather_from_tp(self.mesh, weights, dim=1)
@@ -85,6 +89,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, return_map: bool) -> tuple[Tensor
     scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
     weights = scores.float().softmax(-1).to(v.dtype)
     return weights @ v, weights
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The tanh form, x (1 + tanh z) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    # (1 + tanh z) / 2 is sigmoid(2z), which compiled code for CPUs computes six times as fast as tanh.
+    return x * torch.sigmoid(math.sqrt(8 / math.pi) * x * (1 + 0.044715 * x.square()))
 
 
 class Mlp(nn.Module):
@@ -102,7 +114,7 @@ class Mlp(nn.Module):
     def forward(self, n: Tensor, addend: Tensor | None = None) -> Tensor:
         """`addend` [B, N, D] is another layer's partial sum: it joins inside the matmul, before the one
         reduce."""
-        hidden = F.gelu(self.up(n), approximate="tanh")  # [B, N, F/tp]
+        hidden = gelu(self.up(n))  # [B, N, F/tp]
         hidden = dropout(self.mesh, hidden, self.dropout, self.training, sharded=True)
         return self.down(hidden, addend)
 

@@ -34,17 +34,21 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, inverse = ctx.saved_tensors
         width = x.shape[-1]
-        rows, grad_rows = x.reshape(-1, width).float(), grad.reshape(-1, width).float()
-        inverse = inverse.view(-1, 1)
-        products = grad_rows * rows
+        wide, grad = x.float(), grad.float()
+        products = torch.mul(grad, wide, out=torch.empty(x.shape, device=x.device)).view(-1, width)
         # Both sums as matrix-vector products: one pass over `products` each.
         grad_scale = None
         if ctx.needs_input_grad[1]:
-            grad_scale = torch.mv(products.t(), inverse[:, 0]).to(scale.dtype)
+            grad_scale = torch.mv(products.t(), inverse.reshape(-1)).to(scale.dtype)
         # dy/dx = scale / rms - x (x . scale) / (D rms^3), applied to grad
-        along = torch.mv(products, scale.float())[:, None] * inverse.pow(3).div_(-width)
-        grad_x = (grad_rows * scale).mul_(inverse).addcmul_(rows, along)
-        return grad_x.view(x.shape).to(x.dtype), grad_scale, None
+        along = torch.mv(products, scale.float()).view(inverse.shape) * inverse.pow(3).div_(-width)
+        grad_x = (grad * scale).mul_(inverse).addcmul_(wide, along)
+        return grad_x.to(x.dtype), grad_scale, None
+
+
+def has_fused_rms_norm(x: Tensor) -> bool:
+    """Whether torch computes the RMS norm of `x` in one kernel."""
+    return x.is_cuda or torch.compiler.is_compiling()
 
 
 def normalize(x: Tensor, scale: Tensor, bias: Tensor | None, *, centring: bool, eps: float) -> Tensor:
@@ -52,6 +56,6 @@ def normalize(x: Tensor, scale: Tensor, bias: Tensor | None, *, centring: bool, 
     any dtype."""
     if centring:
         return F.layer_norm(x, scale.shape, scale, bias, eps)
-    fused = x.is_cuda or torch.compiler.is_compiling()
+    fused = has_fused_rms_norm(x)
     y = F.rms_norm(x, scale.shape, scale, eps) if fused else _RmsNorm.apply(x, scale, eps)
     return y if bias is None else y + bias

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megavit.config import Recompute
+from megavit.parallel.linear import MATMULS, matmul_shape
 
 _aten = torch.ops.aten
-_MATMULS = {_aten.mm.default, _aten.addmm.default}
 _ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
@@ -53,12 +53,11 @@ class _SkipDeadMatmuls(TorchDispatchMode):
         self.reuse.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _MATMULS:
+        if func in MATMULS:
             self.seen += 1
             if self.seen - 1 in _DEAD:
-                left, right = args[-2:]
                 with _disable_current_modes():  # the modes below have never seen this op
-                    return left.new_empty(left.shape[0], right.shape[1])
+                    return args[0].new_empty(matmul_shape(func, args))
         return func(*args, **(kwargs or {}))
 
 
@@ -69,7 +68,7 @@ def _selective_contexts(skip_dead: bool) -> tuple[Any, Any]:
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op in _ATTENTION:
             return CheckpointPolicy.MUST_SAVE
-        if op in _MATMULS:
+        if op in MATMULS:
             seen[ctx.is_recompute] += 1
             only_saved_arrive = ctx.is_recompute and skip_dead
             if only_saved_arrive or seen[ctx.is_recompute] - 1 in _SAVED:

@@ -148,7 +148,10 @@ def resolve_ds_config(raw: dict[str, Any], dp_size: int, device_type: str) -> di
     if not _offloads_optimizer(config) and (device_type == "cpu" or not _has_cuda_compiler()):
         # DeepSpeed's fused Adam would have to be compiled first: not worth it on a CPU, impossible without
         # nvcc.
-        config["optimizer"].setdefault("params", {}).setdefault("torch_adam", True)
+        params = config["optimizer"].setdefault("params", {})
+        params.setdefault("torch_adam", True)
+        if device_type == "cpu" and params["torch_adam"]:
+            params.setdefault("fused", True)  # torch's default there is ten passes over the weights
     config.setdefault("steps_per_print", 10**9)  # the trainer prints its own line
     return config
 

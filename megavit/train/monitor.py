@@ -348,14 +348,19 @@ def _memory_gib(mesh: Mesh) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def nominal_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The data sheet's FLOP/s of a GPU's dense bfloat16 matmuls; None for another dtype or device."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        return peak_flops(torch.cuda.get_device_name(device))
+    return None
+
+
 def _peak_flops(mesh: Mesh, dtype: torch.dtype) -> float:
     """FLOP/s of one rank's device in the matmuls' dtype: the data sheet's, else the best of a few matmuls
     (0.1 s)."""
+    if peak := nominal_peak(mesh.device, dtype):
+        return peak
     on_gpu = mesh.device.type == "cuda"
-    if on_gpu and dtype == torch.bfloat16:
-        known = peak_flops(torch.cuda.get_device_name(mesh.device))
-        if known is not None:
-            return known
     side = 8192 if on_gpu else 1024
     a = torch.randn(side, side, device=mesh.device, dtype=dtype)
     times = []
