@@ -4,6 +4,7 @@
     python launch/bench.py checkpoint   saving and restoring, torch's own ways
     python launch/bench.py model        a training step of MegaVit, other people's vision transformers
     python launch/bench.py trainer      the trainer's step at each ZeRO stage, the bare model's
+    python launch/bench.py communication   ranks that talk, the same work with nobody to talk to
     python launch/bench.py gpu          blocks of ViT-22B's width on one GPU: batches, recompute, kernels
 
 Ratios are taken within a round, in CPU time of one process and one thread (on a GPU, wall time), and their
@@ -67,6 +68,20 @@ def bench_trainer(arguments: argparse.Namespace) -> None:
         results = compare(shape, arguments.stages, **_how(arguments))
         rows = to_json(results)
         report.add(f"\n{shape}\n", to_markdown(results), data={"shape": vars(shape), "rows": rows})
+
+
+def bench_communication(arguments: argparse.Namespace) -> None:
+    from megavit.bench.communication import HEADER, WAYS, measure, to_json, to_markdown
+    from megavit.bench.rounds import Report
+
+    if unknown := set(arguments.ways or ()) - WAYS.keys():
+        raise ValueError(f"no way is called {min(unknown)!r}; known: {', '.join(WAYS)}")
+    report = Report(f"{arguments.rounds} rounds of {arguments.steps} steps", None, arguments.json)
+    for shape in _shapes(arguments):
+        report.add(f"\n{shape} a rank\n", HEADER)
+        for name in arguments.ways or WAYS:
+            found = measure(shape, WAYS[name], arguments.rounds, arguments.steps)
+            report.add(to_markdown(name, found), data={"shape": vars(shape)} | to_json(name, found))
 
 
 def bench_gpu(arguments: argparse.Namespace) -> None:
@@ -145,6 +160,10 @@ def _parser() -> argparse.ArgumentParser:
     trainer = command("trainer", bench_trainer, "the trainer's step, against the bare model's", 9)
     _add_step_options(trainer)
     trainer.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages")
+    talk = command("communication", bench_communication, "what communication adds to a step", 5)
+    talk.add_argument("--steps", type=int, default=2, help="optimizer steps a round")
+    talk.add_argument("--ways", nargs="+", help="which layouts and settings (all)")
+    _add_shape(talk, ["768x4x12x4"])
     gpu = command("gpu", bench_gpu, "blocks of ViT-22B's width on one GPU, under 10 minutes", 10)
     for name, default in {"blocks": 4, "width": 6144, "heads": 48, "tokens": 256}.items():
         gpu.add_argument(f"--{name}", type=int, default=default)
@@ -157,13 +176,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_step_options(parser: argparse.ArgumentParser) -> None:
+def _add_shape(parser: argparse.ArgumentParser, default: list[str]) -> None:
     parser.add_argument(
-        "--shape", nargs="+", default=SHAPES, help="width x depth x heads x batch, e.g. 384x6x6x8"
+        "--shape", nargs="+", default=default, help="width x depth x heads x batch of a rank, e.g. 384x6x6x8"
     )
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--patch_size", type=int, default=14)
     parser.add_argument("--num_classes", type=int, default=1000)
+
+
+def _add_step_options(parser: argparse.ArgumentParser) -> None:
+    _add_shape(parser, SHAPES)
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16"], help="of all parameters"
     )

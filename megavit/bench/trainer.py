@@ -45,8 +45,8 @@ def compare(
     from megavit.train.engine import Engine
 
     mesh = Mesh.from_environment()
-    run = _run(shape, compiled)
-    inputs = _inputs(run, shape, mesh)
+    run = bench_run(shape, compiled)
+    inputs = bench_inputs(run, shape, mesh)
     ways: dict[str, Callable[[], Any]] = {BARE: _bare_step(run, inputs, mesh, dtype)}
     for stage in stages:
         engine = Engine(run, resolve_ds_config(_ds_config(shape, stage, dtype), 1, mesh.device.type), mesh)
@@ -62,7 +62,8 @@ def _trainer_step(engine: Any, inputs: Inputs) -> None:
     engine.train_step([inputs], inputs.weights.sum(), _LR)
 
 
-def _run(shape: Shape, compiled: bool) -> RunConfig:
+def bench_run(shape: Shape, compiled: bool = False) -> RunConfig:
+    """The run whose model has `shape`."""
     fields = {
         "name": "bench",
         "image_size": shape.image_size,
@@ -87,7 +88,8 @@ def _ds_config(shape: Shape, stage: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _inputs(run: RunConfig, shape: Shape, mesh: Mesh) -> Inputs:
+def bench_inputs(run: RunConfig, shape: Shape, mesh: Mesh) -> Inputs:
+    """One micro-batch of noise on the mesh's device."""
     side = run.model.image_size
     images = torch.rand(shape.batch, 3, side, side, device=mesh.device) * 2 - 1
     labels = torch.randint(0, shape.num_classes, (shape.batch, 1), device=mesh.device)

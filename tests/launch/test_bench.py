@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = str(Path(__file__).parents[2] / "launch" / "bench.py")
 TINY = ["--shape", "32x2x4x2", "--image_size", "56", "--num_classes", "10", "--rounds", "1"]
 
@@ -64,3 +66,16 @@ def test_gpu_on_a_cpu(tmp_path: Path) -> None:
         result = results[16, recompute, False, "default", False]
         assert held <= result["held"] <= held + 0.25 and result["of_ceiling"] > 0
     assert "No viable backend" in (tmp_path / "g.md").read_text()
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_communication(tmp_path: Path) -> None:
+    """Catches ranks that do not talk, lonely ones that wait, and a chunked reduce that sends more."""
+    sizes = ["--shape", "32x1x2x2", "--image_size", "28", "--rounds", "1", "--json", str(tmp_path / "t.json")]
+    code, text = call("communication", *sizes, "--ways", "tp2", "tp2-two-chunks")
+    assert code == 0, text
+    plain, chunked = json.loads((tmp_path / "t.json").read_text())["tables"]
+    assert plain["megabytes"] == chunked["megabytes"] > 0 and plain["alone_s"] < plain["talking_s"]
+    code, text = call("communication", *sizes, "--ways", "dp3")
+    assert code == 1 and "no way is called 'dp3'" in text
