@@ -95,7 +95,7 @@ def gelu(x: Tensor) -> Tensor:
     """The tanh form, x (1 + tanh z) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3)."""
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
-    # (1 + tanh z) / 2 is sigmoid(2z), which compiled code for CPUs computes six times as fast as tanh.
+    # (1 + tanh z) / 2 is sigmoid(2z); torch's sigmoid takes a sixth of the time of its tanh on a CPU.
     return x * torch.sigmoid(math.sqrt(8 / math.pi) * x * (1 + 0.044715 * x.square()))
 
 
