@@ -20,6 +20,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from megavit.bench.rounds import rounds
 from megavit.config import CheckpointConfig, plain_config, run_preset
 from megavit.parallel.layout import Layout
 from megavit.parallel.mesh import Mesh
@@ -55,8 +56,8 @@ class FlatState:
         return {"type": "AdamW", "groups": [], "steps": dict.fromkeys(self.parameters, 1)}
 
 
-def measure(folder: Path, gib: float, rounds: int) -> dict[str, float]:
-    """GiB/s (median of `rounds`) of each way, on the file system of `folder`. Holds `gib` twice in memory."""
+def measure(folder: Path, gib: float, count: int) -> dict[str, float]:
+    """GiB/s (median of `count` rounds) of each way, on the file system of `folder`. Holds `gib` twice."""
     state = FlatState(8, max(1, round(gib * 2**30 / (8 * len(KINDS) * _ROW * 4))))
     flat = {f"{kind}/{name}": t for name, tensors in state.tensors.items() for kind, t in tensors.items()}
     size = sum(tensor.nbytes for tensor in flat.values()) / 2**30
@@ -83,14 +84,18 @@ def measure(folder: Path, gib: float, rounds: int) -> dict[str, float]:
             for kind in KINDS:
                 found.read(name, boxes, {kind: out[name]})
 
+    # As ours do, they write new files before the old ones go: rewriting a file's own blocks is faster.
     def torch_save() -> None:
-        with open(folder / "torch.pt", "wb") as file:
+        with open(folder / "torch.new", "wb") as file:
             torch.save(flat, file)
+            file.flush()
             os.fsync(file.fileno())
+        (folder / "torch.new").replace(folder / "torch.pt")
 
     def dcp_save() -> None:
+        dcp.save(flat, checkpoint_id=folder / "dcp.new", no_dist=True)
         shutil.rmtree(folder / "dcp", ignore_errors=True)
-        dcp.save(flat, checkpoint_id=folder / "dcp", no_dist=True)
+        (folder / "dcp.new").rename(folder / "dcp")
 
     def dcp_load() -> None:
         dcp.load(flat, checkpoint_id=folder / "dcp", no_dist=True)
@@ -107,13 +112,7 @@ def measure(folder: Path, gib: float, rounds: int) -> dict[str, float]:
         "restore, torch.load": torch_load,
         "restore, torch.distributed.checkpoint": dcp_load,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    stalls = []
-    for _ in range(rounds + 1):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - started)
-        stalls += [saved.stall_s for saved in saver.finished()]
-    speeds = {name: size / median(times[1:]) for name, times in seconds.items()}
+    seconds = rounds(ways, count, time.perf_counter)
+    stalls = [saved.stall_s for saved in saver.finished()]
+    speeds = {name: size / median(times) for name, times in seconds.items()}
     return speeds | {"hold-up of training (copy to host memory)": size / median(stalls[1:])}
