@@ -6,6 +6,7 @@ submit; `--rehearse` runs one true rank of it here. See --help.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -91,28 +92,36 @@ def plan(run: Any, flags: Any) -> int:
     facts = report.as_json(plans, run, hints)
     if flags.json == "-":
         print(json.dumps(facts, indent=2))
-    else:
-        print(f"{run.model.name} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}\n")
-        print(report.table(plans, flags.rows))
-        print("\n" + report.details(best, run))
-        print("".join(f"\nnote: {line}" for line in hints))
-        if flags.json:
-            Path(flags.json).write_text(json.dumps(facts, indent=2) + "\n")
+    elif flags.json:
+        _parent_of(flags.json).write_text(json.dumps(facts, indent=2) + "\n")
+    say = functools.partial(print, file=sys.stderr if flags.json == "-" else sys.stdout, flush=True)
+    say(f"{run.model.name} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}\n")
+    say(report.table(plans, flags.rows))
+    say("\n" + report.details(best, run))
+    for line in hints:
+        say(f"note: {line}")
     if flags.plot:
         gpus = report.plot_gpus(cluster.gpus_per_node)
         found = scaling(run, global_batch, cluster, gpus, only)
-        report.plot(Path(flags.plot), gpus, found, f"{run.model.name} on {cluster.gpu.name}")
-        print("\n" + report.scaling_table(gpus, found))
+        report.plot(_parent_of(flags.plot), gpus, found, f"{run.model.name} on {cluster.gpu.name}")
+        say("\n" + report.scaling_table(gpus, found))
     if flags.out and best.fits:
         written = report.write_files(Path(flags.out), run, base, best, PROJECT_ROOT)
-        print(f"\nwrote {', '.join(str(path) for path in written)}")
-        print(f"submit: sbatch {written[-1]} --data.shards ...")
+        say(f"\nwrote {', '.join(str(path) for path in written)}")
+        say(f"submit: sbatch {written[-1]} --data.shards ...")
     if flags.rehearse:
-        print("\n" + rehearsal(run, base, best, flags), flush=True)
+        say("\n" + rehearsal(run, base, best, flags))
     if not best.fits:
         print("error: nothing fits, see above; no files were written", file=sys.stderr)
         return 1
     return 0
+
+
+def _parent_of(name: str) -> Path:
+    """The path, whose folder exists from now on."""
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def rehearsal(run: Any, base: dict[str, Any], best: Any, flags: Any) -> str:
@@ -129,7 +138,8 @@ def rehearsal(run: Any, base: dict[str, Any], best: Any, flags: Any) -> str:
     depth = fitting_depth(best, flags.rehearse_gib, on_cpu=on_cpu)
     cut = dataclasses.replace(best, model=dataclasses.replace(run.model, depth=depth))
     run = dataclasses.replace(run, model=cut.model, recompute=best.recompute)
-    measured = rehearse(run, planned_ds_config(base, cut), layout.tp_size, layout.dp_size, flags.rehearse)
+    ds_config = planned_ds_config(base, cut) | {"bf16": {"enabled": True}}  # on a CPU too
+    measured = rehearse(run, ds_config, layout.tp_size, layout.dp_size, flags.rehearse)
     return compare(best, depth, measured, on_cpu=on_cpu)
 
 

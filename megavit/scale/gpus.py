@@ -35,6 +35,8 @@ _GPUS = (
     Gpu("h100", "H100", 79.1, 989, 3350, 450, 50, 132),
     Gpu("a100_80", "A100", 79.2, 312, 2039, 300, 25, 108),
     Gpu("a100_40", "A100", 39.4, 312, 1555, 300, 25, 108),
+    # A few cores of a host, to try a plan out on nodes without GPUs; rough.
+    Gpu("cpu", "cpu", 64.0, 0.5, 50, 10, 50, 1),
 )
 GPUS = {gpu.name: gpu for gpu in _GPUS}
 

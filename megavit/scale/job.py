@@ -63,7 +63,7 @@ class ZeroSettings:
             ),
             reduce_bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
             sub_group=int(zero.get("sub_group_size", 1_000_000_000)),
-            accumulates_in_fp32=config.get("data_types", {}).get("grad_accum_dtype") != "bf16",
+            accumulates_in_fp32=config.get("data_types", {}).get("grad_accum_dtype") == "fp32",
             offload_optimizer=_offloads(zero, "offload_optimizer"),
             offload_param=_offloads(zero, "offload_param"),
         )

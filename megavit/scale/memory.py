@@ -52,7 +52,7 @@ def predict_memory(
         persistent["program"] = _PROGRAM_ON_CPU
     fullest, in_step = _in_step(model, recompute, layout, zero, tree)
     in_step |= gradients | bucket
-    in_update = _in_update(tree, layout, zero) | gradients
+    in_update = _in_update(tree, layout, zero, on_cpu) | gradients
     if sum(in_update.values()) > sum(in_step.values()):
         fullest, in_step = "the update", in_update
     return Memory(_nonzero(persistent), _nonzero(in_step), _nonzero(host), fullest)
@@ -85,7 +85,7 @@ def _gradients(tree: Unit, layout: Layout, zero: ZeroSettings) -> dict[str, int]
         return {}
     if zero.stage < 2:
         return {"gradients": zero.element_bytes * tree.numel()}
-    accumulated = 4 if zero.accumulates_in_fp32 else zero.element_bytes
+    accumulated = 4 if zero.accumulates_in_fp32 else zero.element_bytes  # DeepSpeed's default: as weights
     return {"gradients": accumulated * tree.shared(layout.dp_size)}
 
 
@@ -166,15 +166,16 @@ def _in_words(moment: Moment, block: int) -> str:
     return f"{'backward' if moment.backward else 'forward'} pass of {what}"
 
 
-def _in_update(tree: Unit, layout: Layout, zero: ZeroSettings) -> dict[str, int]:
-    """Adam works on one sub-group at a time (stage 3), with a flat copy of its gradients and two
-    temporaries."""
+def _in_update(tree: Unit, layout: Layout, zero: ZeroSettings, on_cpu: bool) -> dict[str, int]:
+    """Adam works on one sub-group at a time (stage 3), with a flat copy of its gradients and, where it is not
+    fused (`resolve_ds_config`), two temporaries."""
     if zero.offload_optimizer:
         return {}
     elements = tree.shared(layout.dp_size if zero.stage else 1)
     if zero.stage == 3:
         elements = min(elements, zero.sub_group)
-    return {"optimizer's temporaries": (3 if zero.stage else 2) * 4 * elements}
+    copies = (1 if zero.stage else 0) + (0 if on_cpu else 2)
+    return {"optimizer's temporaries": copies * 4 * elements}
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,7 @@ class Activations:
     """Bytes that one micro-batch's forward pass leaves for backward, and what a block needs while it runs.
 
     In units of one [B, N, D] tensor, with F the MLP's width over D and t the TP ranks; x the block's input.
+    Without dropout, whose masks would come on top.
     """
 
     model: ModelConfig

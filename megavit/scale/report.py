@@ -119,6 +119,8 @@ def planned_ds_config(base: dict[str, Any], plan: Plan) -> dict[str, Any]:
     config = copy.deepcopy(base)
     config["train_batch_size"] = plan.layout.global_batch
     config["train_micro_batch_size_per_gpu"] = plan.layout.micro_batch
+    if plan.zero.accumulates_in_fp32:
+        config["data_types"] = config.get("data_types", {}) | {"grad_accum_dtype": "fp32"}
     zero = plan.zero
     section: dict[str, Any] = {
         "stage": zero.stage,
@@ -157,6 +159,7 @@ def _batch_script(folder: Path, run: RunConfig, plan: Plan, root: Path) -> str:
     inside = folder.resolve().is_relative_to(root)
     place = shlex.quote(str(folder.resolve().relative_to(root) if inside else folder.resolve()))
     run_dir = shlex.quote(run.run_dir or f"runs/{folder.name}")
+    gpus = "" if cluster.gpu.name == "cpu" else f"#SBATCH --gpus-per-node={cluster.gpus_per_node}\n"
     return f"""#!/bin/bash
 # {run.model.name} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}: {plan.name}, micro-batch \
 {plan.layout.micro_batch}, written by launch/plan.py.
@@ -165,8 +168,7 @@ def _batch_script(folder: Path, run: RunConfig, plan: Plan, root: Path) -> str:
 #SBATCH --job-name={run.model.name}
 #SBATCH --nodes={cluster.nodes}
 #SBATCH --ntasks-per-node={cluster.gpus_per_node}
-#SBATCH --gpus-per-node={cluster.gpus_per_node}
-#SBATCH --cpus-per-task={cluster.cores_per_gpu}
+{gpus}#SBATCH --cpus-per-task={cluster.cores_per_gpu}
 #SBATCH --exclusive
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append

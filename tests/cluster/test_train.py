@@ -213,22 +213,28 @@ def test_a_plan_is_ready_to_submit(
 ) -> None:
     """Catches files of launch/plan.py that need a hand before SLURM takes them. Two nodes, TP 2."""
     out, run_dir = tmp_path / "plan", tmp_path / "run"
-    plan = [
-        sys.executable,
-        "launch/plan.py",
-        "--model.name",
-        "vit_tiny",
-        "--nodes",
-        "2",
-        "--gpus_per_node",
-        "2",
-    ]
-    base = ("--deepspeed_config", "ds_configs/zero3.json", "--only", "tp=2,stage=3,micro_batch=128")
-    done = subprocess.run([*plan, *base, "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            *(
+                sys.executable,
+                "launch/plan.py",
+                "--model.name",
+                "vit_tiny",
+                "--gpu",
+                "cpu",
+                "--out",
+                str(out),
+            ),
+            *("--nodes", "2", "--gpus_per_node", "2", "--cores_per_gpu", "1"),
+            *("--deepspeed_config", "ds_configs/zero3.json", "--only", "tp=2,stage=3,micro_batch=128"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     own = flags(digits, run_dir)[2:]  # the JSON is the plan's
-    options = [*NODES, "--cpus-per-task=1", f"--output={tmp_path}/%j.log"]
-    job = slurm.sbatch(out / "train.sbatch", *own, options=options, cwd=ROOT)
+    job = slurm.sbatch(out / "train.sbatch", *own, options=[f"--output={tmp_path}/%j.log"], cwd=ROOT)
     ended = slurm.wait(job, timeout_s=180)
     assert ended["JobState"] == "COMPLETED", slurm.output(job)
     assert "dp 2 x tp 2" in slurm.output(job)

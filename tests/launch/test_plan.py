@@ -43,6 +43,8 @@ def test_table_json_plot_and_files(tmp_path: Path) -> None:
     assert ds_config["train_batch_size"] == 65_536
     assert ds_config["train_micro_batch_size_per_gpu"] == best["layout"]["micro_batch"]
     assert yaml.safe_load((out / "run.yaml").read_text())["model"] == {"name": "vit_22b"}
+    printed = plan("--model.name", "vit_l16", "--json", "-")
+    assert json.loads(printed.stdout)["model"]["name"] == "vit_l16" and "| best |" in printed.stderr
     script = (out / "train.sbatch").read_text()
     assert "#SBATCH --nodes=16" in script and "/ds_config.json" in script
     subprocess.run(["bash", "-n", str(out / "train.sbatch")], check=True)
