@@ -197,7 +197,12 @@ def _best(
         if not plan.fits:
             break
     fitting = [plan for plan in found if plan.fits]
-    return min(fitting or found[:1], key=lambda plan: plan.step.total, default=None)
+    # Of equals (when decoding is the limit) the one with fewer micro-steps.
+    return min(
+        fitting or found[:1],
+        key=lambda plan: (round(plan.step.total, 9), plan.layout.grad_accum),
+        default=None,
+    )
 
 
 def make_plan(
