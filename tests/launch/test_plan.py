@@ -1,4 +1,4 @@
-"""`launch/plan.py` as a user runs it, and what it writes, run."""
+"""`launch/plan.py` as a user runs it. What it writes is run by a test of SLURM."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ import yaml
 
 from megavit.cli import parse_run
 from megavit.train.ds_config import load_ds_config
-from tests.train.runs import steps_of
 
 ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
 
 
 def plan(*flags: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -65,22 +63,3 @@ def test_what_does_not_fit_is_an_error_that_says_what_would(tmp_path: Path) -> N
     ]:
         failed = plan("--model.name", "vit_22b", *wrong)
         assert failed.returncode == 2 and message in failed.stderr, failed.stderr
-
-
-@pytest.mark.dist
-@pytest.mark.slow
-def test_written_files_run(digits: Path, tmp_path: Path) -> None:
-    """Catches JSON and YAML that are accepted and then run something else."""
-    out, run_dir = tmp_path / "plan", tmp_path / "run"
-    base = ("--deepspeed_config", "ds_configs/zero3.json", "--gpus_per_node", "2", "--only", "tp=2,stage=3")
-    done = plan("--model.name", "vit_tiny", *base, "--out", str(out))
-    assert done.returncode == 0, done.stderr
-    command = [
-        *(str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", str(ROOT / "launch" / "train.py")),
-        *("--deepspeed_config", str(out / "ds_config.json"), "--config", str(out / "run.yaml")),
-        *("--data.shards", f"{digits}/train-*.tar", "--data.val_shards=", "--eval_every", "0"),
-        *("--run_dir", str(run_dir), "--max_steps", "3", "--log_every", "1", "--schedule.warmup_steps", "1"),
-    ]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "dp 1 x tp 2" in ran.stdout and [row["step"] for row in steps_of(run_dir)] == [1, 2, 3]
