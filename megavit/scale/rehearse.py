@@ -138,22 +138,23 @@ def _inputs(run: RunConfig, micro_batch: int, mesh: Mesh) -> Inputs:
 
 
 class _ResidentMeter:
-    """Resident memory of this process, above that at its construction."""
+    """Resident memory of this process, above that at its construction. Pages of files (libraries) are left
+    out: how many are mapped is chance."""
 
     def __init__(self) -> None:
         # glibc keeps freed memory for later: let it give back every piece of a megabyte at once.
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-        self._before = _status("VmRSS")
+        self._before = _status("RssAnon")
 
     def reset_peak(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        return _status("VmHWM") - self._before
+        return _status("VmHWM") - _status("RssFile") - self._before
 
     def now(self) -> int:
         ctypes.CDLL(None).malloc_trim(0)
-        return _status("VmRSS") - self._before
+        return _status("RssAnon") - self._before
 
 
 class _CudaMeter:
