@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> Faults:
-    return Faults(tmp_path_factory.mktemp("faults"), saves=3)
+    return Faults(tmp_path_factory.mktemp("faults"), saves=2)
 
 
 def test_kill_while_saving(faults: Faults) -> None:
