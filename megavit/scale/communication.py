@@ -33,13 +33,12 @@ _COLLECTIVES = {
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Counts the collectives that run inside `with CollectiveCounter() as counter:` on this thread and its
+    """Counts the bytes of collectives inside `with CollectiveCounter() as counter:`, on this thread and in its
     backward passes, whoever starts them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: Counter[tuple[str, int]] = Counter()  # by (collective, ranks in its group)
-        self.bytes: Counter[tuple[str, int]] = Counter()
+        self.bytes: Counter[tuple[str, int]] = Counter()  # by (collective, ranks in its group)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
@@ -47,7 +46,6 @@ class CollectiveCounter(TorchDispatchMode):
             if name in _COLLECTIVES:
                 kind, whole = _COLLECTIVES[name]
                 key = kind, _group_size(args)
-                self.calls[key] += 1
                 self.bytes[key] += sum(t.numel() * t.element_size() for t in _tensors(args[whole]))
         return func(*args, **(kwargs or {}))
 

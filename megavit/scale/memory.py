@@ -33,6 +33,10 @@ class Memory:
         return sum(self.persistent.values())
 
     @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+    @property
     def peak_bytes(self) -> int:
         return self.persistent_bytes + sum(self.transient.values())
 

@@ -17,7 +17,7 @@ import torch
 from megavit.config import RunConfig
 from megavit.parallel.mesh import Mesh
 from megavit.scale.communication import CollectiveCounter, step_traffic
-from megavit.scale.memory import Memory, predict_memory
+from megavit.scale.memory import predict_memory
 from megavit.scale.search import Plan
 from megavit.train.ds_config import resolve_ds_config
 from megavit.train.engine import Engine
@@ -72,8 +72,7 @@ def fitting_depth(plan: Plan, limit_gib: float, *, on_cpu: bool) -> int:
     included. ValueError if not even one does."""
 
     def peak(depth: int) -> float:
-        memory = _predicted(plan, depth, on_cpu=on_cpu)
-        return (memory.peak_bytes + (sum(memory.host.values()) if on_cpu else 0)) / 2**30
+        return _predicted(plan, depth, on_cpu=on_cpu)[1] / 2**30
 
     for depth in range(plan.model.depth, 0, -1):
         if peak(depth) <= limit_gib:
@@ -86,8 +85,7 @@ def fitting_depth(plan: Plan, limit_gib: float, *, on_cpu: bool) -> int:
 
 def compare(plan: Plan, depth: int, measured: Rehearsal, *, on_cpu: bool) -> str:
     """The rehearsal with `depth` blocks beside the prediction for it, and the prediction for all blocks."""
-    memory, whole = (_predicted(plan, blocks, on_cpu=on_cpu) for blocks in (depth, plan.model.depth))
-    host = sum(memory.host.values()) if on_cpu else 0
+    predicted, whole = (_predicted(plan, blocks, on_cpu=on_cpu) for blocks in (depth, plan.model.depth))
     model = replace(plan.model, depth=depth)
     traffic = step_traffic(model, plan.recompute, plan.layout, plan.zero)
     layout = plan.layout
@@ -100,19 +98,10 @@ def compare(plan: Plan, depth: int, measured: Rehearsal, *, on_cpu: bool) -> str
         f"| of this rank | predicted | measured | ratio | predicted with all {plan.model.depth} blocks |",
         "|---|---|---|---|---|",
     ]
-    rows = [
-        (
-            "persistent memory",
-            memory.persistent_bytes + host,
-            measured.persistent_bytes,
-            whole.persistent_bytes,
-        ),
-        ("peak memory", memory.peak_bytes + host, measured.peak_bytes, whole.peak_bytes),
-    ]
-    for name, predicted, found, all_blocks in rows:
-        sizes = [f"{size / 2**30:.2f} GiB" for size in (predicted, found)]
-        all_size = f"{(all_blocks + (sum(whole.host.values()) if on_cpu else 0)) / 2**30:.2f} GiB"
-        lines.append(f"| {name} | {' | '.join(sizes)} | {predicted / found:.3f} | {all_size} |")
+    names, found = ("persistent", "peak"), (measured.persistent_bytes, measured.peak_bytes)
+    for name, *sizes in zip(names, predicted, found, whole, strict=True):
+        mine, theirs, all_blocks = (f"{size / 2**30:.2f} GiB" for size in sizes)
+        lines.append(f"| {name} memory | {mine} | {theirs} | {sizes[0] / sizes[1]:.3f} | {all_blocks} |")
     for (kind, ranks), counted in sorted(measured.traffic.items()):
         guess = traffic.get((kind, ranks), 0)
         if ranks > 1 and counted >= _SCALARS:
@@ -121,9 +110,12 @@ def compare(plan: Plan, depth: int, measured: Rehearsal, *, on_cpu: bool) -> str
     return "\n".join(lines)
 
 
-def _predicted(plan: Plan, depth: int, *, on_cpu: bool) -> Memory:
+def _predicted(plan: Plan, depth: int, *, on_cpu: bool) -> tuple[int, int]:
+    """Bytes of (persistent memory, peak) with `depth` blocks; on a CPU the host's memory is the same one."""
     model = replace(plan.model, depth=depth)
-    return predict_memory(model, plan.recompute, plan.layout, plan.zero, on_cpu=on_cpu)
+    memory = predict_memory(model, plan.recompute, plan.layout, plan.zero, on_cpu=on_cpu)
+    host = memory.host_bytes if on_cpu else 0
+    return memory.persistent_bytes + host, memory.peak_bytes + host
 
 
 def _inputs(run: RunConfig, micro_batch: int, mesh: Mesh) -> Inputs:

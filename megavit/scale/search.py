@@ -80,7 +80,7 @@ class Plan:
     @property
     def needed_host_gib(self) -> float:
         """A node's host memory for offloaded states."""
-        return sum(self.memory.host.values()) / _GIB * self.cluster.gpus_per_node
+        return self.memory.host_bytes / _GIB * self.cluster.gpus_per_node
 
     @property
     def missing_gib(self) -> float:
