@@ -33,7 +33,7 @@ _COLLECTIVES = {
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Counts the bytes of collectives inside `with CollectiveCounter() as counter:`, on this thread and in its
+    """Counts the bytes of collectives inside `with CollectiveCounter() as counter:`, on this thread and its
     backward passes, whoever starts them."""
 
     def __init__(self) -> None:
