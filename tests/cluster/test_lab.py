@@ -165,15 +165,22 @@ def test_batch_script_hands_on_failures(slurm: SlurmLab, checkout: Path) -> None
 
 
 @pytest.mark.slurm
-def test_batch_script_lets_scancel_be_the_end(slurm: SlurmLab, checkout: Path) -> None:
-    """Catches a cancelled run that saves, as it should, and thereupon rises again."""
-    job = submit(slurm, checkout, "obey", "--run_dir", "runs/cancelled")
+def test_batch_script_lets_scancel_be_the_end(slurm: SlurmLab, checkout: Path, tmp_path: Path) -> None:
+    """Catches a cancelled run that saves, as it should, and thereupon rises again: also when SLURM's TERM
+    comes to what the batch script runs after the ranks, and when the controller does not answer at once."""
+    squeue = tmp_path / "squeue"
+    lines = ["#!/bin/bash", "kill -TERM $$", "[ -e busy ] || { touch busy; exit 1; }"]
+    squeue.write_text("\n".join([*lines, f'exec {shutil.which("squeue")} "$@"', ""]))
+    squeue.chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    job = submit(slurm, checkout, "obey", "--run_dir", "runs/cancelled", env=path)
     for rank in (0, 1):
         slurm.wait_for_output(job, f"life 0 rank {rank}")
     slurm.scancel(job)
     slurm.wait_for_output(job, "SLURM is ending the job")
     assert slurm.wait(job)["JobState"] == "CANCELLED"
     assert "rank 0 obeys SIGTERM" in slurm.output(job) and "requeueing" not in slurm.output(job)
+    assert (checkout / "busy").exists()
 
 
 @pytest.mark.slurm
