@@ -106,6 +106,17 @@ def test_jobs_are_told_and_come_back(slurm: SlurmLab, tmp_path: Path) -> None:
 
 
 @pytest.mark.slurm
+def test_node_daemon_that_crashed_starts_again(slurm: SlurmLab, tmp_path: Path) -> None:
+    """Catches a job that waits for ever for the end of its step on a node whose daemon is gone."""
+    script = tmp_path / "job"
+    script.write_text("#!/bin/bash\necho running\nsrun --nodes=2 --ntasks=2 sleep 2\n")
+    job = slurm.sbatch(script, options=["--nodes=2"])
+    slurm.wait_for_output(job, "running")
+    slurm.crash("node2")
+    assert slurm.wait(job)["JobState"] == "COMPLETED"
+
+
+@pytest.mark.slurm
 def test_labs_side_by_side_end_alone(slurm: SlurmLab, tmp_path: Path) -> None:
     """Catches a lab on another's ports, one that ends another's daemons, and one that leaves daemons or jobs
     behind, also when it could not start."""
