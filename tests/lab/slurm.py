@@ -274,7 +274,7 @@ class SlurmLab:
             )
 
     def _restart_crashed(self) -> None:
-        """A node daemon that a signal ended starts again, as under systemd, and finds its steps still running:
+        """A node daemon that a signal ended starts again, as under systemd, and finds its steps running:
         SLURM 22.05's corrupts its heap once in some hundred starts of a job."""
         for node in NODES:
             if (self._daemons[node].poll() or 0) < 0:
