@@ -11,17 +11,15 @@ import multiprocessing
 import socket
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from megavit.bench.peers import Shape
 from megavit.bench.rounds import Spread, spread
+from megavit.parallel import linear
 from megavit.parallel.mesh import Mesh
 
 _BLOCK = 7_100_000  # elements of a block at width 768
@@ -34,7 +32,7 @@ class Way:
     tp_size: int
     dp_size: int
     zero: dict[str, Any] = field(default_factory=dict)
-    chunks: int = 1
+    chunks: int = linear.REDUCE_CHUNKS
 
     @property
     def ranks(self) -> int:
@@ -53,7 +51,8 @@ WAYS = {
     "dp2-zero3-nothing-persists": Way(1, 2, _SHARDED | {"stage3_param_persistence_threshold": 0}),
     "dp4-zero3": Way(1, 4, _SHARDED),
     "tp2": Way(2, 1, {"stage": 0}),
-    "tp2-two-chunks": Way(2, 1, {"stage": 0}, chunks=2),
+    "tp2-one-chunk": Way(2, 1, {"stage": 0}, chunks=1),
+    "tp2-four-chunks": Way(2, 1, {"stage": 0}, chunks=4),
     "tp4": Way(4, 1, {"stage": 0}),
     "dp2-tp2-zero3": Way(2, 2, _SHARDED),
 }
@@ -135,6 +134,7 @@ def _serve(end: Connection, shape: Shape, way: Way, rank: int, port: int) -> Non
     from megavit.train.engine import Engine
 
     torch.set_num_threads(1)
+    linear.REDUCE_CHUNKS = way.chunks
     if port:
         announce_launch(way.ranks, rank, port)
         mesh = Mesh.from_environment(way.tp_size)
@@ -148,8 +148,6 @@ def _serve(end: Connection, shape: Shape, way: Way, rank: int, port: int) -> Non
         "zero_optimization": way.zero,
     }
     engine = Engine(run, resolve_ds_config(config, way.dp_size, "cpu"), mesh)
-    if way.chunks > 1:
-        _reduce_in_chunks(engine.model, way.chunks)
     inputs = bench_inputs(run, shape, mesh)
 
     def step() -> None:
@@ -165,50 +163,6 @@ def _serve(end: Connection, shape: Shape, way: Way, rank: int, port: int) -> Non
         for _ in range(steps):
             step()
         end.send(time.perf_counter() - started)
-
-
-def _reduce_in_chunks(model: torch.nn.Module, chunks: int) -> None:
-    """Let each block reduce one part of its batch while it multiplies the next: the forward half of the
-    paper's asynchronous linears (section 3.2), as a trial."""
-    from megavit.model.block import ParallelBlock
-
-    for block in model.modules():
-        if isinstance(block, ParallelBlock):
-            down = block.mlp.down
-            down.forward = _chunked(down, chunks)  # type: ignore[method-assign]
-
-
-def _chunked(layer: Any, chunks: int) -> Callable[..., Tensor]:
-    from megavit.parallel.linear import _Linear
-
-    def forward(x: Tensor, addend: Tensor) -> Tensor:
-        parts, pending = [], []
-        for rows, start in zip(x.chunk(chunks), addend.chunk(chunks), strict=True):
-            part, work = _begin_reduce(_Linear.apply(rows, layer.weight, None, start), layer.mesh)
-            parts.append(part)
-            pending.append(work)
-        for work in pending:
-            work.wait()
-        return torch.cat(parts) + layer.bias
-
-    return forward
-
-
-def _begin_reduce(partial: Tensor, mesh: Mesh) -> tuple[Tensor, Any]:
-    work: list[Any] = []
-
-    class Reduce(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, partial: Tensor) -> Tensor:
-            total = partial.contiguous().detach()
-            work.append(dist.all_reduce(total, group=mesh.tp_group, async_op=True))
-            return total
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            return grad
-
-    return Reduce.apply(partial), work[0]
 
 
 HEADER = "| layout and settings | ranks | MB a rank | s a step | alone | exposed share |\n" + "|---" * 6 + "|"

@@ -7,19 +7,19 @@ here works on one rank's shard and, with a single rank, is the plain layer.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavit.config import ModelConfig, Recompute
+from megavit.model.gelu import gelu
 from megavit.model.norm import normalize
 from megavit.model.recompute import recompute_with
-from megavit.parallel.collectives import copy_to_tp, dropout, gather_from_tp
+from megavit.parallel.collectives import dropout, gather_from_tp
 from megavit.parallel.init import Initializer
 from megavit.parallel.layout import Layout
-from megavit.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megavit.parallel.linear import ColumnParallelLinear, RowParallelLinear, column_parallel
 
 # MLP biases start at Normal(0, 1e-6), as in big_vision's vit.py.
 MLP_BIAS_STD = 1e-6
@@ -41,7 +41,7 @@ class Norm(nn.Module):
 
 class SelfAttention(nn.Module):
     """Attention of this rank's H/tp heads, queries and keys normalised over head_dim by scales shared by all
-    heads.
+    heads. The block calls `qkv`, together with other layers of the same input, and then this module.
 
     `reduce=False` returns the partial sum of the output projection, without bias, for the parallel block to
     add to.
@@ -62,14 +62,21 @@ class SelfAttention(nn.Module):
 
     @property
     def scales(self) -> tuple[Tensor, ...]:
-        """The QK-norm scales: replicated, but each rank's gradient sees local heads only, so `copy_to_tp`
-        must sum it."""
+        """The QK-norm scales: replicated, but each rank's gradient sees local heads only, so
+        `column_parallel` must sum it."""
         return (self.q_scale, self.k_scale) if self.qk_norm else ()
 
-    def forward(self, n: Tensor, *scales: Tensor, return_map: bool = False) -> tuple[Tensor, Tensor | None]:
-        """[B, N, D] -> ([B, N, D], attention map [B, H, N, N] or None); `n` and `scales` come through
-        `copy_to_tp`."""
-        qkv = self.qkv(n).unflatten(-1, (3, -1, self.head_dim))  # [B, N, 3, H/tp, K]
+    def forward(
+        self,
+        qkv: Tensor,
+        scales: Sequence[Tensor],
+        *,
+        addend: Tensor | None = None,
+        return_map: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, N, 3 D/tp] -> ([B, N, D], attention map [B, H, N, N] or None). `scales` are those of
+        `column_parallel`; `addend` [B, N, D] joins the output inside its matmul."""
+        qkv = qkv.unflatten(-1, (3, -1, self.head_dim))  # [B, N, 3, H/tp, K]
         q, k, v = qkv.unbind(2)  # [B, N, H/tp, K]
         if self.qk_norm:
             q = normalize(q, scales[0], None, centring=self.centring, eps=self.eps)
@@ -78,7 +85,7 @@ class SelfAttention(nn.Module):
         attended, weights = attend(q, k, v, return_map=return_map)
         if weights is not None:
             weights = gather_from_tp(self.mesh, weights, dim=1)
-        return self.out(attended.transpose(1, 2).flatten(2)), weights
+        return self.out(attended.transpose(1, 2).flatten(2), addend), weights
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, return_map: bool) -> tuple[Tensor, Tensor | None]:
@@ -91,17 +98,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, return_map: bool) -> tuple[Tensor
     return weights @ v, weights
 
 
-def gelu(x: Tensor) -> Tensor:
-    """The tanh form, x (1 + tanh z) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3)."""
-    if not torch.compiler.is_compiling():
-        return F.gelu(x, approximate="tanh")
-    # (1 + tanh z) / 2 is sigmoid(2z); torch's sigmoid takes a sixth of the time of its tanh on a CPU.
-    return x * torch.sigmoid(math.sqrt(8 / math.pi) * x * (1 + 0.044715 * x.square()))
-
-
 class Mlp(nn.Module):
-    """[B, N, D] -> GELU (tanh form) -> [B, N, D]; both linears with bias. The input comes through
-    `copy_to_tp`."""
+    """[B, N, D] -> GELU (tanh form) -> [B, N, D]; both linears with bias. The block calls `up`, together with
+    other layers of the same input, and then this module."""
 
     def __init__(self, config: ModelConfig, init: Initializer):
         super().__init__()
@@ -111,11 +110,10 @@ class Mlp(nn.Module):
         self.up = ColumnParallelLinear(dim, (hidden,), init.scope("up"), bias=True, bias_std=MLP_BIAS_STD)
         self.down = RowParallelLinear(hidden, dim, init.scope("down"), bias=True, bias_std=MLP_BIAS_STD)
 
-    def forward(self, n: Tensor, addend: Tensor | None = None) -> Tensor:
-        """`addend` [B, N, D] is another layer's partial sum: it joins inside the matmul, before the one
-        reduce."""
-        hidden = gelu(self.up(n))  # [B, N, F/tp]
-        hidden = dropout(self.mesh, hidden, self.dropout, self.training, sharded=True)
+    def forward(self, hidden: Tensor, addend: Tensor | None = None) -> Tensor:
+        """From the output of `up` [B, N, F/tp]. `addend` [B, N, D] joins inside the matmul: another layer's
+        partial sum, before the one reduce."""
+        hidden = dropout(self.mesh, gelu(hidden), self.dropout, self.training, sharded=True)
         return self.down(hidden, addend)
 
 
@@ -127,6 +125,11 @@ class _Residual(nn.Module):
         self.mesh, self.rate = init.mesh, config.dropout
         initial = config.layer_scale
         self.scale = None if initial is None else init.constant("scale", Layout((config.dim,)), initial)
+
+    @property
+    def is_plain_sum(self) -> bool:
+        """Whether x may join inside the branch's matmuls: every rank's partial sum would add it."""
+        return self.mesh.tp_size == 1 and self.scale is None and not (self.training and self.rate)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         y = y if self.scale is None else y * self.scale
@@ -150,13 +153,17 @@ class ParallelBlock(nn.Module):
 
     def forward(self, x: Tensor, return_map: bool = False) -> tuple[Tensor, Tensor | None]:
         """[B, N, D] -> ([B, N, D], attention map [B, H, N, N] if asked for, else None)."""
-        needs_output = self.residual.scale is not None
-        return recompute_with(self.recompute, self._forward, x, return_map, needs_output=needs_output)
+        # Layer scale's backward reads what the block adds.
+        dead = () if self.residual.scale is not None else (self.attn.out, self.mlp.down)
+        return recompute_with(self.recompute, self._forward, x, return_map, dead=dead)
 
     def _forward(self, x: Tensor, return_map: bool) -> tuple[Tensor, Tensor | None]:
-        n, *scales = copy_to_tp(self.mesh, self.norm(x), *self.attn.scales)
-        partial, weights = self.attn(n, *scales, return_map=return_map)
-        return self.residual(x, self.mlp(n, addend=partial)), weights
+        layers = (self.attn.qkv, self.mlp.up)
+        (qkv, hidden), scales = column_parallel(self.mesh, self.norm(x), layers, *self.attn.scales)
+        start = x if self.residual.is_plain_sum else None
+        partial, weights = self.attn(qkv, scales, addend=start, return_map=return_map)
+        y = self.mlp(hidden, addend=partial)
+        return self.residual(x, y) if start is None else y, weights
 
 
 class SequentialBlock(nn.Module):
@@ -176,14 +183,15 @@ class SequentialBlock(nn.Module):
 
     def forward(self, x: Tensor, return_map: bool = False) -> tuple[Tensor, Tensor | None]:
         """[B, N, D] -> ([B, N, D], attention map [B, H, N, N] if asked for, else None)."""
-        return recompute_with(self.recompute, self._forward, x, return_map)
+        dead = () if self.residual.scale is not None else (self.mlp.down,)
+        return recompute_with(self.recompute, self._forward, x, return_map, dead=dead)
 
     def _forward(self, x: Tensor, return_map: bool) -> tuple[Tensor, Tensor | None]:
-        n, *scales = copy_to_tp(self.mesh, self.norm(x), *self.attn.scales)
-        y, weights = self.attn(n, *scales, return_map=return_map)
+        (qkv,), scales = column_parallel(self.mesh, self.norm(x), [self.attn.qkv], *self.attn.scales)
+        y, weights = self.attn(qkv, scales, return_map=return_map)
         x = self.attn_residual(x, y)
-        (n,) = copy_to_tp(self.mesh, self.mlp_norm(x))
-        return self.residual(x, self.mlp(n)), weights
+        (hidden,), _ = column_parallel(self.mesh, self.mlp_norm(x), [self.mlp.up])
+        return self.residual(x, self.mlp(hidden)), weights
 
 
 Block = ParallelBlock | SequentialBlock

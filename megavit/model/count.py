@@ -63,6 +63,16 @@ def train_flops(config: ModelConfig) -> int:
     return 3 * forward_flops(config)
 
 
+def repeated_flops(config: ModelConfig) -> int:
+    """Matmul FLOPs of one image that `--recompute full` computes again: those of the blocks, but for what
+    projects back to D without being read by backward (see `recompute`)."""
+    dead = 0
+    if config.layer_scale is None:  # down; and in a parallel block out, since only down's output follows it
+        dead = config.dim * config.mlp_dim + (config.dim**2 if config.block == "parallel" else 0)
+    per_block = 2 * (block_matrices(config) // config.depth - dead) + 4 * config.num_tokens * config.dim
+    return config.depth * config.num_tokens * per_block
+
+
 def trunk_flops_per_token(config: ModelConfig) -> int:
     """ViT-22B's own convention, 6 N + 12 L n D with N the block matrices: reproduces its 54.9% MFU at 1,150
     tokens/s."""

@@ -47,7 +47,7 @@ class MapHead(nn.Module):
         k, v = (t.transpose(1, 2) for t in kv.unbind(2))  # [B, H/tp, N, K]
         pooled = self.out(F.scaled_dot_product_attention(q, k, v).flatten(1))  # [B, D]
         (n,) = copy_to_tp(self.mesh, self.norm(pooled))
-        return pooled + self.mlp(n)
+        return pooled + self.mlp(self.mlp.up(n))
 
 
 class Classifier(nn.Module):

@@ -1,19 +1,21 @@
 """Linear layers whose weights are sharded over the TP group. They store nothing they do not need for
-backward.
+backward, and compute while the ranks' sums are on their way (as the parallel linears of arXiv 2302.05442,
+section 3.2).
 
-Letters: B batch, N tokens, `in`/`out` the logical widths. Neither layer copies its input into the region:
-that is the block's choice, because two layers may share one `copy_to_tp`.
+Letters: B batch, N tokens, `in`/`out` the logical widths, n rows (B * N).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
-from megavit.parallel.collectives import reduce_from_tp
 from megavit.parallel.init import Initializer
 from megavit.parallel.layout import Layout
 from megavit.parallel.mesh import Mesh
@@ -23,13 +25,13 @@ _ONEDNN = torch.backends.mkldnn.is_available()  # here, since torch.compile brea
 
 @torch.library.custom_op("megavit::onednn_linear", mutates_args=())
 def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor | None) -> Tensor:
-    """rows W^T plus a bias [out] or an addend [n, out]: [n, in], [out, in] -> [n, out], by oneDNN.
+    """rows W^T plus a bias [out] and an addend [n, out]: [n, in], [out, in] -> [n, out], by oneDNN.
 
     In float32 on a CPU it is about 1.1 times as fast as the BLAS behind torch.mm, and adds without copying
     first. An operator of ours, because inductor takes oneDNN's for constant weights only.
     """
     if addend is not None:
-        return torch.ops.mkldnn._linear_pointwise(rows, addend, weight, None, "add")
+        return torch.ops.mkldnn._linear_pointwise(rows, addend, weight, bias, "add")
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
@@ -49,41 +51,30 @@ MATMULS = {
     torch.ops.aten.addmm.default,
     torch.ops.megavit.onednn_linear.default,
 }
-
-
-def matmul_shape(operator: Any, arguments: tuple[Any, ...]) -> tuple[int, int]:
-    """[n, out] of what one of `MATMULS` returns."""
-    if operator is torch.ops.megavit.onednn_linear.default:
-        return arguments[0].shape[0], arguments[1].shape[0]
-    rows, weight = arguments[-2:]  # the weight transposed
-    return rows.shape[0], weight.shape[1]
+# A row-parallel layer multiplies the second part of its rows while the ranks' sum of the first is on its way.
+REDUCE_CHUNKS = 2
 
 
 def _has_onednn(rows: Tensor) -> bool:
     return _ONEDNN and rows.dtype == torch.float32 and rows.device.type == "cpu"
 
 
-def _affine(rows: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor | None) -> Tensor:
-    """rows W^T plus a bias [out] or an addend [n, out]: [n, in], [out, in] -> [n, out]."""
-    if bias is None and addend is None:
-        # Not oneDNN's: selective recompute skips one such matmul, and numbers what follows by operator.
-        return torch.mm(rows, weight.t())
+def _matmul(rows: Tensor, weight: Tensor, bias: Tensor | None = None, addend: Tensor | None = None) -> Tensor:
+    """rows W^T (+ bias [out]) (+ addend [n, out]): [n, in], [out, in] -> [n, out]."""
     if _has_onednn(rows):
         return _onednn(rows, weight, bias, addend)
-    start = bias if addend is None else addend
-    assert start is not None
-    return torch.addmm(start, rows, weight.t())
+    if addend is not None:
+        out = torch.addmm(addend, rows, weight.t())
+        return out if bias is None else out.add_(bias)
+    return torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
 
 
-def _input_gradient(grad_rows: Tensor, weight: Tensor) -> Tensor:
-    """grad W: [n, out], [out, in] -> [n, in]."""
-    if _has_onednn(grad_rows):
-        return _onednn(grad_rows, weight.t(), None, None)
-    return torch.mm(grad_rows, weight)
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T, plus either a bias [out] or an addend [..., out] inside the matmul.
+    """x W^T + bias [out] + addend [..., out], each of the two if given.
 
     Saves the parameter itself, not a transposed view of it: under ZeRO-3 a view would keep the gathered
     weight alive until backward. (DeepSpeed patches `torch.nn.functional.linear` process-wide for the same
@@ -93,28 +84,114 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias, ctx.has_addend = bias is not None, addend is not None
-        rows = x.reshape(-1, x.shape[-1])
-        if addend is not None:
-            addend = addend.reshape(-1, weight.shape[0])
-        out = _affine(rows, weight, bias, addend)
+        out = _matmul(_rows(x), weight, bias, None if addend is None else _rows(addend))
         return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = _input_gradient(grad_rows, weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.mm(grad_rows.t(), x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
-        grad_bias = grad_rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        return grad_x, grad_weight, grad_bias, grad if ctx.has_addend else None
+        grad_rows = _rows(grad)
+        needs_x, needs_weight, needs_bias, needs_addend = ctx.needs_input_grad[:4]
+        grad_x = _matmul(grad_rows, weight.t()).view(x.shape) if needs_x else None
+        grad_weight = torch.mm(grad_rows.t(), _rows(x)) if needs_weight else None
+        return grad_x, grad_weight, grad_rows.sum(0) if needs_bias else None, grad if needs_addend else None
+
+
+class _RowLinear(torch.autograd.Function):
+    """As `_Linear`, for row-parallel layers: with a mesh, x W^T + addend is all-reduced over the TP group
+    before the bias joins."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        addend: Tensor | None,
+        mesh: Mesh | None,
+        output_is_dead: bool,
+    ) -> Tensor:
+        shape = (*x.shape[:-1], weight.shape[0])
+        ctx.save_for_backward(x, weight)
+        if output_is_dead:
+            with _disable_current_modes():  # recompute's knows the operators of the forward pass only
+                return x.new_empty(shape)
+        if mesh is None:
+            return _matmul(_rows(x), weight, bias, None if addend is None else _rows(addend)).view(shape)
+        parts = _rows(x).chunk(REDUCE_CHUNKS)
+        starts = [None] * len(parts) if addend is None else _rows(addend).chunk(REDUCE_CHUNKS)
+        sums, pending = [], []
+        for part, start in zip(parts, starts, strict=True):
+            sums.append(_matmul(part, weight, None, start))
+            pending.append(dist.all_reduce(sums[-1], group=mesh.tp_group, async_op=True))
+        for work in pending:
+            work.wait()
+        total = torch.cat(sums).view(shape)
+        return total if bias is None else total.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_Linear.backward(ctx, grad), None, None
+
+
+class _ColumnLinears(torch.autograd.Function):
+    """Enters the sharded region with x and replicated tensors, and multiplies x by several column-parallel
+    weights.
+
+    Backward sums the gradients of x and of the replicated tensors over the TP group, in one all-reduce, and
+    computes the weights' gradients meanwhile.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mesh: Mesh, count: int, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        """`tensors`: `count` weights, `count` biases or None, the replicated ones."""
+        weights, biases, replicated = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        ctx.mesh, ctx.count = mesh, count
+        ctx.save_for_backward(x, *weights)
+        outs = [_matmul(_rows(x), w, b) for w, b in zip(weights, biases, strict=True)]
+        return *(out.view(*x.shape[:-1], -1) for out in outs), *(t.view_as(t) for t in replicated)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, *weights = ctx.saved_tensors
+        count = ctx.count
+        grad_rows, grad_replicated = [_rows(grad) for grad in grads[:count]], grads[count:]
+        needs = ctx.needs_input_grad[2:]
+        needs_x, needs_weight, needs_bias = needs[0], needs[1 : 1 + count], needs[1 + count : 1 + 2 * count]
+
+        grad_x = None
+        if needs_x:
+            for rows, weight in zip(grad_rows, weights, strict=True):
+                grad_x = _matmul(rows, weight.t(), None, grad_x)
+        summed = [grad.reshape(-1) for grad in (grad_x, *grad_replicated) if grad is not None]
+        # One flat buffer: one collective, and no gradient that autograd may share is overwritten.
+        flat = torch.cat(summed) if summed else None
+        work = None if flat is None else dist.all_reduce(flat, group=ctx.mesh.tp_group, async_op=True)
+        inputs = _rows(x)
+        grad_weights = [
+            torch.mm(rows.t(), inputs) if needed else None
+            for rows, needed in zip(grad_rows, needs_weight, strict=True)
+        ]
+        grad_biases = [rows.sum(0) if n else None for rows, n in zip(grad_rows, needs_bias, strict=True)]
+        if flat is not None and work is not None:
+            work.wait()
+            pieces = iter(flat.split([piece.numel() for piece in summed]))
+            grad_x = next(pieces).view(x.shape) if needs_x else None
+            grad_replicated = tuple(next(pieces).view(grad.shape) for grad in grad_replicated)
+        return None, None, grad_x, *grad_weights, *grad_biases, *grad_replicated
+
+
+# torch.compile cannot trace a collective inside an autograd.Function: compiled blocks break their graph here.
+_apply_reduced = torch.compiler.disable(_RowLinear.apply)
+_apply_columns = torch.compiler.disable(_ColumnLinears.apply)
 
 
 class ColumnParallelLinear(nn.Module):
     """[..., in] -> [..., out/tp]: each rank holds rows of the [out, in] weight. No communication.
 
     `parts` are the output widths of fused projections (q, k, v): each is sharded by itself, so a rank's
-    output is its slice of every part, side by side. The input must come through `copy_to_tp`.
+    output is its slice of every part, side by side. The input must come through `copy_to_tp`; or else the
+    layer is called by `column_parallel`.
     """
 
     def __init__(
@@ -133,6 +210,23 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return _Linear.apply(x, self.weight, self.bias, None)
+
+
+def column_parallel(
+    mesh: Mesh, x: Tensor, layers: Sequence[ColumnParallelLinear], *replicated: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Enter a sharded region: the outputs of several layers for one x [..., in], and `replicated` as it is to
+    be used inside.
+
+    Backward costs one all-reduce of the gradients of x and of `replicated` (parameters of one dtype of which
+    each rank sees a share only, as QK-norm scales see local heads), behind which the weights' gradients are
+    computed.
+    """
+    if mesh.tp_size == 1:
+        return tuple(layer(x) for layer in layers), replicated
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    found = _apply_columns(mesh, len(layers), x, *weights, *biases, *replicated)
+    return found[: len(layers)], found[len(layers) :]
 
 
 class RowParallelLinear(nn.Module):
@@ -157,12 +251,15 @@ class RowParallelLinear(nn.Module):
         assert reduce or not bias, "a bias added to partial sums would be counted tp_size times"
         self.mesh: Mesh = init.mesh
         self.reduce = reduce
+        # While true the layer returns uninitialised memory, at no cost: for recomputation, when only what the
+        # layer keeps for its backward is of interest. (Checkpoint's early stop alone would come one matmul
+        # and one reduce too late: a layer keeps its inputs after them.)
+        self.output_is_dead = False
         self.weight = init.xavier_uniform("weight", Layout((out_features, in_features), 1))
         self.bias = init.normal("bias", Layout((out_features,)), bias_std) if bias else None
 
     def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
-        partial = _Linear.apply(x, self.weight, None, addend)
-        if not self.reduce:
-            return partial
-        total = reduce_from_tp(self.mesh, partial)
-        return total if self.bias is None else total + self.bias
+        """`addend` [..., out] joins inside the matmul: a partial sum, or with a single rank anything."""
+        if not self.reduce or self.mesh.tp_size == 1:
+            return _RowLinear.apply(x, self.weight, self.bias, addend, None, self.output_is_dead)
+        return _apply_reduced(x, self.weight, self.bias, addend, self.mesh, self.output_is_dead)

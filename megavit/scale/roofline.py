@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, fields
 
 from megavit.config import ModelConfig, Recompute
-from megavit.model.count import forward_flops, train_flops
+from megavit.model.count import forward_flops, repeated_flops, train_flops
 from megavit.scale.communication import tp_elements
 from megavit.scale.gathers import replay
 from megavit.scale.gpus import Gpu
@@ -84,7 +84,7 @@ def predict_step(
     """Time of an optimizer step of `layout` on `cluster`, in the steady state."""
     passes = _Passes(model, recompute, layout, cluster)
     times = layout.grad_accum
-    tensor_parallel = _tensor_parallel_s(model, recompute, layout, zero, cluster)
+    tensor_parallel = _tensor_parallel_s(model, recompute, layout, zero, cluster, passes)
     sharding, update = _data_parallel_s(model, layout, zero, cluster, passes)
     compute = passes.forward_s + passes.backward_s
     images = layout.micro_batch * times
@@ -126,19 +126,13 @@ class _Passes:
         self.recomputation_s = {
             "none": 0.0,
             "selective": (4 + (2 + 2 * ratio) / t) * stream_s * model.depth,
-            "full": forward_s * _block_share(model),
+            "full": forward_s * repeated_flops(model) / forward_flops(model),
         }[recompute]
         launches = _KERNELS * model.depth * KERNEL_S
         busy = self.matmuls_s + self.attention_s + self.elementwise_s + self.recomputation_s
         self.launches_s = max(0.0, launches - busy)
         self.forward_s = forward_s + self.launches_s / 3
         self.backward_s = busy - forward_s + self.launches_s * 2 / 3
-
-
-def _block_share(model: ModelConfig) -> float:
-    """The blocks' part of the forward FLOPs."""
-    per_token = 2 * (4 * model.dim**2 + 2 * model.dim * model.mlp_dim) + 4 * model.num_tokens * model.dim
-    return model.depth * model.num_tokens * per_token / forward_flops(model)
 
 
 def _wave_share(model: ModelConfig, layout: Layout, gpu: Gpu) -> float:
@@ -155,16 +149,30 @@ def _wave_share(model: ModelConfig, layout: Layout, gpu: Gpu) -> float:
 
 
 def _tensor_parallel_s(
-    model: ModelConfig, recompute: Recompute, layout: Layout, zero: ZeroSettings, cluster: Cluster
+    model: ModelConfig,
+    recompute: Recompute,
+    layout: Layout,
+    zero: ZeroSettings,
+    cluster: Cluster,
+    passes: _Passes,
 ) -> float:
-    """A micro-step's all-reduces over the TP group. Nothing hides them: their results are needed at once."""
+    """What a micro-step waits for its all-reduces over the TP group, half of them forward.
+
+    A block's output is reduced in two chunks, the first one behind the matmul of the second; its input's
+    gradient behind the gradients of the weights of qkv and MLP up.
+    """
     t = layout.tp_size
     if t == 1:
         return 0.0
     size = tp_elements(model, recompute, layout.micro_batch) * zero.element_bytes
     in_node = min(t, cluster.gpus_per_node)
     calls = model.depth * (2 if model.block == "parallel" else 4)
-    return 2 * _ring_s(size, in_node, math.ceil(t / in_node), 1, cluster) + calls * _latency(t, cluster)
+    reduce_s = 2 * _ring_s(size, in_node, math.ceil(t / in_node), 1, cluster) + calls * _latency(t, cluster)
+    up, square = model.dim * model.mlp_dim, model.dim**2
+    pass_s = passes.matmuls_s / 3 / (4 * square + 2 * up)  # of a matrix entry
+    reduced = up if model.block == "parallel" else up + square
+    chunk = sum(_overlap(reduce_s / 4, pass_s * reduced / 2))
+    return reduce_s / 4 + chunk + sum(_overlap(reduce_s / 2, pass_s * (3 * square + up)))
 
 
 def _data_parallel_s(

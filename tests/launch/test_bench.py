@@ -73,7 +73,7 @@ def test_gpu_on_a_cpu(tmp_path: Path) -> None:
 def test_communication(tmp_path: Path) -> None:
     """Catches ranks that do not talk, lonely ones that wait, and a chunked reduce that sends more."""
     sizes = ["--shape", "32x1x2x2", "--image_size", "28", "--rounds", "1", "--json", str(tmp_path / "t.json")]
-    code, text = call("communication", *sizes, "--ways", "tp2", "tp2-two-chunks")
+    code, text = call("communication", *sizes, "--ways", "tp2-one-chunk", "tp2")
     assert code == 0, text
     plain, chunked = json.loads((tmp_path / "t.json").read_text())["tables"]
     assert plain["megabytes"] == chunked["megabytes"] > 0 and plain["alone_s"] < plain["talking_s"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import unittest.mock
-
 import pytest
 import torch
 from timm.layers import RmsNorm
@@ -11,7 +9,7 @@ from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
 from megavit.config import ModelConfig
-from megavit.model.block import ParallelBlock, attend, gelu, make_block
+from megavit.model.block import ParallelBlock, attend, make_block
 from megavit.parallel.init import Initializer
 from megavit.parallel.mesh import Mesh
 
@@ -111,13 +109,3 @@ def test_selective_recompute_is_for_parallel_blocks() -> None:
         make_block(
             dataclasses.replace(CONFIG, block="sequential"), Initializer(0, Mesh.single()), "selective"
         )
-
-
-def test_both_forms_of_gelu_are_one_function() -> None:
-    """Catches a wrong constant in the form that compiled blocks use."""
-    x = torch.linspace(-9, 9, 1001, dtype=torch.float64, requires_grad=True)
-    eager = gelu(x)
-    with unittest.mock.patch("torch.compiler.is_compiling", return_value=True):
-        compiled = gelu(x)
-    torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (compiled, eager)))

@@ -105,7 +105,7 @@ def test_dropout_masks_do_not_depend_on_tp_and_survive_recomputation() -> None:
 
 
 def count_collectives() -> dict[str, list[int]]:
-    """Elements of every all-reduce in a forward and a backward pass of a deep and a shallow model."""
+    """Elements that a forward and a backward pass of a deep and a shallow model all-reduce."""
     mesh = Mesh.from_environment(2)
     seen: list[int] = []
     original = dist.all_reduce
@@ -121,9 +121,9 @@ def count_collectives() -> dict[str, list[int]]:
             model = MegaVit.from_config(dataclasses.replace(CONFIG, block=block, depth=depth), mesh=mesh)
             seen.clear()
             out = model(batch()[0])
-            forward = len(seen)
+            forward = sum(seen)
             out.sum().backward()
-            found[f"{block} {depth}"] = [forward, len(seen) - forward]
+            found[f"{block} {depth}"] = [forward, sum(seen) - forward]
     dist.all_reduce = original
     return found
 
@@ -131,9 +131,12 @@ def count_collectives() -> dict[str, list[int]]:
 @pytest.mark.dist
 def test_a_parallel_block_costs_one_all_reduce_each_way() -> None:
     """Catches a second reduce in the block: half of ViT-22B's gain from the parallel form would be gone."""
+    tokens = batch()[0].shape[0] * 36 * CONFIG.dim
+    scales = 2 * CONFIG.dim // CONFIG.num_heads
     for found in run_ranks(2, count_collectives):
         per_block = {
             kind: [(found[f"{kind} 3"][way] - found[f"{kind} 1"][way]) / 2 for way in (0, 1)]
             for kind in ("parallel", "sequential")
         }
-        assert per_block == {"parallel": [1, 1], "sequential": [2, 2]}
+        expected = {"parallel": [tokens, tokens + scales], "sequential": [2 * tokens, 2 * tokens + scales]}
+        assert per_block == expected

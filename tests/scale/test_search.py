@@ -29,7 +29,7 @@ def test_22b_on_128_h100() -> None:
     assert 0.5 < best.mfu < 0.65
     by_name = {plan.name: plan for plan in plans}
     assert "recomputation" in reason(by_name["ZeRO-3 tp 1 full"], best)
-    assert "tensor-parallel" in reason(by_name["ZeRO-3 tp 8 selective"], best)
+    assert "slower" in reason(by_name["ZeRO-3 tp 8 selective"], best)
     assert reason(best, best) == "best"
     assert all(a.step.total <= b.step.total for a, b in pairwise(plans) if b.fits)
 
