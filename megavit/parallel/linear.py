@@ -31,8 +31,8 @@ def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor | 
     first. An operator of ours, because inductor takes oneDNN's for constant weights only.
     """
     if addend is not None:
-        return torch.ops.mkldnn._linear_pointwise(rows, addend, weight, bias, "add")
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(rows, addend, weight, bias, "add")
+    return torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
 
 
 @_onednn.register_fake
