@@ -15,9 +15,8 @@ from torch import Tensor
 
 _A = math.sqrt(8 / math.pi)
 _B = 0.044715 * _A
-_CHUNK = (
-    1 << 18
-)  # elements that a thread takes through all passes: whole tensors would go to memory and back each time
+# Elements that a thread takes through all passes (1 MiB): a whole tensor would go to memory and back in each.
+_CHUNK = 1 << 18
 
 
 def gelu(x: Tensor) -> Tensor:

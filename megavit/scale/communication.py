@@ -98,11 +98,13 @@ def tp_elements(model: ModelConfig, recompute: Recompute, micro_batch: int) -> i
     """Elements all-reduced over a TP group in one forward and backward pass.
 
     A parallel block reduces its output forward and its input's gradient backward; a sequential one each
-    twice. Full recomputation stops before a block's last reduce, so only a sequential block repeats one.
+    twice. Recomputation leaves out a block's last reduce, so only full recomputation of a sequential block
+    repeats one; but layer scale's backward reads what it scales, and repeats that reduce too.
     """
     stream = micro_batch * model.num_tokens * model.dim
     sequential = model.block == "sequential"
     reduces = 2 * (1 + sequential) + (sequential and recompute == "full")
+    reduces += model.layer_scale is not None and recompute != "none"
     scales = 2 * model.head_dim if model.qk_norm else 0
     elements = model.depth * (reduces * stream + scales)
     pooled = micro_batch * model.dim

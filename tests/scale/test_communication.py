@@ -55,6 +55,7 @@ CASES = [
     case(tp=2, stage=3, stage3_param_persistence_threshold=70, recompute="selective"),
     case(tp=2, stage=2, bf16=True, model={"block": "sequential", "qk_norm": False}, recompute="full"),
     case(tp=2, stage=0, model={"pool": "mean", "num_registers": 3}),
+    case(tp=2, stage=0, model={"layer_scale": 0.1}, recompute="selective"),
 ]
 
 
