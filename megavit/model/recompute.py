@@ -75,8 +75,9 @@ def recompute_with(
     """
     if policy == "none" or not torch.is_grad_enabled():
         return function(*args)
-    if policy == "full" and torch.compiler.is_compiling():  # which takes contexts that select, and no others
-        return checkpoint(function, *args, use_reentrant=False)
-    return checkpoint(
-        function, *args, use_reentrant=False, context_fn=functools.partial(_contexts, policy, dead)
-    )
+    contexts: dict[str, Any] = {"context_fn": functools.partial(_contexts, policy, dead)}
+    if (
+        torch.compiler.is_compiling()
+    ):  # it finds by itself what is dead, and takes no contexts but selective ones
+        contexts = {"context_fn": _selective_contexts} if policy == "selective" else {}
+    return checkpoint(function, *args, use_reentrant=False, **contexts)
