@@ -1,12 +1,13 @@
 """Collectives over the TP group with the gradients that tensor parallelism needs (Megatron-LM's f and g,
 arXiv 1909.08053).
 
-With `tp_size == 1` each is the identity, so the layers above have no such branch. None of them is
-asynchronous.
+With `tp_size == 1` each is the identity, so the layers above have no such branch. The ones with gradients
+wait for their results; blocks use `linear.column_parallel`, which computes meanwhile.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megavit.parallel.mesh import Mesh
+
+
+def start_sum_over_tp(mesh: Mesh, tensors: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    """Begins one all-reduce of all `tensors` (of one dtype); what it returns waits for it and gives the sums.
+
+    They lie in a buffer of their own: no gradient that autograd may share with another branch is overwritten.
+    """
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    work = dist.all_reduce(flat, group=mesh.tp_group, async_op=True)
+
+    def finish() -> tuple[Tensor, ...]:
+        work.wait()
+        pieces = flat.split([tensor.numel() for tensor in tensors])
+        return tuple(piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True))
+
+    return finish
 
 
 class _CopyToTp(torch.autograd.Function):
@@ -24,12 +41,7 @@ class _CopyToTp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        # One flat buffer: one collective, and no gradient that autograd may share with another branch is
-        # overwritten.
-        flat = torch.cat([g.reshape(-1) for g in grads])
-        dist.all_reduce(flat, group=ctx.mesh.tp_group)
-        pieces = flat.split([g.numel() for g in grads])
-        return None, *(piece.view(g.shape) for piece, g in zip(pieces, grads, strict=True))
+        return None, *start_sum_over_tp(ctx.mesh, grads)()
 
 
 class _ReduceFromTp(torch.autograd.Function):
@@ -69,7 +81,7 @@ def copy_to_tp(mesh: Mesh, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Enter a sharded region: identity forward, one all-reduce of all the tensors' gradients (of one dtype)
     backward.
 
-    Replicated parameters used inside the region (QK-norm scales see local heads only) ride along in that
+    Replicated parameters used inside the region (the pooling probe sees local heads only) ride along in that
     all-reduce.
     """
     return tensors if mesh.tp_size == 1 else _apply_copy(mesh, *tensors)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
+from megavit.parallel.collectives import start_sum_over_tp
 from megavit.parallel.init import Initializer
 from megavit.parallel.layout import Layout
 from megavit.parallel.mesh import Mesh
@@ -155,29 +156,22 @@ class _ColumnLinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, *weights = ctx.saved_tensors
         count = ctx.count
-        grad_rows, grad_replicated = [_rows(grad) for grad in grads[:count]], grads[count:]
-        needs = ctx.needs_input_grad[2:]
-        needs_x, needs_weight, needs_bias = needs[0], needs[1 : 1 + count], needs[1 + count : 1 + 2 * count]
-
+        needs_weight, needs_bias = ctx.needs_input_grad[3:][:count], ctx.needs_input_grad[3 + count :][:count]
+        grad_rows = [_rows(grad) for grad in grads[:count]]
         grad_x = None
-        if needs_x:
-            for rows, weight in zip(grad_rows, weights, strict=True):
-                grad_x = _matmul(rows, weight.t(), None, grad_x)
-        summed = [grad.reshape(-1) for grad in (grad_x, *grad_replicated) if grad is not None]
-        # One flat buffer: one collective, and no gradient that autograd may share is overwritten.
-        flat = torch.cat(summed) if summed else None
-        work = None if flat is None else dist.all_reduce(flat, group=ctx.mesh.tp_group, async_op=True)
+        for rows, weight in zip(grad_rows, weights, strict=True):
+            grad_x = _matmul(rows, weight.t(), None, grad_x)
+        assert grad_x is not None
+        finish = start_sum_over_tp(ctx.mesh, [grad_x.view(x.shape), *grads[count:]])
         inputs = _rows(x)
         grad_weights = [
             torch.mm(rows.t(), inputs) if needed else None
             for rows, needed in zip(grad_rows, needs_weight, strict=True)
         ]
-        grad_biases = [rows.sum(0) if n else None for rows, n in zip(grad_rows, needs_bias, strict=True)]
-        if flat is not None and work is not None:
-            work.wait()
-            pieces = iter(flat.split([piece.numel() for piece in summed]))
-            grad_x = next(pieces).view(x.shape) if needs_x else None
-            grad_replicated = tuple(next(pieces).view(grad.shape) for grad in grad_replicated)
+        grad_biases = [
+            rows.sum(0) if needed else None for rows, needed in zip(grad_rows, needs_bias, strict=True)
+        ]
+        grad_x, *grad_replicated = finish()
         return None, None, grad_x, *grad_weights, *grad_biases, *grad_replicated
 
 

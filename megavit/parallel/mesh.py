@@ -226,7 +226,7 @@ def _device(local_rank: int) -> torch.device:
 
 def _keep_freed_memory() -> None:
     """Lets glibc keep the memory of freed tensors for the next step's, up to 1 GiB a tensor: the page faults
-    of giving it back and asking again take 4 to 6% of a training step on a CPU. Nothing without glibc."""
+    of giving it back and asking again take 3 to 7% of a training step on a CPU. Nothing without glibc."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30):
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
