@@ -109,9 +109,10 @@ def test_jobs_are_told_and_come_back(slurm: SlurmLab, tmp_path: Path) -> None:
 def test_node_daemon_that_crashed_starts_again(slurm: SlurmLab, tmp_path: Path) -> None:
     """Catches a job that waits for ever for the end of its step on a node whose daemon is gone."""
     script = tmp_path / "job"
-    script.write_text("#!/bin/bash\necho running\nsrun --nodes=2 --ntasks=2 sleep 2\n")
+    task = "echo task of $SLURMD_NODENAME; sleep 2"
+    script.write_text(f"#!/bin/bash\nsrun --unbuffered --nodes=2 --ntasks=2 bash -c '{task}'\n")
     job = slurm.sbatch(script, options=["--nodes=2"])
-    slurm.wait_for_output(job, "running")
+    slurm.wait_for_output(job, "task of node2")  # earlier, SLURM may rightly fail the step's launch
     slurm.crash("node2")
     assert slurm.wait(job)["JobState"] == "COMPLETED"
 
