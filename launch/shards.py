@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 if TYPE_CHECKING:
-    from megavit.data.sources import ShardCache
+    from megavit.data.cache import ShardCache
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -173,7 +173,7 @@ def which(arguments: argparse.Namespace) -> int:
 
 
 def _cache(arguments: argparse.Namespace) -> ShardCache:
-    from megavit.data.sources import ShardCache
+    from megavit.data.cache import ShardCache
 
     return ShardCache(arguments.cache_dir, int(arguments.cache_gb * 1e9))
 

@@ -15,11 +15,12 @@ import numpy as np
 from PIL import Image
 
 from megavit.data.bad import SampleError
+from megavit.data.cache import ShardCache
 from megavit.data.index import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, ShardError, walk_tar
 from megavit.data.lanes import DataState, Lanes, Order
 from megavit.data.manifest import DATA_FILE, Manifest, in_processes, open_shards
 from megavit.data.reader import ShardReader
-from megavit.data.sources import ShardCache, SourceError, is_local
+from megavit.data.sources import SourceError, is_local
 
 
 def verify(manifest: Manifest, cache: ShardCache, workers: int) -> Iterator[str]:

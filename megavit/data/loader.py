@@ -24,13 +24,14 @@ from torch.utils.data import DataLoader, Dataset
 from megavit.config import DataConfig, ModelConfig
 from megavit.data import transforms
 from megavit.data.bad import BadSample, SampleError
+from megavit.data.cache import ShardCache
 from megavit.data.decode import DecodeError, Decoder
 from megavit.data.index import IMAGE_EXTENSIONS, LABEL_EXTENSIONS
 from megavit.data.labels import pad_labels, parse_labels
 from megavit.data.lanes import MAX_LANES, DataState, Lanes, Order, uniforms
 from megavit.data.manifest import Manifest
 from megavit.data.reader import ShardReader
-from megavit.data.sources import ShardCache, is_local
+from megavit.data.sources import is_local
 from megavit.data.worker import WorkerLog, start_forkserver, watched
 
 

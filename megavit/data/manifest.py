@@ -23,8 +23,9 @@ import braceexpand
 import numpy as np
 from tqdm import tqdm
 
+from megavit.data.cache import ShardCache
 from megavit.data.index import INDEX_SUFFIX, ShardError, ShardIndex, index_header, index_shard, read_index
-from megavit.data.sources import ShardCache, is_local, local_path
+from megavit.data.sources import is_local, local_path
 
 MANIFEST_SUFFIX = ".manifest.json"
 DATA_FILE = "data.json"  # in a run folder: which shards it reads, in which order

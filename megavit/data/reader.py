@@ -12,9 +12,10 @@ from typing import Any
 from isal.isal_zlib import crc32
 
 from megavit.data.bad import BadSample, SampleError
+from megavit.data.cache import ShardCache
 from megavit.data.index import Member, ShardError, ShardIndex
 from megavit.data.manifest import Manifest
-from megavit.data.sources import ShardCache, SourceError, is_local
+from megavit.data.sources import SourceError, is_local
 
 _MAX_OPEN = 128  # files, and as many index maps: far below the usual limit of 1,024 descriptors
 _MEMORY_S = 60.0  # a shard that failed is not tried again for so long

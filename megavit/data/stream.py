@@ -7,10 +7,10 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from megavit.data.cache import ShardCache
 from megavit.data.lanes import Order
 from megavit.data.manifest import Manifest
 from megavit.data.reader import ShardReader
-from megavit.data.sources import ShardCache
 
 
 class LaneSource(IterableDataset[dict[str, Any]]):

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from megavit.config import RunConfig
 from megavit.data.bad import BadSample
+from megavit.data.cache import ShardCache
 from megavit.data.device import blend, to_model_input
 from megavit.data.lanes import DataState
 from megavit.data.loader import Batch, EvalLoader, Share, TrainLoader
 from megavit.data.manifest import Manifest, open_shards
-from megavit.data.sources import ShardCache
 from megavit.parallel.collectives import gather_from_tp, max_over_tp, reduce_from_tp, sum_over_dp
 from megavit.parallel.mesh import Mesh
 from megavit.train.loss import local_targets

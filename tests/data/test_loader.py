@@ -18,10 +18,10 @@ import torch
 import webdataset as wds
 
 from megavit.config import DataConfig, ModelConfig, run_preset
+from megavit.data.cache import ShardCache
 from megavit.data.lanes import DataState
 from megavit.data.loader import Batch, EvalLoader, Share, TrainLoader
 from megavit.data.manifest import index_pattern, open_shards
-from megavit.data.sources import ShardCache
 from megavit.data.worker import WorkerError
 from tests.data.shards import flip_bit, picture, truncate, write_shards
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megavit.data.cache import ShardCache
 from megavit.data.index import ShardError
 from megavit.data.manifest import expand_shards, index_pattern, open_shards, read_manifest
-from megavit.data.sources import ShardCache
 from tests.data.shards import truncate, write_shards
 
 
