@@ -29,7 +29,7 @@ from megavit.model.block import make_block
 from megavit.model.count import forward_flops
 from megavit.parallel.init import Initializer
 from megavit.parallel.mesh import Mesh
-from megavit.train.monitor import nominal_peak
+from megavit.train.meters import nominal_peak
 
 # What a block keeps for backward, in units of D per token: see `model.recompute`.
 HELD: dict[Recompute, int] = {"none": 16, "selective": 9, "full": 1}

@@ -1,5 +1,4 @@
-"""What a run writes for people: a console line, log.jsonl, TensorBoard; and the speed and memory that go into
-them.
+"""What a run writes for people: a console line, log.jsonl, TensorBoard.
 
 The only importer of SummaryWriter. Only the main rank writes; the others hold a `Monitor` that does nothing.
 A disk that is full costs log lines, never the run.
@@ -7,16 +6,11 @@ A disk that is full costs log lines, never the run.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import resource
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -29,14 +23,15 @@ from megavit.config import RunConfig, plain_config
 from megavit.data.bad import BAD_SAMPLES_FILE
 from megavit.model.count import num_params, train_flops
 from megavit.parallel.mesh import Mesh
-from megavit.scale.gpus import peak_flops
 from megavit.train.ds_config import uses_bf16
+from megavit.train.environment import environment
 from megavit.train.inputs import Inputs
+from megavit.train.log_file import LogFile, discard_rows
+from megavit.train.meters import memory_gib, rank_peak_flops
 from megavit.train.saver import Progress, Saved
 from megavit.train.schedule import lr_at
 
 LOG_FILE = "log.jsonl"
-DISCARDED_SUFFIX = ".discarded"  # lines of steps that a run did again from an earlier checkpoint
 _PROGRESS_S = 15.0
 BASELINES_FILE = "baselines.json"
 
@@ -57,12 +52,10 @@ class Monitor:
         self.run, self.mesh = run, mesh
         self.global_batch: int = ds_config["train_batch_size"]
         dtype = torch.bfloat16 if uses_bf16(ds_config) else torch.float32
-        self.peak_flops = _peak_flops(mesh, dtype) * mesh.world_size
+        self.peak_flops = rank_peak_flops(mesh, dtype) * mesh.world_size
         self._step_times: list[float] = []
         self._data_times: list[float] = []
         self._enabled = mesh.is_main
-        self._lock = threading.Lock()
-        self._log_lost = 0
         self._board: Any = None
         self._next_progress_s = _PROGRESS_S
         if not self._enabled:
@@ -71,9 +64,10 @@ class Monitor:
         resolved = yaml.safe_dump(plain_config(run), sort_keys=False)
         (run_dir / "config.yaml").write_text(resolved)
         (run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
-        (run_dir / "environment.json").write_text(json.dumps(_environment(mesh), indent=2) + "\n")
+        (run_dir / "environment.json").write_text(json.dumps(environment(mesh), indent=2) + "\n")
         self._run_dir, self._purge_step = run_dir, first_step + 1 if first_step else None
-        self._log = self._open_log(first_step)
+        discard_rows(run_dir / BAD_SAMPLES_FILE, first_step)
+        self._log = LogFile(run_dir / LOG_FILE, first_step, self.say)
         if not first_step:
             self._on_board(lambda board: board.add_text("config/run", f"```yaml\n{resolved}```"))
             text = f"```json\n{json.dumps(ds_config, indent=2)}\n```"
@@ -135,20 +129,20 @@ class Monitor:
         images_per_s = self.global_batch / step_time
         record = {
             "step": done,
-            "loss": _finite(loss),
+            "loss": loss,
             "lr": lr,
-            "grad_norm": _finite(grad_norm),
+            "grad_norm": grad_norm,
             "images_per_s": images_per_s,
             "tokens_per_s": images_per_s * self.run.model.num_tokens,
             "mfu": images_per_s * train_flops(self.run.model) / self.peak_flops,
             "step_time_s": step_time,
             "data_time_s": data_time,
-            "memory_gib": _memory_gib(self.mesh),
+            "memory_gib": memory_gib(self.mesh),
             "epoch": epoch,
             "bad_samples": bad_samples,
             "skipped_updates": skipped_updates,
         }
-        self._write(record)
+        self._log.write(**record)
         for tag, key in _TAGS.items():
             self._scalar(tag, record[key], done)
         bad = f"{bad_samples} bad  " if bad_samples else ""
@@ -163,7 +157,7 @@ class Monitor:
         """Record an evaluation after `step` updates, on `num_samples` images; `num_bad` more were
         unusable."""
         if self._enabled:
-            self._write({"step": step, "eval_top1": top1, "eval_samples": num_samples, "eval_bad": num_bad})
+            self._log.write(step=step, eval_top1=top1, eval_samples=num_samples, eval_bad=num_bad)
             self._scalar("eval/top1", top1, step)
             left_out = f" ({num_bad} unusable left out, see {BAD_SAMPLES_FILE})" if num_bad else ""
             self.say(
@@ -174,8 +168,7 @@ class Monitor:
     def event(self, step: int, kind: str, **fields: Any) -> None:
         """A line of log.jsonl about something other than a step or an evaluation."""
         if self._enabled:
-            numbers = {key: _finite(value) for key, value in fields.items()}
-            self._write({"step": step, "event": kind, "time": time.time(), **numbers})
+            self._log.write(step=step, event=kind, time=time.time(), **fields)
 
     def log_skipped(self, step: int, reason: str, loss: float, grad_norm: float) -> None:
         """Update number `step` (from 1) was refused."""
@@ -221,37 +214,13 @@ class Monitor:
     def rewind(self, step: int) -> None:
         """The run goes back to `step`: what was logged after it is set aside."""
         if self._enabled:
-            with self._lock:
-                self._log.close()
-                self._log = self._open_log(step)
+            discard_rows(self._run_dir / BAD_SAMPLES_FILE, step)
+            self._log.rewind(step)
             self._on_board(lambda board: board.close())
             self._board, self._purge_step = None, step + 1
 
-    def _open_log(self, step: int) -> Any:
-        for name in (LOG_FILE, BAD_SAMPLES_FILE):
-            discard_rows(self._run_dir / name, step)
-        return open(self._run_dir / LOG_FILE, "ab", buffering=0)
-
-    def _write(self, record: dict[str, Any]) -> None:
-        """Append a line, whole or not at all; also called from the watchdog's thread."""
-        line = json.dumps(record).encode() + b"\n"
-        with self._lock:
-            end = self._log.seek(0, os.SEEK_END)
-            try:
-                if self._log.write(line) < len(line):
-                    raise OSError("the disk took a part of the line only")
-            except OSError as error:
-                self._log.truncate(end)
-                self._log_lost += 1
-                if self._log_lost == 1:
-                    self.say(f"note: {LOG_FILE} cannot be written, its lines are left out for now: {error}")
-            else:
-                if self._log_lost:
-                    self.say(f"note: {LOG_FILE} can be written again; {self._log_lost} lines were left out")
-                self._log_lost = 0
-
-    def _scalar(self, tag: str, value: float | None, step: int) -> None:
-        if value is not None:
+    def _scalar(self, tag: str, value: float, step: int) -> None:
+        if math.isfinite(value):
             self._on_board(lambda board: board.add_scalar(tag, value, step))
 
     def _on_board(self, action: Callable[[Any], None]) -> None:
@@ -303,31 +272,6 @@ def choose_run_dir(run: RunConfig, mesh: Mesh) -> Path:
     return Path(mesh.broadcast(name))
 
 
-def discard_rows(path: Path, step: int) -> None:
-    """Move the lines of a JSON-lines file that are about steps after `step` to `<name>.discarded`: they will
-    be done again. A line that was cut off by a kill goes there too."""
-    if not path.is_file():
-        return
-    kept, discarded = [], []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            later = json.loads(line).get("step", 0) > step or not line.endswith("\n")
-        except ValueError:
-            later = True
-        (discarded if later else kept).append(line)
-    if discarded:
-        with open(path.with_name(path.name + DISCARDED_SUFFIX), "a") as file:
-            file.writelines(line.rstrip("\n") + "\n" for line in discarded)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, path)
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def reference_results(val_shards: str, top1: float) -> str:
     """The final top-1 beside the results recorded with the validation data (`baselines.json`), best first."""
     path = Path(val_shards).parent / BASELINES_FILE
@@ -339,79 +283,3 @@ def reference_results(val_shards: str, top1: float) -> str:
     return "\n".join(
         ["final top-1 on the validation shards:", *(f"  {name:<24} {value:.4f}" for name, value in rows)]
     )
-
-
-def _memory_gib(mesh: Mesh) -> float:
-    """Peak memory of this rank: the allocator's on a GPU, resident memory on a CPU."""
-    if mesh.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(mesh.device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def nominal_peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The data sheet's FLOP/s of a GPU's dense bfloat16 matmuls; None for another dtype or device."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        return peak_flops(torch.cuda.get_device_name(device))
-    return None
-
-
-def _peak_flops(mesh: Mesh, dtype: torch.dtype) -> float:
-    """FLOP/s of one rank's device in the matmuls' dtype: the data sheet's, else the best of a few matmuls
-    (0.1 s)."""
-    if peak := nominal_peak(mesh.device, dtype):
-        return peak
-    on_gpu = mesh.device.type == "cuda"
-    side = 8192 if on_gpu else 1024
-    a = torch.randn(side, side, device=mesh.device, dtype=dtype)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        times.append(time.perf_counter() - start)
-    return 2 * side**3 / min(times)
-
-
-def _environment(mesh: Mesh) -> dict[str, Any]:
-    """Versions, commit and layout: what one needs to know to repeat the run."""
-    packages = (
-        "megavit",
-        "torch",
-        "torchvision",
-        "deepspeed",
-        "einops",
-        "webdataset",
-        "numpy",
-        "safetensors",
-    )
-    return {
-        "python": sys.version.split()[0],
-        "packages": {name: _version(name) for name in packages},
-        "commit": _commit(),
-        "host": platform.node(),
-        "device": torch.cuda.get_device_name(mesh.device)
-        if mesh.device.type == "cuda"
-        else platform.processor() or "cpu",
-        "ranks": mesh.world_size,
-        "dp_size": mesh.dp_size,
-        "tp_size": mesh.tp_size,
-        "threads_per_rank": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "command": sys.argv,
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _commit() -> str:
-    """The checkout's commit, with -dirty for local changes."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    except FileNotFoundError:
-        return "unknown: no git on this machine"
-    return done.stdout.strip() if done.returncode == 0 else "unknown: not a git checkout"
