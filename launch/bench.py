@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-SHAPES = ["384x6x6x8", "1024x2x16x2"]
+SHAPES = ["384x6x6x8", "1024x2x16x8"]
 
 
 def bench_data(arguments: argparse.Namespace) -> None:

@@ -45,6 +45,10 @@ from deepspeed.utils import set_z3_leaf_modules  # noqa: E402
 # (The attribute deepspeed.comm.torch is PyTorch, hence the long way to the module.)
 importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
 
+# Asked whether the optimizer is its Muon (none is), DeepSpeed imports functions that are compiled when
+# imported: with all of inductor, a second of each start.
+importlib.import_module("deepspeed.runtime.compiler").compile = lambda: lambda function: function  # type: ignore[attr-defined]
+
 
 class StepResult(NamedTuple):
     """One optimizer step, the same on every rank. `grad_norm` is the global one before clipping; `refused` is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import pytest
@@ -139,6 +140,17 @@ def test_every_layout_takes_the_same_steps_as_plain_pytorch(case: str) -> None:
     ranks, tp_size, change, raw = CASES[case]
     for found in run_ranks(ranks, run_engine, tp_size, dataclasses.replace(RUN, **change), raw):
         assert found["losses"] < 1e-5 and found["norms"] < 1e-5 and found["weights"] < 1e-4, found
+
+
+def loads_inductor() -> bool:
+    run_engine(1, RUN, ds_config(3))
+    return "torch._inductor.compile_fx" in sys.modules
+
+
+@pytest.mark.dist
+def test_eager_steps_do_not_load_the_compiler() -> None:
+    """Catches the second that each start lost to DeepSpeed's Muon, which is compiled on import."""
+    assert run_ranks(1, loads_inductor) == [False]
 
 
 @pytest.mark.dist
