@@ -16,7 +16,7 @@ from megavit.scale.inventory import Unit, inventory
 from megavit.scale.job import Layout, ZeroSettings
 
 _MOMENT_BYTES = 8  # Adam's two, float32
-_PROGRAM_ON_CPU = 80 << 20  # what libraries allocate when the first engine is built, measured
+_PROGRAM_ON_CPU = 36 << 20  # what libraries allocate when the first engine is built, measured
 
 
 @dataclass(frozen=True)
