@@ -76,8 +76,7 @@ def recompute_with(
     if policy == "none" or not torch.is_grad_enabled():
         return function(*args)
     contexts: dict[str, Any] = {"context_fn": functools.partial(_contexts, policy, dead)}
-    if (
-        torch.compiler.is_compiling()
-    ):  # it finds by itself what is dead, and takes no contexts but selective ones
+    if torch.compiler.is_compiling():
+        # The compiler finds by itself what is dead, and takes no contexts but selective ones.
         contexts = {"context_fn": _selective_contexts} if policy == "selective" else {}
     return checkpoint(function, *args, use_reentrant=False, **contexts)
