@@ -18,7 +18,7 @@ test: $(INSTALLED)
 	. $(BIN)/activate && python -m pytest
 
 test-fast: $(INSTALLED)
-	. $(BIN)/activate && python -m pytest -m "not dist and not slow"
+	. $(BIN)/activate && python -m pytest -m "not dist and not slow and not slurm"
 
 lint: $(INSTALLED)
 	. $(BIN)/activate && ruff check . && ruff format --check . && mypy

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # real benchmarks, at the smallest size
+
 BENCH = str(Path(__file__).parents[2] / "launch" / "bench.py")
 TINY = ["--shape", "32x2x4x2", "--image_size", "56", "--num_classes", "10", "--rounds", "1"]
 
@@ -69,7 +71,6 @@ def test_gpu_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.slow
 def test_communication(tmp_path: Path) -> None:
     """Catches ranks that do not talk, lonely ones that wait, and a chunked reduce that sends more."""
     sizes = ["--shape", "32x1x2x2", "--image_size", "28", "--rounds", "1", "--json", str(tmp_path / "t.json")]

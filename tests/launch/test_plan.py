@@ -13,6 +13,8 @@ import yaml
 from megavit.cli import parse_run
 from megavit.train.ds_config import load_ds_config
 
+pytestmark = pytest.mark.slow  # whole searches by the command
+
 ROOT = Path(__file__).parents[2]
 
 
