@@ -41,7 +41,7 @@ class Mesh:
     processes).
 
     `io_group` spans the world over gloo; only the thread that writes checkpoints uses it, so its collectives
-    never mix with the training's.
+    never mix with the training's. The collectives of a mesh that `is_fake` move nothing.
     """
 
     tp_size: int = 1
@@ -53,6 +53,7 @@ class Mesh:
     tp_group: dist.ProcessGroup | None = None
     dp_group: dist.ProcessGroup | None = None
     io_group: dist.ProcessGroup | None = None
+    is_fake: bool = False
 
     @staticmethod
     def single(device: torch.device | str = "cpu") -> Mesh:
@@ -102,7 +103,7 @@ class Mesh:
 
         imagine_launch(tp_size * dp_size)
         dist.init_process_group("fake", rank=0, world_size=tp_size * dp_size, store=FakeStore())
-        mesh = Mesh(tp_size=tp_size, dp_size=dp_size, device=torch.device(device))
+        mesh = Mesh(tp_size=tp_size, dp_size=dp_size, device=torch.device(device), is_fake=True)
         return mesh._with_groups(timedelta(seconds=_TIMEOUT_S))
 
     def _with_groups(self, timeout: timedelta) -> Mesh:

@@ -16,7 +16,6 @@ from megavit.scale.inventory import Unit, inventory
 from megavit.scale.job import Layout, ZeroSettings
 
 _MOMENT_BYTES = 8  # Adam's two, float32
-_PROGRAM_ON_CPU = 36 << 20  # what libraries allocate when the first engine is built, measured
 
 
 @dataclass(frozen=True)
@@ -44,19 +43,18 @@ class Memory:
 def predict_memory(
     model: ModelConfig, recompute: Recompute, layout: Layout, zero: ZeroSettings, *, on_cpu: bool = False
 ) -> Memory:
-    """Memory of one rank, its fullest moment in the steady state. `on_cpu` is for rehearsals there: pages of
-    buffers that nobody writes do not count, and the libraries' own do."""
+    """Memory of one rank, its fullest moment in the steady state. `on_cpu` is for rehearsals there: in the
+    peak, pages of buffers that nobody writes do not count."""
     tree = inventory(model, layout.tp_size)
     persistent, host = _states(tree, layout, zero)
-    gradients, bucket = _gradients(tree, layout, zero), _bucket(tree, layout, zero, on_cpu)
+    gradients, bucket = _gradients(tree, layout, zero), _bucket(zero)
     if zero.stage == 3:  # allocated once; the other stages do it in every step
         persistent |= gradients | bucket
         gradients, bucket = {}, {}
-    if on_cpu:
-        persistent["program"] = _PROGRAM_ON_CPU
     fullest, in_step = _in_step(model, recompute, layout, zero, tree)
-    in_step |= gradients | bucket
-    in_update = _in_update(tree, layout, zero, on_cpu) | gradients
+    unwritten = {"pages of the bucket never written": -_unwritten(tree, layout, zero)} if on_cpu else {}
+    in_step |= gradients | bucket | unwritten
+    in_update = _in_update(tree, layout, zero, on_cpu) | gradients | (unwritten if zero.stage == 3 else {})
     if sum(in_update.values()) > sum(in_step.values()):
         fullest, in_step = "the update", in_update
     return Memory(_nonzero(persistent), _nonzero(in_step), _nonzero(host), fullest)
@@ -93,14 +91,15 @@ def _gradients(tree: Unit, layout: Layout, zero: ZeroSettings) -> dict[str, int]
     return {"gradients": accumulated * tree.shared(layout.dp_size)}
 
 
-def _bucket(tree: Unit, layout: Layout, zero: ZeroSettings, on_cpu: bool) -> dict[str, int]:
+def _bucket(zero: ZeroSettings) -> dict[str, int]:
     """The buffer that gradients wait in to be reduced; stages 1 and 2 have a second one to fill meanwhile."""
-    if zero.stage == 0:
-        return {}
-    elements = zero.reduce_bucket * (1 if zero.stage == 3 else 2)
-    if on_cpu:
-        elements = min(elements, tree.numel() * layout.grad_accum)
+    elements = zero.reduce_bucket * {0: 0, 1: 2, 2: 2, 3: 1}[zero.stage]
     return {"gradient bucket": elements * zero.element_bytes}
+
+
+def _unwritten(tree: Unit, layout: Layout, zero: ZeroSettings) -> int:
+    """Bytes of the bucket that a step's gradients do not reach."""
+    return max(0, _bucket(zero)["gradient bucket"] - tree.numel() * layout.grad_accum * zero.element_bytes)
 
 
 def _in_step(

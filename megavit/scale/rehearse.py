@@ -29,8 +29,13 @@ _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one rank used, in bytes and seconds; the step's are of the last one. On a CPU memory is the
-    process's resident set above that before the engine was built, on a GPU PyTorch's allocator's."""
+    """What one rank used, in bytes and seconds; the step's are of the last one.
+
+    On a GPU memory is what PyTorch's allocator has handed out. On a CPU persistent memory is that of the
+    tensors which are alive between two steps, and the peaks are the process's resident set above that before
+    the engine was built: they include what the libraries keep for themselves, tens of megabytes that differ
+    by machine.
+    """
 
     build_s: float
     build_peak_bytes: int
@@ -63,7 +68,6 @@ def rehearse(
             engine.train_step(batches, weight, 1e-3, norm_limit=math.inf)
         step_s = time.perf_counter() - started
         peak = meter.peak()
-    gc.collect()
     return Rehearsal(build_s, build_peak, step_s, meter.now(), peak, dict(counter.bytes))
 
 
@@ -130,13 +134,14 @@ def _inputs(run: RunConfig, micro_batch: int, mesh: Mesh) -> Inputs:
 
 
 class _ResidentMeter:
-    """Resident memory of this process, above that at its construction. Pages of files (libraries) are left
-    out: how many are mapped is chance."""
+    """Memory of this process above that at its construction: at the peak its resident set, without the pages
+    of files (how many of a library's are mapped is chance); now that of its tensors."""
 
     def __init__(self) -> None:
         # glibc keeps freed memory for later: let it give back every piece of a megabyte at once.
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
         self._before = _status("RssAnon")
+        self._tensors_before = _bytes_of_tensors()
 
     def reset_peak(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")
@@ -145,8 +150,7 @@ class _ResidentMeter:
         return _status("VmHWM") - _status("RssFile") - self._before
 
     def now(self) -> int:
-        ctypes.CDLL(None).malloc_trim(0)
-        return _status("RssAnon") - self._before
+        return _bytes_of_tensors() - self._tensors_before
 
 
 class _CudaMeter:
@@ -160,6 +164,15 @@ class _CudaMeter:
 
     def now(self) -> int:
         return torch.cuda.memory_allocated()
+
+
+def _bytes_of_tensors() -> int:
+    """Size of the storages of all tensors on the CPU that Python knows of, and of their gradients."""
+    gc.collect()
+    tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor) and item.is_cpu]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _status(field: str) -> int:

@@ -93,8 +93,8 @@ def test_selective_keeps_nine_d() -> None:
     ],
 )
 def test_prediction_is_what_one_true_rank_needs(flags: str) -> None:
-    """Catches buffers that DeepSpeed has and the prediction does not, or the other way round: persistent
-    memory within 5%, the peak within 15%, communication to the byte; and a build that holds the model."""
+    """Catches buffers that DeepSpeed has and the prediction does not, or the other way round, and a build
+    that holds the model. Persistent memory is that of tensors, the peak has the libraries' own in it."""
     command = [sys.executable, "launch/plan.py", *flags.split(), "--global_batch", "64", "--rehearse", "3"]
     done = subprocess.run(
         [*command, "--rehearse_micro_batch", "4"], cwd=ROOT, capture_output=True, text=True, timeout=300
@@ -104,6 +104,6 @@ def test_prediction_is_what_one_true_rank_needs(flags: str) -> None:
         r"^\| (\S.*?) \| .*? \| .*? \| ([\d.]+) \|", done.stdout.partition("rehearsal of")[2], re.MULTILINE
     )
     ratios = {name: float(ratio) for name, ratio in rows}
-    assert 0.95 < ratios.pop("persistent memory") < 1.05, done.stdout
+    assert 0.98 < ratios.pop("persistent memory") < 1.02, done.stdout
     assert 0.85 < ratios.pop("peak memory") < 1.15, done.stdout
     assert ratios and all(abs(ratio - 1) < 1e-4 for ratio in ratios.values()), done.stdout
