@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,9 +21,14 @@ from megavit.parallel.layout import Layout
 from megavit.parallel.linear import ColumnParallelLinear, RowParallelLinear, _Linear
 
 
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32 at least: one vector is left of an image here, and rounding it would save nothing."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class MapHead(nn.Module):
-    """Attention pooling: [B, N, D] -> [B, D]. Two all-reduces of [B, D] forward, one of [B, N, D] backward if
-    sharded.
+    """Attention pooling: [B, N, D] -> [B, D], the last sum in float32. If sharded, two all-reduces of [B, D]
+    forward and one of [B, N, D] backward.
 
     With `qkv_bias` the key bias exists, as in big_vision, but softmax cancels it: its gradient is rounding
     noise.
@@ -47,11 +53,12 @@ class MapHead(nn.Module):
         k, v = (t.transpose(1, 2) for t in kv.unbind(2))  # [B, H/tp, N, K]
         pooled = self.out(F.scaled_dot_product_attention(q, k, v).flatten(1))  # [B, D]
         (n,) = copy_to_tp(self.mesh, self.norm(pooled))
-        return pooled + self.mlp(self.mlp.up(n))
+        return wide(pooled) + wide(self.mlp(self.mlp.up(n)))
 
 
 class Classifier(nn.Module):
-    """[B, D] -> this rank's logits [B, ceil(C/tp)], or all [B, C]; weights start at zero.
+    """[B, D] -> this rank's logits [B, ceil(C/tp)], or all [B, C], in float32 whatever the dtype of the
+    weights, which start at zero.
 
     Classes that do not divide by tp_size are padded at the end; `gather_logits` and the losses leave the
     padding out.
@@ -67,7 +74,7 @@ class Classifier(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         (features,) = copy_to_tp(self.mesh, features)
-        return _Linear.apply(features, self.weight, self.bias, None)
+        return _Linear.apply(wide(features), wide(self.weight), wide(self.bias), None)
 
     def gather_logits(self, local: Tensor) -> Tensor:
         """[B, ceil(C/tp)] -> [B, C] in class order on every rank; one all-gather."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megavit.config import ModelConfig, Recompute, model_config, model_preset
 from megavit.model.block import Norm, make_block
-from megavit.model.head import Classifier, MapHead
+from megavit.model.head import Classifier, MapHead, wide
 from megavit.parallel.collectives import dropout
 from megavit.parallel.init import Initializer
 from megavit.parallel.layout import Layout, layout_of
@@ -197,12 +197,14 @@ class MegaVit(nn.Module):
         return self.norm(x), maps if return_maps else []
 
     def pool_tokens(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> [B, D], the features that the classifier reads ("pre_logits"). Registers do not take
-        part."""
+        """[B, N, D] -> [B, D], the features that the classifier reads ("pre_logits"), float32. Registers do
+        not take part."""
         patches = tokens[:, self.config.num_prefix_tokens :]
         if self.pool is not None:
             return self.pool(patches)
-        return patches.mean(1) if self.config.pool == "mean" else tokens[:, self.config.num_registers]
+        if self.config.pool == "mean":
+            return patches.mean(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+        return wide(tokens[:, self.config.num_registers])
 
     def compile_blocks(self) -> None:
         """torch.compile each block's forward, inside ZeRO's hooks; blocks share one compiled graph."""
