@@ -25,7 +25,7 @@ def main() -> int:
 
     from megavit.parallel.mesh import Mesh
     from megavit.train.guard import TooManySkipped
-    from megavit.train.loop import SaveError, train
+    from megavit.train.loop import OutOfMemory, SaveError, UselessRun, train
     from megavit.train.preempt import children_spared
 
     try:
@@ -33,7 +33,7 @@ def main() -> int:
             # The watchdog ends a rank that hangs, with a report; this limit is for when it cannot.
             mesh = Mesh.from_environment(run.tensor_parallel_size, run.timeout_s + 60)
         train(run, ds_config, mesh, stop)
-    except (ValueError, OSError, TooManySkipped, SaveError) as error:
+    except (ValueError, OSError, TooManySkipped, SaveError, UselessRun, OutOfMemory) as error:
         rank = f" on rank {dist.get_rank()}" if dist.is_initialized() else ""
         print(f"error{rank}: {error}", file=sys.stderr, flush=True)
         return 1

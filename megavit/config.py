@@ -371,6 +371,8 @@ class RunConfig:
         compile: torch.compile each block.
         export_dir: also write the final model.safetensors and config.json here; empty exports to
             <run_dir>/export.
+        check_every: steps between two comparisons of the TP ranks' copies of replicated parameters (norms,
+            biases, embeddings); one that differs is replaced by TP rank 0's, and said. 0 compares none.
         timeout_s: seconds without any progress after which a rank prints its stacks and ends the job.
         heartbeat_s: seconds between two signs of life in log.jsonl.
         model: the architecture.
@@ -394,6 +396,7 @@ class RunConfig:
     head_weight_decay: float = 3.0
     compile: bool = False
     export_dir: str = ""
+    check_every: int = 100
     timeout_s: float = 1800.0
     heartbeat_s: float = 60.0
     model: ModelConfig = field(default_factory=lambda: model_preset("vit_tiny"))
@@ -412,11 +415,9 @@ class RunConfig:
                 f"stop_at_step must lie in 0 to max_steps {self.max_steps}, got {self.stop_at_step}; raise "
                 f"--max_steps for a longer run"
             )
-        if self.eval_every < 0 or self.head_weight_decay < 0:
-            raise ValueError(
-                f"eval_every and head_weight_decay cannot be negative, "
-                f"got {self.eval_every} and {self.head_weight_decay}"
-            )
+        for name in ("eval_every", "check_every", "head_weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} cannot be negative, got {getattr(self, name)}")
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         if self.model.num_classes < 1:

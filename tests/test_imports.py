@@ -28,7 +28,7 @@ FORBIDDEN = {
     "train/checkpoint.py": ("torch", "deepspeed", "megavit.parallel.mesh"),
     "train/export.py": ("torch.distributed", "deepspeed"),
 }
-ONLY_IN = {"deepspeed": {"train/engine.py"}, "SummaryWriter": {"train/monitor.py"}}
+ONLY_IN = {"deepspeed": {"train/ds_patches.py", "train/engine.py"}, "SummaryWriter": {"train/monitor.py"}}
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "MASTER_ADDR")
 
 

@@ -118,6 +118,25 @@ def sum_over_dp(mesh: Mesh, local: Tensor) -> Tensor:
     return result
 
 
+@torch.no_grad()
+def sum_over_world(mesh: Mesh, local: Tensor) -> Tensor:
+    """Elementwise sum over all ranks; carries no gradient."""
+    if mesh.world_size == 1:
+        return local
+    result = local.clone()
+    dist.all_reduce(result)
+    return result
+
+
+@torch.no_grad()
+def broadcast_over_tp(mesh: Mesh, local: Tensor) -> Tensor:
+    """TP rank 0's tensor, in memory of its own; carries no gradient."""
+    result = local.clone()
+    if mesh.tp_size > 1:
+        dist.broadcast(result, src=mesh.dp_rank * mesh.tp_size, group=mesh.tp_group)
+    return result
+
+
 def dropout(mesh: Mesh, x: Tensor, rate: float, training: bool, *, sharded: bool) -> Tensor:
     """Dropout whose mask does not depend on the TP size.
 

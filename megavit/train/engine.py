@@ -1,18 +1,13 @@
 """The model inside DeepSpeed: construction under ZeRO, one optimizer step, and reading whole weights back.
 
-With `train.checkpoint` the only place that knows DeepSpeed. What DeepSpeed 0.19 does differently from its
-documentation is handled here and said where it is handled.
+With `zero_state.py` and `ds_patches.py` the only place that knows DeepSpeed. What DeepSpeed 0.19 does
+differently from its documentation is handled here and said where it is handled.
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
 import math
-import os
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,42 +16,26 @@ from torch import Tensor
 from megavit.config import RunConfig
 from megavit.model.block import ParallelBlock, SequentialBlock
 from megavit.model.vit import MegaVit
-from megavit.parallel.collectives import reduce_from_tp, sum_over_dp
+from megavit.parallel.collectives import reduce_from_tp, sum_over_dp, sum_over_world
+from megavit.parallel.layout import layout_of
 from megavit.parallel.mesh import Mesh
 from megavit.train.ds_config import uses_bf16
+from megavit.train.ds_patches import deepspeed, safe_get_full_fp32_param, set_z3_leaf_modules
 from megavit.train.inputs import Inputs
 from megavit.train.loss import image_losses
 from megavit.train.optim import parameter_groups
 from megavit.train.zero_state import ZeroState
 
-# DeepSpeed compiles its ops with the first `ninja` in PATH, and another version of it takes finished ops for
-# outdated: without this, a start with the environment not activated costs half a minute, and so does the
-# next.
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-
-# DeepSpeed prints dozens of lines a rank at start.
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-
-import deepspeed  # noqa: E402
-from deepspeed.utils import set_z3_leaf_modules  # noqa: E402
-
-# An all-reduce over shared memory, for inference on CPUs only. At each start it would be compiled or looked
-# up, and leave 32 MB or more a rank in /dev/shm, for ever.
-# (The attribute deepspeed.comm.torch is PyTorch, hence the long way to the module.)
-importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-
-# Asked whether the optimizer is its Muon (none is), DeepSpeed imports functions that are compiled when
-# imported: with all of inductor, a second of each start.
-importlib.import_module("deepspeed.runtime.compiler").compile = lambda: lambda function: function  # type: ignore[attr-defined]
-
 
 class StepResult(NamedTuple):
     """One optimizer step, the same on every rank. `grad_norm` is the global one before clipping; `refused` is
-    empty, or says why the weights and moments were left as they were."""
+    empty, or says why the weights and moments were left as they were; `read` are the numbers that the caller
+    asked for."""
 
     loss: float
     grad_norm: float
     refused: str
+    read: tuple[float, ...] = ()
 
 
 class Engine:
@@ -84,11 +63,12 @@ class Engine:
             dist_init_required=False,
         )
         self.state = ZeroState(self._deepspeed, self.model, mesh)
+        self._check_state()
         if initialise:
             self.state.initialise()
         self._update = self._deepspeed.basic_optimizer.step
         self._deepspeed.basic_optimizer.step = self._update_unless_refused
-        self._grad_norm, self._norm_limit = math.nan, math.inf
+        self._step: _Step | None = None
 
     def train_step(
         self,
@@ -96,12 +76,16 @@ class Engine:
         total_weight: Tensor,
         lr: float,
         norm_limit: float = math.inf,
+        read: Tensor | None = None,
     ) -> StepResult:
         """One optimizer step on `grad_accum` micro-batches, of images in [-1, 1].
 
         The loss is the sum of the images' losses times their weights over `total_weight`, the global batch's
-        sum of weights: bad samples take no part. The update is refused when the gradient's norm is not finite
-        or above `norm_limit`. Beside DeepSpeed's own, one all-reduce of a scalar.
+        sum of weights: bad samples take no part. The update is refused, on all ranks alike, when some rank
+        finds the gradient's norm not finite or above `norm_limit`.
+
+        Beside DeepSpeed's own communication one all-reduce of two numbers, and one copy to the host, in which
+        `read` (numbers on the device) comes along.
         """
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
@@ -117,58 +101,101 @@ class Engine:
             self._deepspeed.backward(loss * (self.grad_accum * self.mesh.dp_size))
             if index + 1 < self.grad_accum:
                 self._deepspeed.step()  # counts the micro-batch; the weights move on the last one only
-        loss_sum = float(sum_over_dp(self.mesh, total))
-        self._norm_limit = norm_limit
-        self._grad_norm = self._whole_grad_norm() if self._keeps_gradients_whole else math.nan
+        self._step = step = _Step(total, norm_limit, read)
+        if self._keeps_gradients_whole:
+            step.grad_norm = self._whole_grad_norm()
         self._deepspeed.step()
-        if not self._keeps_gradients_whole:
-            self._grad_norm = float(self._deepspeed.optimizer._global_grad_norm)
-        return StepResult(loss_sum, self._grad_norm, self._reason_to_refuse(total, loss_sum))
+        result = self._agree(step)
+        self._step = None
+        return result
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes], float32, of images [B, C, S, S], the same on all TP ranks."""
         self._deepspeed.eval()
-        return self._deepspeed(images.to(self.dtype)).float()
+        return self._deepspeed(images.to(self.dtype))
 
     @property
     def _keeps_gradients_whole(self) -> bool:
         """Stage 0 in float32: DeepSpeed steps the plain optimizer and reports no norm."""
         return not hasattr(self._deepspeed.optimizer, "_global_grad_norm")
 
-    def _whole_grad_norm(self) -> float:
+    def _whole_grad_norm(self) -> Tensor:
         squares = [torch.zeros((), device=self.mesh.device)] * 2  # replicated, sharded
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 sharded = int(parameter.model_parallel)  # type: ignore[attr-defined]
                 squares[sharded] = squares[sharded] + parameter.grad.float().square().sum()
-        return float(squares[0] + reduce_from_tp(self.mesh, squares[1])) ** 0.5
+        return (squares[0] + reduce_from_tp(self.mesh, squares[1])).sqrt()
 
     def _update_unless_refused(self, *arguments: Any, **options: Any) -> Any:
         """In the optimizer's place: DeepSpeed calls it for each of its buffers, when the norm is known and
-        nothing has moved yet, and then goes on as after any step. (At stage 3 it leaves out such a call by
-        itself if the norm is not finite.)"""
-        if not self._keeps_gradients_whole:
-            self._grad_norm = float(self._deepspeed.optimizer._global_grad_norm)
-        return self._update(*arguments, **options) if self._norm_is_fine else None
+        nothing has moved yet, and then goes on as after any step. (If the norm is not finite it leaves out
+        such a call by itself at stages 2 and 3.)"""
+        assert self._step is not None
+        return None if self._agree(self._step).refused else self._update(*arguments, **options)
 
-    @property
-    def _norm_is_fine(self) -> bool:
-        return math.isfinite(self._grad_norm) and self._grad_norm <= self._norm_limit
+    def _agree(self, step: _Step) -> StepResult:
+        """The step's result, found at the first call: the ranks' losses are added, and what one rank refuses
+        all refuse. Collective over the world."""
+        if step.result is None:
+            mesh = self.mesh
+            norm = step.grad_norm
+            if norm is None:
+                norm = self._deepspeed.optimizer._global_grad_norm
+            norm = torch.as_tensor(norm, dtype=torch.float64, device=mesh.device)
+            refused = ~(norm.isfinite() & (norm <= step.norm_limit))
+            loss = step.local_loss if mesh.tp_rank == 0 else torch.zeros_like(step.local_loss)
+            shared = sum_over_world(mesh, torch.stack([loss.double(), refused.double()]))
+            read = torch.empty(0, device=mesh.device) if step.read is None else step.read
+            numbers = torch.cat([shared, norm[None], read.double()]).tolist()  # waits for the device, once
+            loss_sum, refusals, grad_norm, *others = numbers
+            reason = self._reason_to_refuse(step, loss_sum, grad_norm) if refusals else ""
+            step.result = StepResult(loss_sum, grad_norm, reason, tuple(others))
+        return step.result
 
-    def _reason_to_refuse(self, local_loss: Tensor, loss: float) -> str:
-        if self._norm_is_fine:
-            return ""
+    def _reason_to_refuse(self, step: _Step, loss: float, grad_norm: float) -> str:
         if math.isfinite(loss):
-            what = "not finite" if not math.isfinite(self._grad_norm) else f"above {self._norm_limit:.4g}"
-            return f"gradient norm {self._grad_norm:.4g} is {what}"
-        flags = torch.zeros(self.mesh.dp_size, device=local_loss.device)
-        flags[self.mesh.dp_rank] = float(not math.isfinite(float(local_loss)))
+            what = "not finite" if not math.isfinite(grad_norm) else f"above {step.norm_limit:.4g}"
+            return f"gradient norm {grad_norm:.4g} is {what}"
+        flags = torch.zeros(self.mesh.dp_size, device=step.local_loss.device)
+        flags[self.mesh.dp_rank] = float(not math.isfinite(float(step.local_loss)))
         bad = sum_over_dp(self.mesh, flags).nonzero().flatten().tolist()
         ranks = (
             ", ".join(str(dp_rank * self.mesh.tp_size) for dp_rank in bad) or "none alone (the sum overflows)"
         )
         return f"loss is {loss} on rank(s) {ranks}"
+
+    def _check_state(self) -> None:
+        """Write a pattern into one parameter through `state`, and read it through DeepSpeed's public API.
+        Raises RuntimeError if they differ."""
+        stage = self._deepspeed.zero_optimization_stage()
+        if stage == 0 or self.mesh.is_fake:  # no buffers of DeepSpeed's; no data that move
+            return
+        layouts = {name: layout_of(parameter) for name, parameter in self.model.named_parameters()}
+        matrices = [name for name, layout in layouts.items() if len(layout.shape) > 1]
+        name = min(matrices, key=lambda name: math.prod(layouts[name].shape))
+        shape = layouts[name].local_shape(self.mesh.tp_size)
+        pattern = torch.arange(math.prod(shape), dtype=torch.float32, device=self.mesh.device)
+        for part in self.state.slices(moments=False):
+            if part.name == name:
+                part.tensors["weight"].copy_(pattern[part.start : part.stop])
+        found = safe_get_full_fp32_param(dict(self.model.named_parameters())[name])
+        if found is None or not torch.equal(found.flatten(), pattern.to(found.device)):
+            raise RuntimeError(
+                f"the weights of {name} as this trainer reads them from DeepSpeed's ZeRO stage {stage} are "
+                f"not those that DeepSpeed reports: checkpoints would be wrong; reinstall the versions of "
+                f"requirements.txt"
+            )
+
+
+class _Step:
+    """What an optimizer step knows before its update, and its result as soon as the ranks have agreed."""
+
+    def __init__(self, local_loss: Tensor, norm_limit: float, read: Tensor | None):
+        self.local_loss, self.norm_limit, self.read = local_loss, norm_limit, read
+        self.grad_norm: Tensor | None = None  # where DeepSpeed does not tell
+        self.result: StepResult | None = None
 
 
 def build_model(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> MegaVit:

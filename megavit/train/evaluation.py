@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from megavit.data.bad import BadSamples
+from megavit.data.bad import BadSample, BadSamples
 from megavit.data.device import to_model_input
 from megavit.data.loader import EvalLoader
 from megavit.parallel.collectives import sum_over_dp
 from megavit.train.engine import Engine
-from megavit.train.inputs import collect_bad, whole_batch
+from megavit.train.inputs import gather_bad, whole_batch
 from megavit.train.watchdog import Watchdog
+
+
+class Evaluation(NamedTuple):
+    """Top-1 over the images that have a label, how many those were, how many could be decoded but have no
+    label, and how many were unusable."""
+
+    top1: float
+    num_labelled: int
+    num_unlabelled: int
+    num_bad: int
 
 
 def evaluate(
     engine: Engine, loader: EvalLoader, bad_samples: BadSamples, step: int, watchdog: Watchdog
-) -> tuple[float, int]:
-    """(top-1, samples used) over the whole validation set, exact at any number of ranks: no sample dropped or
-    counted twice. A prediction is right if it is one of the image's labels. Bad samples are recorded and left
-    out."""
+) -> Evaluation:
+    """Top-1 over the whole validation set, exact at any number of ranks: no sample dropped or counted twice.
+
+    A prediction is right if it is one of the image's labels. Bad samples are recorded and left out; an image
+    without any label is no part of top-1.
+    """
     run, mesh = engine.run, engine.mesh
-    counts = torch.zeros(2, device=mesh.device, dtype=torch.float64)  # right, used
-    bad = []
+    counts = torch.zeros(3, device=mesh.device, dtype=torch.float64)  # right, labelled, usable
+    bad: list[BadSample] = []
     for number, batch in enumerate(loader):
         watchdog.at(f"evaluating batch {number} after step {step}")
         images, labels, weights = whole_batch(batch, run, mesh)
         predicted = engine.predict(to_model_input(images, mesh.device)).argmax(1)
         right = (labels == predicted[:, None]).any(1)
-        counts += torch.stack([(right * weights).sum(), weights.sum()])
-        bad.append(batch._replace(images=batch.images[:0]))
-    right_count, used = sum_over_dp(mesh, counts).tolist()
-    if used < loader.num_samples:
-        bad_samples.record(step, collect_bad(bad, run, mesh))
-    return right_count / max(used, 1), int(used)
+        labelled = (labels >= 0).any(1)
+        counts += torch.stack([(right * weights).sum(), (labelled * weights).sum(), weights.sum()])
+        bad += batch.bad
+    right_count, labelled_count, usable = sum_over_dp(mesh, counts).tolist()
+    if usable < loader.num_samples:
+        bad_samples.record(step, gather_bad(bad, run, mesh))
+    num_labelled, num_unlabelled = int(labelled_count), int(usable - labelled_count)
+    top1 = right_count / max(num_labelled, 1)
+    return Evaluation(top1, num_labelled, num_unlabelled, loader.num_samples - int(usable))

@@ -17,7 +17,7 @@ from megavit.data.device import blend, to_model_input
 from megavit.data.lanes import DataState
 from megavit.data.loader import Batch, EvalLoader, Share, TrainLoader
 from megavit.data.manifest import Manifest, open_shards
-from megavit.parallel.collectives import gather_from_tp, max_over_tp, reduce_from_tp, sum_over_dp
+from megavit.parallel.collectives import gather_from_tp, max_over_tp, sum_over_world
 from megavit.parallel.mesh import Mesh
 from megavit.train.loss import local_targets
 
@@ -114,16 +114,18 @@ def to_inputs(batch: Batch, run: RunConfig, mesh: Mesh) -> Inputs:
 
 
 @torch.no_grad()
-def total_weight(batches: list[Batch], run: RunConfig, mesh: Mesh) -> Tensor:
-    """The number of usable samples of a step's global batch: a float32 scalar on the device, the same on all
-    ranks."""
-    total = torch.stack([batch.weights.sum() for batch in batches]).sum().to(mesh.device)
-    return sum_over_dp(mesh, reduce_from_tp(mesh, total) if run.data.tp == "split" else total)
+def start_counts(batches: list[Batch], stop: bool, run: RunConfig, mesh: Mesh) -> Tensor:
+    """The number of usable samples of a step's global batch, and how many ranks were asked to stop: float32
+    [2] on the device, the same on all ranks. Nothing waits for it here. One all-reduce over the world."""
+    weight = torch.stack([batch.weights.sum() for batch in batches]).sum()
+    if run.data.tp == "replicate" and mesh.tp_rank:
+        weight = torch.zeros_like(weight)
+    counts = torch.stack([weight, torch.tensor(float(stop))])
+    return sum_over_world(mesh, counts.to(mesh.device, non_blocking=True))
 
 
-def collect_bad(batches: list[Batch], run: RunConfig, mesh: Mesh) -> list[BadSample]:
-    """The bad samples of a step from all ranks, on every rank. Collective over the world."""
-    mine = [bad for batch in batches for bad in batch.bad]
+def gather_bad(mine: list[BadSample], run: RunConfig, mesh: Mesh) -> list[BadSample]:
+    """The ranks' bad samples of a step or an evaluation, on every rank. Collective over the world."""
     if run.data.tp == "replicate" and mesh.tp_rank:
         mine = []
     return [bad for found in mesh.gather(mine) for bad in found]

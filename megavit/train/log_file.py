@@ -6,7 +6,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,18 @@ class LogFile:
     def _open(self, step: int) -> Any:
         discard_rows(self._path, step)
         return open(self._path, "ab", buffering=0)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSON-lines file, none if it does not exist. A line that is no record (cut off by a
+    kill) is passed over."""
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row
 
 
 def discard_rows(path: Path, step: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from megavit.config import RunConfig, plain_config
 from megavit.data.bad import BAD_SAMPLES_FILE, BadSamples, TooManyBadSamples
 from megavit.data.lanes import DataState, mix
-from megavit.data.loader import Batch, EvalLoader
+from megavit.data.loader import Batch
 from megavit.data.manifest import DATA_FILE
 from megavit.parallel.mesh import Mesh
 from megavit.train.checkpoint import Checkpoint, open_step
@@ -24,14 +24,14 @@ from megavit.train.export import export_weights, load_exported
 from megavit.train.guard import Guard, TooManySkipped
 from megavit.train.inputs import (
     check_replicas,
-    collect_bad,
     eval_loader,
+    gather_bad,
     open_data,
+    start_counts,
     to_inputs,
-    total_weight,
     train_loader,
 )
-from megavit.train.monitor import Monitor, choose_run_dir, reference_results, say
+from megavit.train.monitor import LOG_FILE, Monitor, choose_run_dir, reference_results, say
 from megavit.train.preempt import PREEMPTED_FILE, StopRequest, children_spared
 from megavit.train.resume import check_resumable, describe_changes
 from megavit.train.saver import Saver, open_latest, restore
@@ -45,12 +45,28 @@ class SaveError(RuntimeError):
     """The run has ended, but its last state could not be saved."""
 
 
+class UselessRun(RuntimeError):
+    """The run has come to its end, but has nothing to show for it; its state is saved, and not exported."""
+
+
+class OutOfMemory(RuntimeError):
+    """This rank's device, or its host, has no memory left; the message says what it was doing."""
+
+
 def train(run: RunConfig, raw_ds_config: dict[str, Any], mesh: Mesh, stop: StopRequest) -> float | None:
     """Train `run` on this rank of `mesh`, from its newest checkpoint or the start on; see `Trainer`."""
     trainer = Trainer(run, raw_ds_config, mesh)
     try:
         trainer.build()
         return trainer.train(stop)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"out of memory while {trainer.watchdog.phase}: {str(error).partition(chr(10))[0]}; lower "
+            f"train_micro_batch_size_per_gpu, use --recompute, a higher ZeRO stage, more ranks or "
+            f"--tensor_parallel_size (launch/plan.py predicts what fits)"
+        ) from error
     finally:
         trainer.close()
 
@@ -78,7 +94,7 @@ class Trainer:
         self._rollbacks: Counter[int] = Counter()
         self._saved_bytes = 0
         self.eval_loader = eval_loader(run, self.ds_config, mesh)
-        self.monitor = Monitor(self.run_dir, run, self.ds_config, mesh, self.step)
+        self.monitor = Monitor(self.run_dir, run, self.ds_config, mesh)
         name = f"rank {mesh.global_rank}"
         self.watchdog = Watchdog(run.timeout_s, name, self._reading, self._heartbeat, run.heartbeat_s)
 
@@ -92,14 +108,18 @@ class Trainer:
             self.watchdog.at(f"restoring {saved.folder.name}")
             restore(saved, self.engine.state, mesh)
             changes = describe_changes(saved, run, self.ds_config)
+            self.monitor.open(self.step)
             self.monitor.event(self.step, "resumed", path=saved.folder.name, changes=changes)
             self._say(f"going on after step {self.step}, saved {saved.saved_at} as {saved.folder.name}")
             for change in changes:
                 self._say(f"  changed: {change}")
         elif run.init_from:
             loaded = load_exported(Path(run.init_from), self.engine.state, run.model, mesh)
+            self.monitor.open()
             self.monitor.event(0, "initialised", what=loaded)
             self._say(loaded)
+        else:
+            self.monitor.open()
         self.saver = Saver(self.run_dir, run.checkpoint, mesh, self.engine.state, self.step)
         if mesh.is_main:
             self.loader.save_order(self.run_dir / DATA_FILE, self.step)
@@ -109,29 +129,29 @@ class Trainer:
         """Train to the last step, or until some rank is asked to `stop`; the state is saved either way.
 
         Returns the final top-1, or None without validation shards or before the end. Raises SaveError when
-        that save failed, TooManySkipped and TooManyBadSamples, after saving, when the run needs a person.
+        that save failed, UselessRun when there is nothing to export, TooManySkipped and TooManyBadSamples,
+        after saving, when the run needs a person.
         """
-        top1 = None
         if self.step >= self.last_step:
             self._say(f"nothing is left to do: the run is at step {self.step} of {self.last_step}")
+        top1 = self._evaluate_if_due(resuming=True)
         while self.step < self.last_step:
-            if self.mesh.any(bool(stop)):
-                self._stop_on_request(stop)
-                return None
-            result = self._take_step()
+            result = self._take_step(stop)
             if result.refused and self.guard.gives_up:
                 self._roll_back(result.refused)
                 continue
             if _is_due(self.step, self.run.checkpoint.every):
                 self._save()
-            if self.eval_loader and (
-                self.step == self.run.max_steps or _is_due(self.step, self.run.eval_every)
-            ):
-                top1 = self._evaluate(self.eval_loader)
+            _, some_rank_stops = result.read
+            if some_rank_stops:
+                self._stop_on_request(stop)
+                return None
+            top1 = self._evaluate_if_due()
         self._save_and_wait()
         if self.step < self.run.max_steps:
             self._say(f"stopped at step {self.step}; start again on {self.run_dir} to go on")
             return None
+        self._refuse_if_useless()
         self._export()
         if top1 is not None:
             self._say(reference_results(self.run.data.val_shards, top1))
@@ -141,8 +161,9 @@ class Trainer:
         self.watchdog.stop()
         self.monitor.close()
 
-    def _take_step(self) -> StepResult:
-        """One optimizer step: data, forward and backward, update or refusal, accounts, log line."""
+    def _take_step(self, stop: StopRequest) -> StepResult:
+        """One optimizer step: data, forward and backward, update or refusal, accounts, log line. The result's
+        `read` are the weight of the global batch and the number of ranks that were asked to stop."""
         started, step = time.perf_counter(), self.step
         self.watchdog.at(f"waiting for the data of step {step + 1}")
         # All of a step's micro-batches at once: the loss is divided by the weight of the whole global batch.
@@ -151,18 +172,19 @@ class Trainer:
         self.watchdog.at(f"computing step {step + 1}")
         if self.run.data.tp == "replicate" and step % self.run.data.check_every == 0:
             check_replicas(batches, step, self.mesh)
-        weight = total_weight(batches, self.run, self.mesh)
+        counts = start_counts(batches, bool(stop), self.run, self.mesh)
         micro_batches = (to_inputs(batch, self.run, self.mesh) for batch in batches)
         if step == 0:
             micro_batches = self.monitor.show_first(micro_batches)
         _seed_dropout(self.run.seed, step, self.mesh)
         lr = lr_at(step, self.run.max_steps, self.peak_lr, self.run.schedule)
-        result = self.engine.train_step(micro_batches, weight, lr, self.guard.limit)
+        result = self.engine.train_step(micro_batches, counts[0], lr, self.guard.limit, read=counts)
         self.step += 1
         self.guard.record(not result.refused, result.grad_norm)
         if result.refused:
             self.monitor.log_skipped(self.step, result.refused, result.loss, result.grad_norm)
-        self._account_for_bad_samples(batches, int(weight))
+        self._align_replicas_if_due()
+        self._account_for_bad_samples(batches, int(result.read[0]))
         self._log_saves()
         self.monitor.log_step(
             step,
@@ -177,20 +199,54 @@ class Trainer:
         )
         return result
 
+    def _align_replicas_if_due(self) -> None:
+        """Keep the copies of replicated parameters equal to TP rank 0's, which is the one that is saved."""
+        if self.mesh.tp_size == 1 or not _is_due(self.step, self.run.check_every):
+            return
+        if drifted := self.engine.state.align_replicas():
+            self.monitor.event(self.step, "replicas drifted", parameters=drifted)
+            self._say(
+                f"note: after step {self.step} the TP ranks' copies of {', '.join(drifted[:5])}"
+                f"{f' and {len(drifted) - 5} more' if len(drifted) > 5 else ''} were not the same; all have "
+                f"TP rank 0's now"
+            )
+
     def _account_for_bad_samples(self, batches: list[Batch], weight: int) -> None:
         # The weight, and so this decision, is the same on every rank.
-        bad = collect_bad(batches, self.run, self.mesh) if weight < self.global_batch else []
+        mine = [bad for batch in batches for bad in batch.bad]
+        bad = gather_bad(mine, self.run, self.mesh) if weight < self.global_batch else []
         try:
             self.bad_samples.add(self.step, self.global_batch, bad)
         except TooManyBadSamples:
             self._save_and_wait()
             raise
 
-    def _evaluate(self, loader: EvalLoader) -> float:
-        self.watchdog.at(f"evaluating after step {self.step}")
-        top1, used = evaluate(self.engine, loader, self.bad_samples, self.step, self.watchdog)
-        self.monitor.log_eval(self.step, top1, used, loader.num_samples - used)
-        return top1
+    def _evaluate_if_due(self, *, resuming: bool = False) -> float | None:
+        """Top-1 after this step, None if no evaluation is due. A run that was interrupted in one (`resuming`)
+        does it again, and takes the result of one that was finished from the log."""
+        run, step = self.run, self.step
+        if self.eval_loader is None or not (step == run.max_steps or _is_due(step, run.eval_every)):
+            return None
+        if resuming and (step == 0 or (logged := self.monitor.logged_top1(step)) is not None):
+            return logged if step else None
+        self.watchdog.at(f"evaluating after step {step}")
+        found = evaluate(self.engine, self.eval_loader, self.bad_samples, step, self.watchdog)
+        self.monitor.log_eval(step, found)
+        return found.top1
+
+    def _refuse_if_useless(self) -> None:
+        """Raise UselessRun if the weights are those of the start, or not numbers."""
+        step, skipped = self.step, self.guard.skipped
+        why = ""
+        if skipped == step:
+            why = f"every one of its {step} updates was refused, the weights are those of the start"
+        elif not self.engine.state.is_finite():
+            why = f"its weights are not finite ({skipped} of {step} updates were refused)"
+        if why:
+            raise UselessRun(
+                f"the run has ended, but {why}: nothing was exported. See {self.run_dir / LOG_FILE}; look at "
+                f"the learning rate, the data and the numbers in the configuration"
+            )
 
     def _save(self) -> None:
         self.watchdog.at(f"saving step {self.step}")
@@ -308,6 +364,12 @@ class Trainer:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """CPUs raise a plain RuntimeError."""
+    no_memory = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(t in str(error) for t in no_memory)
 
 
 def _seed_dropout(seed: int, step: int, mesh: Mesh) -> None:

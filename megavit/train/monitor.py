@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -26,10 +26,13 @@ from megavit.parallel.mesh import Mesh
 from megavit.train.ds_config import uses_bf16
 from megavit.train.environment import environment
 from megavit.train.inputs import Inputs
-from megavit.train.log_file import LogFile, discard_rows
+from megavit.train.log_file import LogFile, discard_rows, read_rows
 from megavit.train.meters import memory_gib, rank_peak_flops
 from megavit.train.saver import Progress, Saved
 from megavit.train.schedule import lr_at
+
+if TYPE_CHECKING:
+    from megavit.train.evaluation import Evaluation
 
 LOG_FILE = "log.jsonl"
 _PROGRESS_S = 15.0
@@ -37,8 +40,7 @@ BASELINES_FILE = "baselines.json"
 
 
 class Monitor:
-    """Logs of one run, from update `first_step` on; `log_step` is called every step and writes every
-    `log_every`-th.
+    """Logs of one run; `log_step` is called every step and writes every `log_every`-th.
 
     Speed is over whole optimizer steps (data, communication, optimizer, logging), the median of the steps
     since the last line. MFU is three forwards of matmul FLOPs over
@@ -46,26 +48,31 @@ class Monitor:
     rate measured at start.
     """
 
-    def __init__(
-        self, run_dir: Path, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh, first_step: int = 0
-    ):
+    def __init__(self, run_dir: Path, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh):
+        """Touches no file: a start that fails leaves the run folder as it was. `open` comes next."""
         self.run, self.mesh = run, mesh
+        self._run_dir, self._ds_config = run_dir, ds_config
         self.global_batch: int = ds_config["train_batch_size"]
         dtype = torch.bfloat16 if uses_bf16(ds_config) else torch.float32
         self.peak_flops = rank_peak_flops(mesh, dtype) * mesh.world_size
         self._step_times: list[float] = []
         self._data_times: list[float] = []
-        self._enabled = mesh.is_main
+        self._enabled = False  # once opened, on the main rank
         self._board: Any = None
         self._next_progress_s = _PROGRESS_S
-        if not self._enabled:
+
+    def open(self, first_step: int = 0) -> None:
+        """Write the run's configuration into its folder and go on with the logs after step `first_step`."""
+        run_dir, run, ds_config, mesh = self._run_dir, self.run, self._ds_config, self.mesh
+        if not mesh.is_main:
             return
+        self._enabled = True
         run_dir.mkdir(parents=True, exist_ok=True)
         resolved = yaml.safe_dump(plain_config(run), sort_keys=False)
         (run_dir / "config.yaml").write_text(resolved)
         (run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
         (run_dir / "environment.json").write_text(json.dumps(environment(mesh), indent=2) + "\n")
-        self._run_dir, self._purge_step = run_dir, first_step + 1 if first_step else None
+        self._purge_step = first_step + 1 if first_step else None
         discard_rows(run_dir / BAD_SAMPLES_FILE, first_step)
         self._log = LogFile(run_dir / LOG_FILE, first_step, self.say)
         if not first_step:
@@ -153,17 +160,29 @@ class Monitor:
             f"epoch {epoch:6.2f}  {bad}{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
         )
 
-    def log_eval(self, step: int, top1: float, num_samples: int, num_bad: int) -> None:
-        """Record an evaluation after `step` updates, on `num_samples` images; `num_bad` more were
-        unusable."""
+    def log_eval(self, step: int, found: Evaluation) -> None:
+        """Record an evaluation after `step` updates."""
         if self._enabled:
-            self._log.write(step=step, eval_top1=top1, eval_samples=num_samples, eval_bad=num_bad)
-            self._scalar("eval/top1", top1, step)
-            left_out = f" ({num_bad} unusable left out, see {BAD_SAMPLES_FILE})" if num_bad else ""
+            counts = {"eval_samples": found.num_labelled, "eval_bad": found.num_bad}
+            self._log.write(step=step, eval_top1=found.top1, **counts, eval_unlabelled=found.num_unlabelled)
+            self._scalar("eval/top1", found.top1, step)
+            notes = [f"{found.num_unlabelled} without a label left out"] if found.num_unlabelled else []
+            notes += [f"{found.num_bad} unusable left out, see {BAD_SAMPLES_FILE}"] if found.num_bad else []
+            left_out = f" ({'; '.join(notes)})" if notes else ""
             self.say(
-                f"step {step:>6}/{self.run.max_steps}  evaluation: top-1 {top1:.4f} on {num_samples} images"
-                f"{left_out}"
+                f"step {step:>6}/{self.run.max_steps}  evaluation: top-1 {found.top1:.4f} on "
+                f"{found.num_labelled} images{left_out}"
             )
+
+    def logged_top1(self, step: int) -> float | None:
+        """The top-1 that an evaluation after `step` updates had, from the log; None if there was none, or its
+        line is lost. The same on every rank; collective over the world."""
+
+        def find() -> float | None:
+            rows = [row for row in read_rows(self._run_dir / LOG_FILE) if row.get("step") == step]
+            return next((row["eval_top1"] for row in rows if "eval_top1" in row), None)
+
+        return self.mesh.on_main(find)
 
     def event(self, step: int, kind: str, **fields: Any) -> None:
         """A line of log.jsonl about something other than a step or an evaluation."""

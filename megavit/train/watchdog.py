@@ -33,13 +33,13 @@ class Watchdog:
     ):
         self._timeout_s, self._name, self._details = timeout_s, name, details
         self._heartbeat, self._heartbeat_s = heartbeat, heartbeat_s
-        self._phase, self._since = "starting", time.monotonic()
+        self.phase, self._since = "starting", time.monotonic()
         self._stopped = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def at(self, phase: str) -> None:
         """Progress: what this rank begins now."""
-        self._phase, self._since = phase, time.monotonic()
+        self.phase, self._since = phase, time.monotonic()
 
     def stop(self) -> None:
         self._stopped.set()
@@ -59,10 +59,10 @@ class Watchdog:
                 faulthandler.dump_traceback_later(self._timeout_s + _GRACE_S, exit=True)
             if self._heartbeat and now - beat > self._heartbeat_s:
                 beat = now
-                self._heartbeat(self._phase, idle_s)
+                self._heartbeat(self.phase, idle_s)
 
     def _end_process(self, idle_s: float) -> None:
-        report = [f"{self._name}: no progress for {idle_s:.0f} s (--timeout_s) while {self._phase}."]
+        report = [f"{self._name}: no progress for {idle_s:.0f} s (--timeout_s) while {self.phase}."]
         report += [line for line in self._details().splitlines() if line]
         print("\n".join([*report, "Stacks:"]), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)

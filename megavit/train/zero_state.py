@@ -2,7 +2,7 @@
 
 This is what checkpoints save and restore. Each stage of DeepSpeed 0.19 keeps float32 master weights and
 moments in flat buffers of its own; the slices here are views of those buffers, so restoring is copying into
-them. All knowledge of the buffers' layout is in this file.
+them. All knowledge of the buffers' layout is in this file, for the version that `ds_patches.py` names.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megavit.parallel.collectives import broadcast_over_tp
 from megavit.parallel.init import initial_values_of
 from megavit.parallel.layout import Box, layout_of
 from megavit.parallel.mesh import Mesh
@@ -100,6 +101,40 @@ class ZeroState:
         values = {name: initial_values_of(parameter) for name, parameter in self._model.named_parameters()}
         self.load(lambda name, boxes, out: values[name].read(boxes, out[WEIGHT]), moments=False)
 
+    def align_replicas(self) -> list[str]:
+        """Compare the replicated parameters' weights and moments with TP rank 0's, to the bit, and take TP
+        rank 0's where they differ. The names of those that did, anywhere in the world.
+
+        Each TP rank reduces its own copy's gradients over its own DP group, in which the order of a sum may
+        differ. Collective over the world; broadcasts 12 bytes a replicated element of this rank's partition.
+        """
+        mesh = self._mesh
+        layouts = {name: layout_of(parameter) for name, parameter in self._model.named_parameters()}
+        replicated = [
+            (part.name, tensor)
+            for part in self.slices()
+            if layouts[part.name].dim is None
+            for tensor in part.tensors.values()
+        ]
+        none = torch.empty(0, device=mesh.device)
+        mine = torch.cat([none, *(tensor.to(mesh.device) for _, tensor in replicated)])
+        firsts = broadcast_over_tp(mesh, mine).split([tensor.numel() for _, tensor in replicated])
+        changed = set()
+        for (name, tensor), first in zip(replicated, firsts, strict=True):
+            first = first.to(tensor.device)
+            if not torch.equal(tensor.view(torch.int32), first.view(torch.int32)):
+                tensor.copy_(first)
+                changed.add(name)
+        if not mesh.any(bool(changed)):
+            return []
+        self._refresh()
+        return sorted({name for names in mesh.gather(changed) for name in names})
+
+    def is_finite(self) -> bool:
+        """Whether all weights are finite. Collective over the world."""
+        tensors = [part.tensors[WEIGHT] for part in self.slices(moments=False)]
+        return not self._mesh.any(not all(bool(tensor.isfinite().all()) for tensor in tensors))
+
     def optimizer_state(self) -> dict[str, Any]:
         """Type, groups' hyperparameters, and each parameter's number of updates, as JSON."""
         steps = {}
@@ -123,8 +158,7 @@ class ZeroState:
             flat = place[0]
             assert done.setdefault(id(flat), steps[name]) == steps[name], f"{name} has its own step"
             state = self._state_of(flat)
-            # A fresh tensor for each buffer: torch's AdamW counts in place.
-            state["step"] = torch.tensor(float(steps[name])) if self._counts_in_tensors else steps[name]
+            state["step"] = self._count(flat, steps[name])
 
     def _refresh(self) -> None:
         """Bring the weights that compute uses up to date with the master weights. Collective over DP."""
@@ -137,9 +171,14 @@ class ZeroState:
         elif self._stage in (1, 2):
             optimizer.update_lp_params()
 
-    @property
-    def _counts_in_tensors(self) -> bool:
-        return type(self._engine.basic_optimizer).__module__.startswith("torch.")
+    def _count(self, flat: Tensor, updates: int) -> Tensor | int:
+        """A number of updates in the form in which the optimizer of the buffer `flat` keeps it."""
+        optimizer = self._engine.basic_optimizer
+        if not type(optimizer).__module__.startswith("torch."):
+            return updates
+        # A fresh tensor for each buffer: torch's AdamW counts in place. Its fused kernel counts on the GPU.
+        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+        return torch.tensor(float(updates), device=flat.device if on_device else None)
 
     def _place(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int] | None:
         """(flat master buffer, offset in it, start and stop in the shard) of this rank's part of a parameter;
@@ -166,7 +205,7 @@ class ZeroState:
         state = self._state_of(flat)
         if not state:
             state.update({kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS})
-            state["step"] = torch.tensor(0.0) if self._counts_in_tensors else 0
+            state["step"] = self._count(flat, 0)
         return {kind: state[kind] for kind in MOMENTS}
 
 
