@@ -268,3 +268,20 @@ def test_full_recompute_keeps_one_tensor_a_block() -> None:
         per_block[policy] = (deep - shallow) / 4 / (batch * tokens * dim)
     assert per_block["full"] == pytest.approx(1.0, abs=0.1)
     assert per_block["none"] > 12
+
+
+@pytest.mark.parametrize("pool", ["map", "mean", "cls"])
+def test_features_and_logits_are_float32_in_bfloat16_models(pool: str) -> None:
+    """Catches logits, of which the largest is the answer, that are rounded to eight bits."""
+    model = MegaVit(**SMALL, pool=pool).to(torch.bfloat16)
+    with torch.no_grad():
+        model.head.weight.normal_()
+    tokens, _ = model.encode(images(2).to(torch.bfloat16))
+    features = model.pool_tokens(tokens)
+    logits = model(images(2).to(torch.bfloat16))
+    assert features.dtype == logits.dtype == torch.float32
+    expected = features @ model.head.weight.float().t() + model.head.bias.float()
+    assert torch.equal(logits, expected) or (logits - expected).abs().max() < 1e-5
+    assert not torch.equal(logits, logits.to(torch.bfloat16).float())
+    logits.sum().backward()
+    assert model.head.weight.grad.dtype == torch.bfloat16

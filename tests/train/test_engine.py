@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from typing import Any
 
@@ -223,3 +224,136 @@ def test_tensor_parallel_ranks_refuse_together() -> None:
     """Catches TP ranks that judge by their own shard's norm."""
     for message, unchanged, same in run_ranks(2, poisoned, 2, ds_config(3), "spike"):
         assert "is above 1e-06" in message and unchanged and same
+
+
+def one_rank_refuses(tp_size: int, raw: dict[str, Any]) -> tuple[str, bool]:
+    """What a step says whose norm only the last rank finds too large, and whether the weights stayed."""
+    from megavit.train.engine import Engine
+
+    mesh = Mesh.from_environment(tp_size)
+    run = dataclasses.replace(RUN, tensor_parallel_size=tp_size)
+    engine = Engine(run, resolve_ds_config(raw, mesh.dp_size, "cpu"), mesh)
+    before = shards_of(engine)
+    limit = 1e-6 if mesh.global_rank == mesh.world_size - 1 else math.inf
+    result = engine.train_step(inputs(run, mesh, 0, engine.micro_batch), WEIGHTS.sum(), LR, limit)
+    after = shards_of(engine)
+    return result.refused, all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_what_one_rank_refuses_all_refuse(stage: int) -> None:
+    """Catches ranks that judge by themselves: one that skips an update has other weights from then on."""
+    for refused, unchanged in run_ranks(4, one_rank_refuses, 2, ds_config(stage)):
+        assert "gradient norm" in refused and unchanged
+
+
+def numbers_read_back() -> tuple[tuple[float, ...], float]:
+    from megavit.train.engine import Engine
+
+    mesh = Mesh.from_environment(1)
+    engine = Engine(RUN, resolve_ds_config(ds_config(3), mesh.dp_size, "cpu"), mesh)
+    read = torch.tensor([8.0, 1.0])
+    result = engine.train_step(inputs(RUN, mesh, 0, engine.micro_batch), WEIGHTS.sum(), LR, read=read)
+    return result.read, result.loss
+
+
+@pytest.mark.dist
+def test_a_step_reads_the_callers_numbers_with_its_own() -> None:
+    """Catches numbers that come back in another order, or mixed with the loss."""
+    ((read, loss),) = run_ranks(1, numbers_read_back)
+    assert read == (8.0, 1.0) and loss > 0
+
+
+def drift(raw: dict[str, Any], parameter: str, kind: str) -> tuple[list[str], list[str], bool, bool]:
+    """Move the last TP rank's copy of a replicated parameter; what two comparisons then find, whether all
+    ranks hold TP rank 0's values, and whether their predictions are the same."""
+    from megavit.parallel.collectives import max_over_tp
+    from megavit.train.engine import Engine
+
+    mesh = Mesh.from_environment(2)
+    run = dataclasses.replace(RUN, tensor_parallel_size=2)
+    engine = Engine(run, resolve_ds_config(raw, mesh.dp_size, "cpu"), mesh)
+    engine.train_step(inputs(run, mesh, 0, engine.micro_batch), WEIGHTS.sum(), LR)
+    for part in engine.state.slices():
+        if part.name == parameter and mesh.tp_rank == 1 and part.stop > part.start:
+            part.tensors[kind][-1] += 1e-3
+    found = engine.state.align_replicas(), engine.state.align_replicas()
+    same = True
+    for part in engine.state.slices():
+        if part.name == parameter:
+            values = torch.cat([part.tensors[kind], -part.tensors[kind]])
+            same = not bool((max_over_tp(mesh, values).view(2, -1).sum(0) != 0).any())
+    images, _ = batch(1)
+    logits = engine.predict(images)
+    return *found, same, torch.equal(max_over_tp(mesh, logits), logits)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("raw", "parameter", "kind"),
+    [
+        (ds_config(3, micro_batch=2), "blocks.0.norm.weight", "weight"),
+        (ds_config(2, micro_batch=2, bf16={"enabled": True}), "norm.weight", "weight"),
+        (ds_config(0, micro_batch=2), "embed.bias", "exp_avg_sq"),
+    ],
+    ids=["stage 3", "stage 2, bf16", "stage 0, moments"],
+)
+def test_a_replica_that_drifts_is_found_and_replaced(raw: dict[str, Any], parameter: str, kind: str) -> None:
+    """Catches TP ranks whose copies of a norm part company, of which a checkpoint then keeps one."""
+    for first, second, same, agree in run_ranks(4, drift, raw, parameter, kind):
+        assert first == [parameter] and second == []
+        assert same and agree
+
+
+def misread_state() -> str:
+    from megavit.train import zero_state
+    from megavit.train.engine import Engine
+
+    place = zero_state.ZeroState._place
+
+    def shifted(self: Any, parameter: Any) -> Any:
+        flat, offset, start, stop = place(self, parameter)
+        return flat, offset + 1, start, stop
+
+    zero_state.ZeroState._place = shifted  # type: ignore[method-assign]
+    try:
+        Engine(RUN, resolve_ds_config(ds_config(3), 1, "cpu"), Mesh.from_environment(1))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.dist
+def test_a_start_notices_buffers_that_it_misreads() -> None:
+    """Catches a DeepSpeed whose private buffers lie otherwise than `zero_state` believes."""
+    (error,) = run_ranks(1, misread_state)
+    assert "are not those that DeepSpeed reports" in error
+
+
+def test_another_version_of_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an upgrade under which patches and private attributes silently mean something else."""
+    from megavit.train import ds_patches
+
+    monkeypatch.setattr(ds_patches, "VERSION", "0.20.0")
+    with pytest.raises(ImportError, match=r"works with 0\.20\.0 only"):
+        ds_patches._require_version()
+
+
+def counts_of_updates() -> list[str]:
+    from megavit.train.engine import Engine
+
+    raw = ds_config(3)
+    raw["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
+    engine = Engine(RUN, resolve_ds_config(raw, 1, "cpu"), Mesh.from_environment(1))
+    fused = engine.state._count(torch.empty(1, device="meta"), 3)
+    for group in engine._deepspeed.basic_optimizer.param_groups:
+        group["fused"] = False
+    plain = engine.state._count(torch.empty(1, device="meta"), 3)
+    return [fused.device.type, plain.device.type]
+
+
+@pytest.mark.dist
+def test_a_fused_optimizer_counts_where_its_weights_are() -> None:
+    """Catches a resumed run on a GPU whose fused Adam is handed a count on the CPU, and refuses it."""
+    assert run_ranks(1, counts_of_updates) == [["meta", "cpu"]]
