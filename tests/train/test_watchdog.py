@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 
 from megavit.train.watchdog import HANG_EXIT_STATUS, Watchdog
@@ -25,9 +26,9 @@ def test_a_hang_prints_the_stacks_and_ends_the_process() -> None:
     """Catches a hang that lasts, a report without rank, phase, data or stack, and one that comes too
     early."""
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", HANG], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", HANG], capture_output=True, text=True, timeout=120)
     assert done.returncode == HANG_EXIT_STATUS, done.stderr
-    assert 1.0 < time.monotonic() - started < 15
+    assert time.monotonic() - started > 1.0  # it made progress for a second
     for words in ("rank 7: no progress for", "while computing step 4", "sample 3 of x.tar", "in stuck"):
         assert words in done.stderr, done.stderr
 
@@ -35,10 +36,13 @@ def test_a_hang_prints_the_stacks_and_ends_the_process() -> None:
 def test_heartbeats_and_a_stopped_watchdog() -> None:
     """Catches heartbeats that stop with the work, and a watchdog that outlives its run."""
     beats: list[tuple[str, float]] = []
-    watchdog = Watchdog(0.4, "rank 0", heartbeat=lambda *beat: beats.append(beat), heartbeat_s=0.1)
+    watchdog = Watchdog(600, "rank 0", heartbeat=lambda *beat: beats.append(beat), heartbeat_s=0.1)
     watchdog.at("evaluating")
-    time.sleep(0.35)
+    deadline = time.monotonic() + 60
+    while not beats and time.monotonic() < deadline:
+        time.sleep(0.05)
     watchdog.stop()
-    seen = len(beats)
-    time.sleep(0.5)
-    assert seen >= 1 and len(beats) == seen and beats[0][0] == "evaluating"
+    assert beats and beats[0][0] == "evaluating"
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "watchdog")
+    thread.join(60)
+    assert not thread.is_alive()
