@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavit.config import ModelConfig, Recompute
-from megavit.model.gelu import gelu
 from megavit.model.norm import normalize
 from megavit.model.recompute import recompute_with
 from megavit.parallel.collectives import dropout, gather_from_tp
@@ -113,7 +112,9 @@ class Mlp(nn.Module):
     def forward(self, hidden: Tensor, addend: Tensor | None = None) -> Tensor:
         """From the output of `up` [B, N, F/tp]. `addend` [B, N, D] joins inside the matmul: another layer's
         partial sum, before the one reduce."""
-        hidden = dropout(self.mesh, gelu(hidden), self.dropout, self.training, sharded=True)
+        hidden = dropout(
+            self.mesh, F.gelu(hidden, approximate="tanh"), self.dropout, self.training, sharded=True
+        )
         return self.down(hidden, addend)
 
 

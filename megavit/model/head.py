@@ -8,6 +8,7 @@ norm, an output bias.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from megavit.model.block import Mlp, Norm
 from megavit.parallel.collectives import copy_to_tp, gather_from_tp
 from megavit.parallel.init import Initializer
 from megavit.parallel.layout import Layout
-from megavit.parallel.linear import ColumnParallelLinear, RowParallelLinear, _Linear
+from megavit.parallel.linear import ColumnParallelLinear, RowParallelLinear, is_autocast_enabled, linear
 
 
 def wide(x: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ class MapHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, probe = copy_to_tp(self.mesh, x, self.probe)
-        q = self.q(probe.expand(x.shape[0], -1)).view(x.shape[0], -1, 1, self.head_dim)  # [B, H/tp, 1, K]
+        q = self.q(probe.expand(x.shape[0], -1)).unflatten(-1, (-1, 1, self.head_dim))  # [B, H/tp, 1, K]
         kv = self.kv(x).unflatten(-1, (2, -1, self.head_dim))  # [B, N, 2, H/tp, K]
         k, v = (t.transpose(1, 2) for t in kv.unbind(2))  # [B, H/tp, N, K]
         pooled = self.out(F.scaled_dot_product_attention(q, k, v).flatten(1))  # [B, D]
@@ -74,7 +75,9 @@ class Classifier(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         (features,) = copy_to_tp(self.mesh, features)
-        return _Linear.apply(wide(features), wide(self.weight), wide(self.bias), None)
+        device = features.device.type
+        with torch.autocast(device, enabled=False) if is_autocast_enabled(device) else nullcontext():
+            return linear(wide(features), wide(self.weight), wide(self.bias))
 
     def gather_logits(self, local: Tensor) -> Tensor:
         """[B, ceil(C/tp)] -> [B, C] in class order on every rank; one all-gather."""

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm over the last dim, statistics in float32 whatever the dtype.
+"""RMSNorm and LayerNorm over the last dim, statistics in float32 at least whatever the dtype.
 
 Letters: D the normalised width, `...` any leading dims.
 """
@@ -10,7 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from megavit.parallel.linear import is_functorch_active
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -22,7 +27,8 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
-        wide = x.float()
+        ctx.eps = eps
+        wide = x.to(_statistics_dtype(x))
         # [..., 1]; the norm reads x once and writes no square of it
         inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         inverse.div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -30,18 +36,23 @@ class _RmsNorm(torch.autograd.Function):
         return torch.mul(wide, inverse).mul_(scale).to(x.dtype)
 
     @staticmethod
-    @once_differentiable  # `inverse` is a number here, and no function of x
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # second derivatives are wanted, in which `inverse` is a function of x
+            y = F.rms_norm(x, scale.shape, scale, ctx.eps)
+            wanted = [t for t, needed in zip((x, scale), ctx.needs_input_grad, strict=False) if needed]
+            grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            return *(next(grads) if needed else None for needed in ctx.needs_input_grad[:2]), None
         width = x.shape[-1]
-        wide, grad = x.float(), grad.float()
-        products = torch.mul(grad, wide, out=torch.empty(x.shape, device=x.device)).view(-1, width)
+        wide, grad = x.to(_statistics_dtype(x)), grad.to(_statistics_dtype(x))
+        out = torch.empty(x.shape, dtype=wide.dtype, device=x.device)
+        products = torch.mul(grad, wide, out=out).view(-1, width)
         # Both sums as matrix-vector products: one pass over `products` each.
         grad_scale = None
         if ctx.needs_input_grad[1]:
             grad_scale = torch.mv(products.t(), inverse.reshape(-1)).to(scale.dtype)
         # dy/dx = scale / rms - x (x . scale) / (D rms^3), applied to grad
-        along = torch.mv(products, scale.float()).view(inverse.shape) * inverse.pow(3).div_(-width)
+        along = torch.mv(products, scale.to(wide.dtype)).view(inverse.shape) * inverse.pow(3).div_(-width)
         grad_x = (grad * scale).mul_(inverse).addcmul_(wide, along)
         return grad_x.to(x.dtype), grad_scale, None
 
@@ -56,6 +67,6 @@ def normalize(x: Tensor, scale: Tensor, bias: Tensor | None, *, centring: bool, 
     any dtype."""
     if centring:
         return F.layer_norm(x, scale.shape, scale, bias, eps)
-    fused = has_fused_rms_norm(x)
-    y = F.rms_norm(x, scale.shape, scale, eps) if fused else _RmsNorm.apply(x, scale, eps)
+    torchs = has_fused_rms_norm(x) or is_functorch_active()
+    y = F.rms_norm(x, scale.shape, scale, eps) if torchs else _RmsNorm.apply(x, scale, eps)
     return y if bias is None else y + bias

@@ -23,7 +23,7 @@ from megavit.model.head import Classifier, MapHead, wide
 from megavit.parallel.collectives import dropout
 from megavit.parallel.init import Initializer
 from megavit.parallel.layout import Layout, layout_of
-from megavit.parallel.linear import _Linear
+from megavit.parallel.linear import is_autocast_enabled, linear
 from megavit.parallel.mesh import Mesh
 
 CONFIG_FILE = "config.json"
@@ -45,7 +45,7 @@ class PatchEmbedding(nn.Module):
     def forward(self, img: Tensor) -> Tensor:
         p = self.patch_size
         patches = rearrange(img, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
-        return _Linear.apply(patches, self.weight, self.bias, None) + self.position
+        return linear(patches, self.weight, self.bias) + self.position
 
 
 class MegaVit(nn.Module):
@@ -219,6 +219,14 @@ class MegaVit(nn.Module):
                 f"images of shape {tuple(img.shape)} do not fit this model, which takes "
                 f"[batch, {', '.join(map(str, expected))}]; resize them or build it with another image_size"
             )
+        weight = self.embed.weight
+        if img.dtype != weight.dtype and not is_autocast_enabled(weight.device.type):
+            hint = (
+                "scale them to floating point in [-1, 1] first, as megavit.data.device.to_model_input does"
+                if not img.is_floating_point()
+                else f"convert them with images.to({weight.dtype}), or use torch.autocast"
+            )
+            raise ValueError(f"images are {img.dtype}, the model's weights {weight.dtype}; {hint}")
 
 
 def resize_position(position: Tensor, grid_size: int) -> Tensor:

@@ -14,60 +14,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.flop_counter import register_flop_formula
 
 from megavit.parallel.collectives import start_sum_over_tp
 from megavit.parallel.init import Initializer
 from megavit.parallel.layout import Layout
 from megavit.parallel.mesh import Mesh
 
-_ONEDNN = torch.backends.mkldnn.is_available()  # here, since torch.compile breaks its graph at the question
-
-
-@torch.library.custom_op("megavit::onednn_linear", mutates_args=())
-def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor | None) -> Tensor:
-    """rows W^T plus a bias [out] and an addend [n, out]: [n, in], [out, in] -> [n, out], by oneDNN.
-
-    In float32 on a CPU it is about 1.1 times as fast as the BLAS behind torch.mm, and adds without copying
-    first. An operator of ours, because inductor takes oneDNN's for constant weights only.
-    """
-    if addend is not None:
-        return torch.ops.mkldnn._linear_pointwise.binary(rows, addend, weight, bias, "add")
-    return torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
-
-
-@_onednn.register_fake
-def _(rows: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor | None) -> Tensor:
-    return rows.new_empty(rows.shape[0], weight.shape[0])
-
-
-@register_flop_formula(torch.ops.megavit.onednn_linear)
-def _onednn_flops(rows: Any, weight: Any, *rest: Any, **options: Any) -> int:
-    return 2 * rows[0] * rows[1] * weight[0]
-
-
 # What a linear layer's forward pass runs, for `recompute`.
-MATMULS = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.megavit.onednn_linear.default,
-}
+MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 # A row-parallel layer multiplies the second part of its rows while the ranks' sum of the first is on its way.
 REDUCE_CHUNKS = 2
 
 
-def _has_onednn(rows: Tensor) -> bool:
-    return _ONEDNN and rows.dtype == torch.float32 and rows.device.type == "cpu"
-
-
 def _matmul(rows: Tensor, weight: Tensor, bias: Tensor | None = None, addend: Tensor | None = None) -> Tensor:
     """rows W^T (+ bias [out]) (+ addend [n, out]): [n, in], [out, in] -> [n, out]."""
-    if _has_onednn(rows):
-        return _onednn(rows, weight, bias, addend)
     if addend is not None:
         out = torch.addmm(addend, rows, weight.t())
-        return out if bias is None else out.add_(bias)
+        return out if bias is None else out + bias
     return torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+
+
+def is_functorch_active() -> bool:
+    """Whether a transform of `torch.func` is running (vmap, grad, jvp, ...): it takes torch's own operators
+    apart, but not autograd functions such as ours."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -98,9 +68,39 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, grad_rows.sum(0) if needs_bias else None, grad if needs_addend else None
 
 
-class _RowLinear(torch.autograd.Function):
-    """As `_Linear`, for row-parallel layers: with a mesh, x W^T + addend is all-reduced over the TP group
-    before the bias joins."""
+def is_autocast_enabled(device: str) -> bool:
+    """Whether `torch.autocast` is on for this type of device; "meta" has none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _autocast(*tensors: Tensor | None) -> list[Any]:
+    """The tensors in the dtype of `torch.autocast`, which does not reach into autograd functions."""
+    device = next(tensor for tensor in tensors if tensor is not None).device.type
+    if not is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor | None = None) -> Tensor:
+    """x W^T (+ bias) (+ addend): [..., in], [out, in], [out], [..., out] -> [..., out].
+
+    As `torch.nn.functional.linear`, also under `torch.autocast` (where an addend keeps its dtype),
+    `torch.func` and with second derivatives. Keeps x and the weight itself for backward.
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    if is_functorch_active():
+        out = x @ weight.t()
+        out = out if bias is None else out + bias
+        return out if addend is None else addend + out
+    if addend is not None and addend.dtype != x.dtype:
+        return addend + _Linear.apply(x, weight, bias, None)
+    return _Linear.apply(x, weight, bias, addend)
+
+
+class _ReducedLinear(torch.autograd.Function):
+    """x W^T + addend, all-reduced over the TP group, plus a bias that joins after it; with `output_is_dead`
+    uninitialised memory, at no cost. Saves what `_Linear` saves."""
 
     @staticmethod
     def forward(
@@ -109,7 +109,7 @@ class _RowLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         addend: Tensor | None,
-        mesh: Mesh | None,
+        mesh: Mesh,
         output_is_dead: bool,
     ) -> Tensor:
         shape = (*x.shape[:-1], weight.shape[0])
@@ -117,8 +117,6 @@ class _RowLinear(torch.autograd.Function):
         if output_is_dead:
             with _disable_current_modes():  # recompute's knows the operators of the forward pass only
                 return x.new_empty(shape)
-        if mesh is None:
-            return _matmul(_rows(x), weight, bias, None if addend is None else _rows(addend)).view(shape)
         parts = _rows(x).chunk(REDUCE_CHUNKS)
         starts = [None] * len(parts) if addend is None else _rows(addend).chunk(REDUCE_CHUNKS)
         sums, pending = [], []
@@ -149,8 +147,11 @@ class _ColumnLinears(torch.autograd.Function):
         weights, biases, replicated = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         ctx.mesh, ctx.count = mesh, count
         ctx.save_for_backward(x, *weights)
-        outs = [_matmul(_rows(x), w, b) for w, b in zip(weights, biases, strict=True)]
-        return *(out.view(*x.shape[:-1], -1) for out in outs), *(t.view_as(t) for t in replicated)
+        outs = [
+            _matmul(_rows(x), w, b).view(*x.shape[:-1], w.shape[0])
+            for w, b in zip(weights, biases, strict=True)
+        ]
+        return *outs, *(t.view_as(t) for t in replicated)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -176,7 +177,7 @@ class _ColumnLinears(torch.autograd.Function):
 
 
 # torch.compile cannot trace a collective inside an autograd.Function: compiled blocks break their graph here.
-_apply_reduced = torch.compiler.disable(_RowLinear.apply)
+_apply_reduced = torch.compiler.disable(_ReducedLinear.apply)
 _apply_columns = torch.compiler.disable(_ColumnLinears.apply)
 
 
@@ -203,7 +204,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = init.normal("bias", Layout((out_features,), 0, parts), bias_std) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.weight, self.bias, None)
+        return linear(x, self.weight, self.bias)
 
 
 def column_parallel(
@@ -219,7 +220,8 @@ def column_parallel(
     if mesh.tp_size == 1:
         return tuple(layer(x) for layer in layers), replicated
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    found = _apply_columns(mesh, len(layers), x, *weights, *biases, *replicated)
+    x, *weights_and_biases = _autocast(x, *weights, *biases)
+    found = _apply_columns(mesh, len(layers), x, *weights_and_biases, *replicated)
     return found[: len(layers)], found[len(layers) :]
 
 
@@ -254,6 +256,8 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         """`addend` [..., out] joins inside the matmul: a partial sum, or with a single rank anything."""
-        if not self.reduce or self.mesh.tp_size == 1:
-            return _RowLinear.apply(x, self.weight, self.bias, addend, None, self.output_is_dead)
-        return _apply_reduced(x, self.weight, self.bias, addend, self.mesh, self.output_is_dead)
+        reduces = self.reduce and self.mesh.tp_size > 1
+        if not reduces and not self.output_is_dead:
+            return linear(x, self.weight, self.bias, addend)
+        x, weight, bias = _autocast(x, self.weight, self.bias)
+        return _apply_reduced(x, weight, bias, addend, self.mesh, self.output_is_dead)
