@@ -89,8 +89,7 @@ def _gradients(tree: Unit, layout: Layout, zero: ZeroSettings) -> dict[str, int]
         return {}
     if zero.stage < 2:
         return {"gradients": zero.element_bytes * tree.numel()}
-    accumulated = 4 if zero.accumulates_in_fp32 else zero.element_bytes  # DeepSpeed's default: as weights
-    return {"gradients": accumulated * tree.shared(layout.dp_size)}
+    return {"gradients": zero.accumulated_bytes * tree.shared(layout.dp_size)}
 
 
 def _bucket(tree: Unit, layout: Layout, zero: ZeroSettings, on_cpu: bool) -> dict[str, int]:
@@ -100,7 +99,7 @@ def _bucket(tree: Unit, layout: Layout, zero: ZeroSettings, on_cpu: bool) -> dic
     elements = zero.reduce_bucket * (1 if zero.stage == 3 else 2)
     if on_cpu:
         elements = min(elements, tree.numel() * layout.grad_accum)
-    return {"gradient bucket": elements * zero.element_bytes}
+    return {"gradient bucket": elements * (zero.reduced_bytes if zero.stage == 3 else zero.element_bytes)}
 
 
 def _in_step(
@@ -137,7 +136,8 @@ def _in_step(
 
 class _Bucket:
     """How full the buffer of gradients is. A reduce-scatter (stage 3) first puts them in another order, in a
-    copy, and its result is converted; both count."""
+    copy, and its result is converted to what they accumulate in; an all-reduce (stages 1 and 2) works on a
+    copy if they are reduced in another precision than the weights'."""
 
     def __init__(self, layout: Layout, zero: ZeroSettings):
         self.layout, self.zero = layout, zero
@@ -154,9 +154,14 @@ class _Bucket:
 
     def flush(self) -> int:
         elements, self.fill = self.fill, 0
-        if self.zero.stage != 3 or self.layout.dp_size == 1:
+        zero, dp_size = self.zero, self.layout.dp_size
+        if not zero.stage or dp_size == 1:
             return 0
-        return elements * self.zero.element_bytes + math.ceil(elements / self.layout.dp_size) * 4
+        size = elements * zero.reduced_bytes
+        if zero.stage < 3:
+            return size if zero.reduced_bytes != zero.element_bytes else 0
+        converted = 4 * math.ceil(elements / dp_size)
+        return size + (converted if zero.reduced_bytes != zero.accumulated_bytes else 0)
 
 
 def _without_gathers(tree: Unit) -> tuple[Moment, ...]:
