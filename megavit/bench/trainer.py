@@ -20,7 +20,7 @@ from megavit.bench.rounds import Spread, markdown_table, rounds, speed_ratio, sp
 from megavit.config import RunConfig, model_config, run_preset
 from megavit.model.vit import MegaVit
 from megavit.parallel.mesh import Mesh
-from megavit.train.ds_config import resolve_ds_config
+from megavit.train.ds_config import has_cuda_compiler, resolve_ds_config
 from megavit.train.inputs import Inputs
 from megavit.train.loss import image_losses, local_targets
 from megavit.train.optim import parameter_groups
@@ -49,7 +49,9 @@ def compare(
     inputs = bench_inputs(run, shape, mesh)
     ways: dict[str, Callable[[], Any]] = {BARE: _bare_step(run, inputs, mesh, dtype)}
     for stage in stages:
-        engine = Engine(run, resolve_ds_config(_ds_config(shape, stage, dtype), 1, mesh.device.type), mesh)
+        ds_config = _ds_config(shape, stage, dtype)
+        resolved = resolve_ds_config(ds_config, 1, mesh.device.type, has_compiler=has_cuda_compiler())
+        engine = Engine(run, resolved, mesh)
         ways[f"trainer, ZeRO stage {stage}"] = partial(_trainer_step, engine, inputs)
     seconds = rounds(ways, count, clock_of(mesh.device.type))
     return {

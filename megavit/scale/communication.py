@@ -85,10 +85,10 @@ def step_traffic(
         gathered = trace.gathered * layout.grad_accum + trace.padded_persistent
         traffic["all_gather", dp] = gathered * zero.element_bytes
         reduced = tree.shared(dp) * dp * layout.grad_accum
-        traffic["reduce_scatter", dp] = reduced * zero.element_bytes
+        traffic["reduce_scatter", dp] = reduced * zero.reduced_bytes
     else:
         times = layout.grad_accum if zero.stage == 2 else 1
-        traffic["all_reduce", dp] += tree.numel() * zero.element_bytes * times
+        traffic["all_reduce", dp] += tree.numel() * zero.reduced_bytes * times
         if zero.stage:
             traffic["all_gather", dp] = tree.numel() * zero.element_bytes
     return dict(traffic)

@@ -119,6 +119,7 @@ def planned_ds_config(base: dict[str, Any], plan: Plan) -> dict[str, Any]:
     config = copy.deepcopy(base)
     config["train_batch_size"] = plan.layout.global_batch
     config["train_micro_batch_size_per_gpu"] = plan.layout.micro_batch
+    config["communication_data_type"] = "fp32" if plan.zero.reduces_in_fp32 else "bf16"
     if plan.zero.accumulates_in_fp32:
         config["data_types"] = config.get("data_types", {}) | {"grad_accum_dtype": "fp32"}
     zero = plan.zero

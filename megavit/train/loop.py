@@ -17,7 +17,7 @@ from megavit.data.loader import Batch
 from megavit.data.manifest import DATA_FILE
 from megavit.parallel.mesh import Mesh
 from megavit.train.checkpoint import Checkpoint, open_step
-from megavit.train.ds_config import resolve_ds_config
+from megavit.train.ds_config import batch_advice, has_cuda_compiler, resolve_ds_config
 from megavit.train.engine import Engine, StepResult
 from megavit.train.evaluation import evaluate
 from megavit.train.export import export_weights, load_exported
@@ -80,7 +80,13 @@ class Trainer:
 
     def __init__(self, run: RunConfig, raw_ds_config: dict[str, Any], mesh: Mesh):
         self.run, self.mesh = run, mesh
-        self.ds_config = resolve_ds_config(raw_ds_config, mesh.dp_size, mesh.device.type)
+        # Hosts may differ in what is installed: all ranks take the same optimizer.
+        has_compiler = not mesh.any(not has_cuda_compiler())
+        self.ds_config = resolve_ds_config(
+            raw_ds_config, mesh.dp_size, mesh.device.type, has_compiler=has_compiler
+        )
+        if advice := batch_advice(self.ds_config, raw_ds_config):
+            self._say(f"warning: {advice}")
         self.global_batch: int = self.ds_config["train_batch_size"]
         self.peak_lr: float = self.ds_config["optimizer"]["params"]["lr"]
         self.run_dir = choose_run_dir(run, mesh)
