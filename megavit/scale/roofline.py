@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 from megavit.config import ModelConfig, Recompute
 from megavit.model.count import forward_flops, repeated_flops, train_flops
-from megavit.scale.communication import tp_elements
+from megavit.scale.communication import tp_bytes
 from megavit.scale.gathers import replay
 from megavit.scale.gpus import Gpu
 from megavit.scale.inventory import inventory
@@ -164,7 +164,7 @@ def _tensor_parallel_s(
     t = layout.tp_size
     if t == 1:
         return 0.0
-    size = tp_elements(model, recompute, layout.micro_batch) * zero.element_bytes
+    size = tp_bytes(model, recompute, layout.micro_batch, zero.element_bytes)
     in_node = min(t, cluster.gpus_per_node)
     calls = model.depth * (2 if model.block == "parallel" else 4)
     reduce_s = 2 * _ring_s(size, in_node, math.ceil(t / in_node), 1, cluster) + calls * _latency(t, cluster)
