@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megavit.cli import Parser
+
 if TYPE_CHECKING:
     from megavit.train.checkpoint import Checkpoint
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     lister = commands.add_parser("list", help="step, time, size and layout of each checkpoint")
     verifier = commands.add_parser("verify", help="re-read every byte; exit status 1 if anything is damaged")

@@ -15,19 +15,18 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
+from megavit.cli import PROJECT_ROOT, Parser
 
 if TYPE_CHECKING:
     from megavit.data.cache import ShardCache
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_writers(commands)
     _add_tools(commands)
@@ -101,21 +100,23 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
 
 def write(arguments: argparse.Namespace) -> int:
     from megavit.data import write
+    from megavit.data.class_names import write_class_names
 
     if arguments.command == "digits":
-        splits = write.digits_splits(arguments.holdout)
+        splits, names = write.digits_splits(arguments.holdout), list("0123456789")
     elif arguments.command == "imagefolder":
-        splits = write.imagefolder_splits(arguments.root)
+        splits, names = write.imagefolder_splits(arguments.root), write.class_names(arguments.root)
     else:
-        splits = write.cifar_splits(arguments.root, int(arguments.command.removeprefix("cifar")))
+        num_classes = int(arguments.command.removeprefix("cifar"))
+        splits = write.cifar_splits(arguments.root, num_classes)
+        names = write.cifar_class_names(arguments.root, num_classes)
     write.write_splits(splits, arguments.out, arguments.shard_size, arguments.workers)
     out = Path(arguments.out)
     if arguments.command == "digits" and not (out / "baselines.json").exists():
         (out / "baselines.json").write_text(
             json.dumps({"split": "test", "results": write.digits_baselines()}, indent=2) + "\n"
         )
-    if arguments.command == "imagefolder":
-        (out / "classes.txt").write_text("\n".join(write.class_names(arguments.root)) + "\n")
+    write_class_names(out, names)
     print(", ".join(f"{split.name}: {split.size} samples" for split in splits), f"in {out}")
     return 0
 
@@ -178,8 +179,8 @@ def _cache(arguments: argparse.Namespace) -> ShardCache:
     return ShardCache(arguments.cache_dir, int(arguments.cache_gb * 1e9))
 
 
-def main() -> int:
-    arguments = make_parser().parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
     try:
         return int(arguments.function(arguments))
     except (ValueError, OSError) as error:

@@ -50,6 +50,8 @@ class Job:
             *(
                 "--run_dir",
                 str(self.run_dir),
+                "--config",
+                str(ROOT / "launch" / "recipes" / "digits.yaml"),
                 "--data.shards",
                 f"{self.data}/train-*.tar",
                 "--data.val_shards=",

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset as wds
@@ -195,28 +196,31 @@ def cifar_splits(root: str | Path, num_classes: int) -> list[Split]:
 
     `root` is that folder or its parent. Raises ValueError naming the file that is missing or malformed.
     """
-    folder = "cifar-10-batches-py" if num_classes == 10 else "cifar-100-python"
-    root = Path(root)
-    root = root / folder if (root / folder).is_dir() else root
+    root = _cifar_folder(root, num_classes)
     train = [f"data_batch_{i}" for i in range(1, 6)] if num_classes == 10 else ["train"]
     test = ["test_batch"] if num_classes == 10 else ["test"]
     key = b"labels" if num_classes == 10 else b"fine_labels"
     return [_cifar_arrays(root, train, key).split("train"), _cifar_arrays(root, test, key).split("test")]
 
 
+def cifar_class_names(root: str | Path, num_classes: int) -> list[str]:
+    """The classes' names in the order of their ids, from the data set's `batches.meta` or `meta`. ValueError
+    if that file is missing or holds something else."""
+    name, key = ("batches.meta", b"label_names") if num_classes == 10 else ("meta", b"fine_label_names")
+    labels = _read_cifar(_cifar_folder(root, num_classes) / name, key)[key]
+    return [label.decode() for label in labels]
+
+
+def _cifar_folder(root: str | Path, num_classes: int) -> Path:
+    folder = Path(root) / ("cifar-10-batches-py" if num_classes == 10 else "cifar-100-python")
+    return folder if folder.is_dir() else Path(root)
+
+
 def _cifar_arrays(root: Path, files: Iterable[str], label_key: bytes) -> ArrayImages:
     images, labels = [], []
     for name in files:
         path = root / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing; --root must hold the 'python version' of CIFAR, extracted")
-        try:
-            with open(path, "rb") as file:
-                batch = _CifarUnpickler(file, encoding="bytes").load()
-        except (pickle.UnpicklingError, EOFError, ValueError) as error:
-            raise ValueError(f"{path} is not a CIFAR batch: {error}") from error
-        if not isinstance(batch, dict) or b"data" not in batch or label_key not in batch:
-            raise ValueError(f"{path} is not a CIFAR batch with {label_key.decode()}")
+        batch = _read_cifar(path, b"data", label_key)
         pixels = np.asarray(batch[b"data"], np.uint8)
         if pixels.ndim != 2 or pixels.shape[1] != 3072 or len(pixels) != len(batch[label_key]):
             raise ValueError(
@@ -225,6 +229,20 @@ def _cifar_arrays(root: Path, files: Iterable[str], label_key: bytes) -> ArrayIm
         images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels.append(np.asarray(batch[label_key], np.int64))
     return ArrayImages(np.ascontiguousarray(np.concatenate(images)), np.concatenate(labels))
+
+
+def _read_cifar(path: Path, *keys: bytes) -> dict[bytes, Any]:
+    """A CIFAR pickle, which must have `keys`."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; --root must hold the 'python version' of CIFAR, extracted")
+    try:
+        with open(path, "rb") as file:
+            found = _CifarUnpickler(file, encoding="bytes").load()
+    except (pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is not a CIFAR file: {error}") from error
+    if not isinstance(found, dict) or not found.keys() >= set(keys):
+        raise ValueError(f"{path} is not a CIFAR file with {' and '.join(key.decode() for key in keys)}")
+    return found
 
 
 class _CifarUnpickler(pickle.Unpickler):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from megavit.config import ModelConfig, RunConfig, flat_config, plain_config
+from megavit.config import LAUNCH_FIELDS, ModelConfig, RunConfig, flat_config, plain_config
 from megavit.train.checkpoint import Checkpoint
 
 # Expected to differ from one start of a run to the next.
 _OF_THE_START = {
-    *("run_dir", "init_from", "stop_at_step"),
+    *LAUNCH_FIELDS,
     *(f"deepspeed.{key}" for key in ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu")),
 }
 
@@ -34,9 +34,14 @@ def check_resumable(saved: Checkpoint, run: RunConfig) -> None:
 
 
 def describe_changes(saved: Checkpoint, run: RunConfig, ds_config: dict[str, Any]) -> list[str]:
-    """What this start has otherwise than the one that saved."""
+    """What this start has otherwise than the one that saved: fields, keys of the DeepSpeed JSON, and the
+    number of data-parallel ranks."""
     before = flat_config(saved.run) | flat_config(saved.ds_config, "deepspeed.")
     after = flat_config(plain_config(run)) | flat_config(ds_config, "deepspeed.")
+    before["data-parallel ranks"] = saved.dp_size
+    after["data-parallel ranks"] = ds_config["train_batch_size"] // (
+        ds_config["train_micro_batch_size_per_gpu"] * ds_config["gradient_accumulation_steps"]
+    )
     return [
         f"{key} {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
         for key in sorted(before.keys() | after.keys())

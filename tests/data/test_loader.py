@@ -17,15 +17,16 @@ import pytest
 import torch
 import webdataset as wds
 
-from megavit.config import DataConfig, ModelConfig, run_preset
+from megavit.config import DataConfig, ModelConfig
 from megavit.data.cache import ShardCache
 from megavit.data.lanes import DataState
 from megavit.data.loader import Batch, EvalLoader, Share, TrainLoader
 from megavit.data.manifest import index_pattern, open_shards
 from megavit.data.worker import WorkerError
+from megavit.recipe import RECIPES, read_recipe
 from tests.data.shards import flip_bit, picture, truncate, write_shards
 
-RUN = run_preset("vit_tiny")
+RUN = read_recipe(RECIPES / "digits.yaml")
 WHOLE = Share()
 
 

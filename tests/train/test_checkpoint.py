@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from megavit.config import plain_config, run_preset
+from megavit.config import RunConfig, plain_config
 from megavit.parallel.layout import Layout
 from megavit.train import checkpoint
 from megavit.train.checkpoint import Checkpoint, CheckpointError, RankFile
@@ -27,7 +27,7 @@ LAYOUTS = {
     "head": Layout((7, 3), 0),  # padded when sharded
 }
 KINDS = ("weight", "exp_avg")
-RUN = plain_config(run_preset("vit_tiny"))
+RUN = plain_config(RunConfig())
 
 
 def logical(name: str, kind: str) -> np.ndarray:
