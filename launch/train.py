@@ -11,6 +11,7 @@ def main() -> int:
     stop = StopRequest().install()  # before the slow imports: a notice may come at any time
 
     from megavit.cli import parse_run
+    from megavit.data.worker import start_forkserver
     from megavit.train.ds_config import load_ds_config
 
     run, ds_path = parse_run()
@@ -21,6 +22,8 @@ def main() -> int:
         return 2
 
     # Heavy imports come after everything that a typing mistake can break.
+    if run.data.workers:
+        start_forkserver()  # its imports go on beside the ones here
     import torch.distributed as dist
 
     from megavit.parallel.mesh import Mesh

@@ -32,7 +32,7 @@ from megavit.data.lanes import MAX_LANES, DataState, Lanes, Order, uniforms
 from megavit.data.manifest import Manifest
 from megavit.data.reader import ShardReader
 from megavit.data.sources import is_local
-from megavit.data.worker import WorkerLog, start_forkserver, watched
+from megavit.data.worker import CHECK_S, WorkerLog, start_forkserver, watched
 
 
 class Batch(NamedTuple):
@@ -99,8 +99,14 @@ class _Samples:
             except SampleError as error:
                 images[row], labels[row] = 0, -1
                 bad.append(error.bad)
-        tensors = [torch.from_numpy(array) for array in (images, labels, weights)]
-        return Batch(*tensors, flips=torch.zeros(0, dtype=torch.bool), blends=None, bad=bad)
+        return Batch(
+            torch.from_numpy(images),
+            torch.from_numpy(labels),
+            torch.from_numpy(weights),
+            flips=torch.zeros(0, dtype=torch.bool),
+            blends=None,
+            bad=bad,
+        )
 
     def _load(self, shard: int, index: int, out: np.ndarray, u: np.ndarray | None) -> np.ndarray:
         if self.record:
@@ -360,7 +366,7 @@ def _load(
         multiprocessing_context="forkserver",
         pin_memory=pin,
         prefetch_factor=max(2, -(-2 * ahead // config.workers)),
-        timeout=config.timeout_s,
+        timeout=min(CHECK_S, config.timeout_s),
         worker_init_fn=log,
     )
-    return watched(iter(loader), log)
+    return watched(iter(loader), log, config.timeout_s)
