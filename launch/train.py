@@ -22,7 +22,7 @@ def main() -> int:
         return 2
 
     # Heavy imports come after everything that a typing mistake can break.
-    if run.data.workers:
+    if run.data.workers != 0:
         start_forkserver()  # its imports go on beside the ones here
     import torch.distributed as dist
 

@@ -79,6 +79,22 @@ def test_workers_change_nothing(train: str) -> None:
     assert torch.equal(global_batches(train, 0, 4, 1, workers=2), global_batches(train, 0, 4, 1))
 
 
+def test_the_number_of_workers_follows_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches more processes than cores, which torch warns of in three lines, and none at all."""
+    for cores, bound_to, ranks, expected in (
+        (2, 2, 1, 2),
+        (2, 2, 2, 1),
+        (2, 2, 4, 1),
+        (128, 128, 8, 4),
+        (16, 2, 8, 2),  # a launcher has bound each rank to two of sixteen
+        (16, 3, 1, 3),  # a container
+    ):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, some=bound_to: set(range(some)))
+        assert Share(local_size=ranks).workers(None) == expected
+    assert Share(local_size=8).workers(0) == 0 and Share(local_size=8).workers(20) == 20
+
+
 def test_start_at_any_step(train: str) -> None:
     """Catches state that only earlier batches would have set."""
     assert torch.equal(global_batches(train, 0, 40, 1)[35:], global_batches(train, 35, 40, 1))
