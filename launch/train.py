@@ -12,6 +12,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = StopRequest().install()  # before the slow imports: a notice may come at any time
 
     from megavit.cli import parse_run
+    from megavit.data.worker import start_forkserver
     from megavit.train.ds_config import load_ds_config
 
     command = parse_run(argv)
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
     # Heavy imports come after everything that a typing mistake can break.
+    if run.data.workers != 0:
+        start_forkserver()  # its imports go on beside the ones here
     import torch.distributed as dist
 
     from megavit.parallel.mesh import Mesh

@@ -178,7 +178,8 @@ class DataConfig:
             local ones, wildcards, e.g. data/train-{000000..000099}.tar; http(s), s3, gs and pipe are fetched
             whole.
         val_shards: validation shards, same notation; empty trains without evaluation.
-        workers: decoding processes per rank; 0 decodes in the training process.
+        workers: decoding processes per rank; 0 decodes in the training process. Not given, there is one for
+            each core that the rank has, and no more than 4.
         augment: inception (random crop of crop_area of the image, aspect 3/4 to 4/3) or none (the evaluation
             transform).
         crop_area: smallest and largest share of the image's area that the inception crop keeps.
@@ -201,8 +202,8 @@ class DataConfig:
         tp: split (each rank of a TP group decodes its part and the group gathers the batch) or replicate
             (every rank decodes everything; no communication, compared every check_every steps).
         check_every: steps between two comparisons of the TP ranks' batches under tp replicate.
-        max_bad_fraction: stop when more than this share of the samples seen was unusable (ten are free; with
-            0 none is).
+        max_bad_fraction: stop when more than this share of the samples seen was unusable, each counted once
+            however many epochs read it (ten are free; with 0 none is).
         max_bad_shards: stop when more than so many shards fail as a whole, without a good step in between.
         cache_dir: node-local folder for remote shards, shared by the node's ranks.
         cache_gb: size that the cache folder may have, in GB.
@@ -211,7 +212,7 @@ class DataConfig:
 
     shards: str = ""
     val_shards: str = ""
-    workers: int = 4
+    workers: int | None = None
     augment: Augment = "inception"
     crop_area: tuple[float, float] = (0.05, 1.0)
     flip: bool = True
@@ -244,7 +245,7 @@ class DataConfig:
         if not 0.0 < self.eval_crop <= 1.0:
             raise ValueError(f"data.eval_crop must lie in (0, 1], got {self.eval_crop}")
         for name in "shift rotate_degrees zoom mixup cutmix workers lanes max_bad_shards".split():
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"data.{name} cannot be negative, got {getattr(self, name)}")
         _require_positive("data.", self, "max_labels", "shuffle_block", "check_every")
         if not 0.0 <= self.max_bad_fraction <= 1.0:

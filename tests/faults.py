@@ -9,24 +9,21 @@ ranks under the `deepspeed` launcher, ZeRO-3, with a checkpoint every few steps.
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megavit.data.write import digits_splits, write_splits
 from megavit.train.checkpoint import checkpoints_of, committed, find_latest
 from tests.data.shards import flip_bit, truncate
+from tests.disks import fill, small_disk
 from tests.jobs import EVERY, RANKS, STEPS, TIMEOUT_S, HostsJob, Job
 from tests.lab.hosts import HostsLab, hosts_missing
 from tests.train.runs import steps_of
@@ -268,28 +265,6 @@ class Faults:
                 f"all ranks end by their watchdogs (--timeout_s {TIMEOUT_S}), then ssh by its keepalive"
             )
             return self.end(job, "a host's link down (two hosts, pdsh)", happened, ranks_gone)
-
-
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    """`folder` on a file system of its own that holds no more than `size`."""
-    folder.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(file: Any) -> None:
-    """Write until the disk is full."""
-    for size in (1 << 20, 1 << 12, 1):
-        for _ in itertools.count():
-            try:
-                if file.write(b"x" * size) < size:
-                    break
-            except OSError:
-                break
 
 
 NAMES = (

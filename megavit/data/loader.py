@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +33,9 @@ from megavit.data.lanes import MAX_LANES, DataState, Lanes, Order, uniforms
 from megavit.data.manifest import Manifest
 from megavit.data.reader import ShardReader
 from megavit.data.sources import is_local
-from megavit.data.worker import WorkerLog, start_forkserver, watched
+from megavit.data.worker import CHECK_S, WorkerLog, start_forkserver, watched
+
+_MAX_WORKERS = 4  # processes cost memory: more of them only for whom decoding is too slow
 
 
 class Batch(NamedTuple):
@@ -51,18 +54,32 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of every batch a rank decodes. `tp_size` 1 under `replicate` as well as without TP."""
+    """Which part of every batch a rank decodes. `tp_size` 1 under `replicate` as well as without TP.
+
+    `local_size` ranks are on its host, to share the cores.
+    """
 
     dp_rank: int = 0
     dp_size: int = 1
     tp_rank: int = 0
     tp_size: int = 1
+    local_size: int = 1
 
     def part(self, count: int) -> tuple[int, int, int]:
         """(first slot, slots, padded slots) of this rank's part of `count` slots."""
         padded = -(-count // self.tp_size)
         first = min(count, self.tp_rank * padded)
         return first, min(count, first + padded) - first, padded
+
+    def workers(self, wanted: int | None) -> int:
+        """The number of decoding processes: the one that is wanted, or one a core of the rank, and at most 4.
+
+        A launcher may have bound the rank to some cores; else all ranks of the host share them all.
+        """
+        if wanted is not None:
+            return wanted
+        equal = max(1, (os.cpu_count() or 1) // self.local_size)
+        return min(len(os.sched_getaffinity(0)), equal, _MAX_WORKERS)
 
 
 class _Samples:
@@ -99,8 +116,14 @@ class _Samples:
             except SampleError as error:
                 images[row], labels[row] = 0, -1
                 bad.append(error.bad)
-        tensors = [torch.from_numpy(array) for array in (images, labels, weights)]
-        return Batch(*tensors, flips=torch.zeros(0, dtype=torch.bool), blends=None, bad=bad)
+        return Batch(
+            torch.from_numpy(images),
+            torch.from_numpy(labels),
+            torch.from_numpy(weights),
+            flips=torch.zeros(0, dtype=torch.bool),
+            blends=None,
+            bad=bad,
+        )
 
     def _load(self, shard: int, index: int, out: np.ndarray, u: np.ndarray | None) -> np.ndarray:
         if self.record:
@@ -241,6 +264,7 @@ class TrainLoader:
         samples = _Samples(manifest, cache, model, config, allow_unlabelled)
         self._items = _TrainItems(samples, self.order, share, micro_batch)
         self._config, self._manifest = config, manifest
+        self._workers = share.workers(config.workers)
         self._log: WorkerLog | None = None
 
     def passes(self, step: int) -> float:
@@ -289,9 +313,9 @@ class TrainLoader:
         """The micro-batches of optimizer steps [first_step, last_step), in order."""
         per_step = self._items.per_step
         numbers = range(first_step * per_step, last_step * per_step)
-        self._log = _log(self._items, self._config)
+        self._log = _log(self._items, self._workers)
         # The loop takes a whole step's micro-batches at once.
-        return _load(self._items, numbers, self._config, per_step, self._log)
+        return _load(self._items, numbers, self._workers, self._config.timeout_s, per_step, self._log)
 
     def reading(self) -> str:
         """What the data workers read last, a line each, for the report of a hang."""
@@ -317,11 +341,11 @@ class EvalLoader:
         self.num_samples = manifest.num_samples
         self.num_batches = -(-self.num_samples // (batch * share.dp_size))
         self._items = _EvalItems(_Samples(manifest, cache, model, config, allow_unlabelled), share, batch)
-        self._config = config
+        self._workers, self._timeout_s = share.workers(config.workers), config.timeout_s
 
     def __iter__(self) -> Iterator[Batch]:
-        log = _log(self._items, self._config)
-        return _load(self._items, range(self.num_batches), self._config, 1, log)
+        log = _log(self._items, self._workers)
+        return _load(self._items, range(self.num_batches), self._workers, self._timeout_s, 1, log)
 
 
 def _changed(manifest: Manifest, state: DataState, before: Manifest | None) -> str:
@@ -336,31 +360,31 @@ def _changed(manifest: Manifest, state: DataState, before: Manifest | None) -> s
     )
 
 
-def _log(items: _TrainItems | _EvalItems, config: DataConfig) -> WorkerLog:
+def _log(items: _TrainItems | _EvalItems, workers: int) -> WorkerLog:
     """Records what is being read; without worker processes this process is the one that reads."""
-    log = WorkerLog(max(1, config.workers))
-    items.samples.record = None if config.workers else log.record(0)
+    log = WorkerLog(max(1, workers))
+    items.samples.record = None if workers else log.record(0)
     return log
 
 
 def _load(
-    items: Dataset[Batch], numbers: range, config: DataConfig, ahead: int, log: WorkerLog
+    items: Dataset[Batch], numbers: range, workers: int, timeout_s: float, ahead: int, log: WorkerLog
 ) -> Iterator[Batch]:
     """The items in order, in worker processes that keep at least `ahead` of them ready, twice."""
     pin = torch.cuda.is_available()
-    if not config.workers:
+    if not workers:
         return iter(DataLoader(items, batch_size=None, sampler=numbers, pin_memory=pin))
     start_forkserver()
     loader = DataLoader(
         items,
         batch_size=None,
         sampler=numbers,
-        num_workers=config.workers,
+        num_workers=workers,
         # forking a process that holds CUDA or gloo threads is not safe
         multiprocessing_context="forkserver",
         pin_memory=pin,
-        prefetch_factor=max(2, -(-2 * ahead // config.workers)),
-        timeout=config.timeout_s,
+        prefetch_factor=max(2, -(-2 * ahead // workers)),
+        timeout=min(CHECK_S, timeout_s),
         worker_init_fn=log,
     )
-    return watched(iter(loader), log)
+    return watched(iter(loader), log, timeout_s)

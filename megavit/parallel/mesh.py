@@ -49,6 +49,7 @@ class Mesh:
     dp_size: int = 1
     dp_rank: int = 0
     local_rank: int = 0
+    local_size: int = 1  # ranks on this host
     device: torch.device = torch.device("cpu")
     tp_group: dist.ProcessGroup | None = None
     dp_group: dist.ProcessGroup | None = None
@@ -90,6 +91,7 @@ class Mesh:
             dp_size=world_size // tp_size,
             dp_rank=global_rank // tp_size,
             local_rank=local_rank,
+            local_size=local_size,
             device=device,
             io_group=io_group,
         )

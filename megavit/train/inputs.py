@@ -36,8 +36,8 @@ class Inputs(NamedTuple):
 def share_of(run: RunConfig, mesh: Mesh) -> Share:
     """Which part of every batch this rank decodes."""
     if run.data.tp == "replicate":
-        return Share(mesh.dp_rank, mesh.dp_size)
-    return Share(mesh.dp_rank, mesh.dp_size, mesh.tp_rank, mesh.tp_size)
+        return Share(mesh.dp_rank, mesh.dp_size, local_size=mesh.local_size)
+    return Share(mesh.dp_rank, mesh.dp_size, mesh.tp_rank, mesh.tp_size, mesh.local_size)
 
 
 def open_data(shards: str, run: RunConfig, mesh: Mesh) -> Manifest:

@@ -31,6 +31,7 @@ from megavit.train.inputs import (
     to_inputs,
     train_loader,
 )
+from megavit.train.log_file import LogFile
 from megavit.train.monitor import LOG_FILE, Monitor, choose_run_dir, reference_results, say
 from megavit.train.preempt import PREEMPTED_FILE, StopRequest, children_spared
 from megavit.train.resume import check_resumable, describe_changes
@@ -344,7 +345,8 @@ class Trainer:
         self.bad_samples = BadSamples(
             self.run.data.max_bad_fraction,
             self.run.data.max_bad_shards,
-            self.run_dir / BAD_SAMPLES_FILE if self.mesh.is_main else None,
+            self._shards.num_samples,
+            LogFile(self.run_dir / BAD_SAMPLES_FILE, self._say).write if self.mesh.is_main else None,
             state.get("bad_samples"),
         )
         data = DataState.from_json(state["data"]) if saved else None

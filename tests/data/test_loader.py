@@ -8,7 +8,6 @@ import http.server
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +78,22 @@ def test_global_batch_does_not_depend_on_ranks_or_accumulation(
 def test_workers_change_nothing(train: str) -> None:
     """Catches batches that overtake each other, or randomness from the worker."""
     assert torch.equal(global_batches(train, 0, 4, 1, workers=2), global_batches(train, 0, 4, 1))
+
+
+def test_the_number_of_workers_follows_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches more processes than cores, which torch warns of in three lines, and none at all."""
+    for cores, bound_to, ranks, expected in (
+        (2, 2, 1, 2),
+        (2, 2, 2, 1),
+        (2, 2, 4, 1),
+        (128, 128, 8, 4),
+        (16, 2, 8, 2),  # a launcher has bound each rank to two of sixteen
+        (16, 3, 1, 3),  # a container
+    ):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, some=bound_to: set(range(some)))
+        assert Share(local_size=ranks).workers(None) == expected
+    assert Share(local_size=8).workers(0) == 0 and Share(local_size=8).workers(20) == 20
 
 
 def test_start_at_any_step(train: str) -> None:
@@ -175,24 +190,22 @@ def odd_shard(folder: Path, image: bytes, **label: bytes) -> str:
     return str(folder / "x.tar")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
-    ("label", "image", "words"),
+    ("label", "image", "words", "workers"),
     [
-        ({"cls": b"10"}, picture(0), "label 10 is outside 0..9"),
-        ({"cls": b"cat"}, picture(0), "'cat' is not a class number"),
-        ({"json": b"[1, 2"}, picture(0), "cannot be parsed"),
-        ({}, picture(0), "it has png but no cls or json"),
-        ({"cls": b"1"}, b"no image at all", "cannot be decoded"),
-        ({"cls": b"1"}, picture(1)[:60], "cannot be decoded"),
+        ({"cls": b"10"}, picture(0), "label 10 is outside 0..9", 0),
+        ({"cls": b"cat"}, picture(0), "'cat' is not a class number", 0),
+        ({"json": b"[1, 2"}, picture(0), "cannot be parsed", 0),
+        ({}, picture(0), "it has png but no cls or json", 0),
+        ({"cls": b"1"}, b"no image at all", "cannot be decoded", 0),
+        ({"cls": b"1"}, picture(1)[:60], "cannot be decoded", 0),
+        ({"cls": b"1"}, picture(1)[:60], "cannot be decoded", 1),
     ],
 )
 def test_unusable_samples_keep_their_slot(
     tmp_path: Path, label: dict[str, bytes], image: bytes, words: str, workers: int
 ) -> None:
     """Catches training on garbage, another batch shape, and a record that does not say where it was."""
-    if workers and words != "cannot be decoded":
-        pytest.skip("one case is enough to see records come back from a process")
     loader = train_loader(odd_shard(tmp_path, image, **label), batch=2, micro=2, workers=workers)
     (batch,) = list(loader.batches(0, 1))
     assert batch.images.shape == (2, 8, 8, 1) and sorted(batch.weights.tolist()) == [0.0, 1.0]
@@ -283,15 +296,14 @@ def test_pairs_are_mixed_alike_in_every_layout(train: str) -> None:
 @pytest.mark.dist
 def test_a_killed_worker_is_an_error_that_names_its_sample(train: str) -> None:
     """Catches a run that waits for ever for a process that the kernel killed."""
-    batches = train_loader(train, workers=1).batches(0, 10_000)
+    loader = train_loader(train, workers=1)
+    batches = loader.batches(0, 10_000)
     next(batches)
-    (worker,) = [int(pid) for pid in os.listdir("/proc") if pid.isdecimal() and is_worker(int(pid))]
+    worker = int(loader.reading().split()[2])  # data worker PID last read ...
     os.kill(worker, signal.SIGKILL)
-    started = time.monotonic()
     with pytest.raises(WorkerError, match=rf"worker {worker} was reading sample \d+ of .*train-\d+\.tar"):
         for _ in range(1000):
             next(batches)
-    assert time.monotonic() - started < 30
 
 
 @pytest.mark.dist
@@ -300,17 +312,9 @@ def test_a_worker_that_hangs_is_an_error_that_names_its_sample(tmp_path: Path) -
     write_shards(tmp_path, shards=1, samples=60)
     (tmp_path / "x-000.tar").unlink()
     os.mkfifo(tmp_path / "x-000.tar")
-    batches = train_loader(str(tmp_path / "x.manifest.json"), workers=1, timeout_s=15.0).batches(0, 1)
+    batches = train_loader(str(tmp_path / "x.manifest.json"), workers=1, timeout_s=5.0).batches(0, 1)
     with pytest.raises(WorkerError, match=r"no batch in time.*was reading sample \d+ of .*x-000\.tar"):
         next(batches)
-
-
-def is_worker(pid: int) -> bool:
-    """Whether the process maps this process's newest worker log."""
-    try:
-        return "megavit-workers-" in Path(f"/proc/{pid}/maps").read_text() and pid != os.getpid()
-    except OSError:
-        return False
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def evaluate_once(run: RunConfig) -> tuple[Any, int]:
                 most = max(most, sum(found() is not None for found in alive))
                 yield batch
 
-    found = evaluate(Engine(run, resolved, mesh), Watched(), BadSamples(1, 1), 0, watchdog)  # type: ignore[arg-type]
+    found = evaluate(Engine(run, resolved, mesh), Watched(), BadSamples(1, 1, 48), 0, watchdog)  # type: ignore[arg-type]
     watchdog.stop()
     return tuple(found), most
 
