@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megavit.cli import PROJECT_ROOT, Command, make_parser, parse
+from megavit.cli import PROJECT_ROOT, make_parser, parse
 from megavit.fields import check_types
 from megavit.scale.gpus import GPUS, gpu_named
 from megavit.train.ds_config import load_ds_config
@@ -89,22 +89,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     for note in command.notes:
         print(note, file=sys.stderr)
     try:
-        return plan(command)
+        flags = PlanConfig(**command.more)
+        base = base_ds_config(command.deepspeed_config or PROJECT_ROOT / _BASE)
+        return plan(command.run, base, flags)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def plan(command: Command) -> int:
+def base_ds_config(path: str | Path) -> dict[str, Any]:
+    """The DeepSpeed JSON that the plan starts from. ValueError if it is not for bfloat16."""
+    base = load_ds_config(path)
+    if base.get("bf16", {}).get("enabled") not in (True, "auto"):
+        raise ValueError(f'{path}: plans are for bfloat16; set bf16.enabled to true or "auto"')
+    return base
+
+
+def plan(run: RunConfig, base: dict[str, Any], flags: PlanConfig) -> int:
     from megavit.scale import report
     from megavit.scale.roofline import Cluster
     from megavit.scale.search import Only, advice, scaling, search
 
-    run, flags = command.run, PlanConfig(**command.more)
-    base_path = command.deepspeed_config or PROJECT_ROOT / _BASE
-    base = load_ds_config(base_path)
-    if base.get("bf16", {}).get("enabled") not in (True, "auto"):
-        raise ValueError(f'{base_path}: plans are for bfloat16; set bf16.enabled to true or "auto"')
     global_batch = flags.global_batch or base["train_batch_size"]
     cluster = Cluster(
         gpu_named(flags.gpu),

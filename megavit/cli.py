@@ -179,7 +179,7 @@ def _command(given: dict[str, Any], needs: Mapping[str, str], otherwise: Path | 
     missing = [name for name in needs if not (values | {"deepspeed_config": ds_path}).get(name)]
     if missing:
         raise ValueError("; ".join(f"--{name} is required: {needs[name]}" for name in missing))
-    notes = [*_take_number_of_classes(values), *_strange_validation(values, flags, files)]
+    notes = [*_take_number_of_classes(values), *_note_validation_shards(values, flags, files)]
     return Command(make_run(values), ds_path, tuple(notes), more)
 
 
@@ -210,7 +210,9 @@ def _take_number_of_classes(values: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _strange_validation(values: dict[str, Any], flags: dict[str, Any], files: Sequence[str]) -> Iterator[str]:
+def _note_validation_shards(
+    values: dict[str, Any], flags: dict[str, Any], files: Sequence[str]
+) -> Iterator[str]:
     """A line when the training shards are given by flag, and a recipe's validation shards are evaluated
     on."""
     if "data.shards" in flags and "data.val_shards" not in flags and values.get("data.val_shards"):

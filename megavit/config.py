@@ -339,7 +339,8 @@ class RunConfig:
 
     Args:
         run_dir: folder for logs, TensorBoard and checkpoints; empty makes runs/<model>-<time>. A folder that
-            holds a run goes on with it, with its configuration but for the flags that are given.
+            holds a run goes on with it, with its configuration but for the flags and --config files that are
+            given.
         init_from: folder of an exported model whose weights a new run starts from; a classifier of another
             size is left out, the position embedding is resized.
         seed: fixes the weights, the order of the data, the augmentation and dropout.

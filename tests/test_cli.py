@@ -264,6 +264,6 @@ def test_a_recipes_validation_shards_with_other_training_shards_are_said() -> No
     """Catches a run on shards of one's own that is evaluated on the recipe's, without a word."""
     recipe = ["--config", "launch/recipes/cifar10.yaml"]
     (note,) = command(*recipe, "--data.shards", "/d/x.tar").notes
-    assert "data/cifar10/test-*.tar, which launch/recipes/cifar10.yaml names" in note
+    assert "data/cifar10/test-*.tar" in note and "launch/recipes/cifar10.yaml names" in note
     assert command(*recipe, "--data.shards", "/d/x.tar", "--data.val_shards=").notes == ()
     assert command(*recipe).notes == ()
