@@ -82,10 +82,15 @@ def _add_tools(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     for command, function in ((index_command, index), (verify_command, verify), (stats_command, stats)):
         command.set_defaults(function=function)
         _add_workers(command)
-        command.add_argument("--cache_dir", default="/tmp/megavit-shards", help="for remote shards")
+        command.add_argument(
+            "--cache_dir", default="", help="for remote shards (megavit-shards-UID in $TMPDIR)"
+        )
         command.add_argument("--cache_gb", type=float, default=100.0, help="size of that folder in GB (100)")
     for command in (verify_command, stats_command):
         command.add_argument("shards_spec", metavar="MANIFEST", help="NAME.manifest.json, or a pattern")
+        command.add_argument(
+            "--allow_pipe", action="store_true", help="run the shell commands (pipe:) that a manifest names"
+        )
     which_command = commands.add_parser("which", help="list the samples of a step, without reading the data")
     which_command.add_argument("--run_dir", type=Path, required=True, help="the run's folder")
     which_command.add_argument("--step", type=int, required=True, help="optimizer step as logged, from 1")
@@ -124,6 +129,10 @@ def write(arguments: argparse.Namespace) -> int:
 def index(arguments: argparse.Namespace) -> int:
     from megavit.data.manifest import MANIFEST_SUFFIX, index_pattern
 
+    if arguments.name != Path(arguments.name).name:
+        raise ValueError(f"--name {arguments.name} must be a name without folders; --out names the folder")
+    if arguments.pattern.endswith(MANIFEST_SUFFIX):
+        raise ValueError(f"{arguments.pattern} is a manifest already; name the shards: paths or urls")
     manifest = index_pattern(arguments.pattern, arguments.out, arguments.workers, _cache(arguments))
     first = Path(manifest.urls[0]).name.partition(".")[0]
     name = arguments.name or first.rstrip("0123456789").rstrip("-_") or first
@@ -141,12 +150,12 @@ def verify(arguments: argparse.Namespace) -> int:
     from megavit.data.manifest import open_shards
 
     cache = _cache(arguments)
-    manifest = open_shards(arguments.shards_spec, cache, progress=True)
+    manifest = open_shards(arguments.shards_spec, cache, progress=True, allow_pipe=arguments.allow_pipe)
     problems = 0
     for line in verify(manifest, cache, arguments.workers):
         problems += 1
         print(line, flush=True)
-    unchecked = sum(not manifest.index(shard).has_checksums for shard in range(min(len(manifest), 1)))
+    unchecked = any(isinstance(index, bytes) for index in manifest.indexes)
     note = " (headers only: these shards have no index with checksums)" if unchecked else ""
     print(f"{len(manifest):,} shards, {manifest.num_samples:,} samples: {problems or 'no'} problems{note}")
     return 1 if problems else 0
@@ -156,8 +165,10 @@ def stats(arguments: argparse.Namespace) -> int:
     from megavit.data.audit import statistics
     from megavit.data.manifest import open_shards
 
+    if arguments.shards < 0:
+        raise ValueError(f"--shards {arguments.shards} cannot be negative; 0 looks at all")
     cache = _cache(arguments)
-    manifest = open_shards(arguments.shards_spec, cache, progress=True)
+    manifest = open_shards(arguments.shards_spec, cache, progress=True, allow_pipe=arguments.allow_pipe)
     found = statistics(manifest, cache, arguments.workers, arguments.shards)
     print("\n".join(found.lines(manifest)))
     return 0
@@ -176,6 +187,10 @@ def which(arguments: argparse.Namespace) -> int:
 def _cache(arguments: argparse.Namespace) -> ShardCache:
     from megavit.data.cache import ShardCache
 
+    if arguments.workers < 1:
+        raise ValueError(f"--workers {arguments.workers} must be at least 1")
+    if not 0 < arguments.cache_gb < float("inf"):
+        raise ValueError(f"--cache_gb {arguments.cache_gb} must be a positive number")
     return ShardCache(arguments.cache_dir, int(arguments.cache_gb * 1e9))
 
 

@@ -21,6 +21,7 @@ Recompute = Literal["none", "full", "selective"]
 Loss = Literal["sigmoid", "softmax"]
 Augment = Literal["inception", "none"]
 _MAX_SEED = 2**63 - 1  # the order of the data and torch's generators take 63 bits
+_PILLOWS_PIXELS = 178_956_970  # twice PIL.Image.MAX_IMAGE_PIXELS
 
 
 def _require_positive(owner: str, config: Any, *names: str) -> None:
@@ -193,6 +194,8 @@ class DataConfig:
         antialias: low-pass before shrinking a crop; without it decoding is faster and images are harsher.
         decoder: full (libjpeg-turbo) or region (decodes the crop only; needs nvidia-nvimgcodec-cu13).
         max_labels: most labels of an image; one with more counts as bad.
+        max_pixels: most pixels of an image by its header; one with more counts as bad. Decoding takes up to
+            16 bytes a pixel (WebP; PNG 14, progressive JPEG 9, other JPEG 3): 0.8 GB at the default.
         lanes: parallel streams of the order, fixed for a run; every global batch size it uses must be a
             multiple. 0 takes the greatest common divisor of the global batch and 1024.
         shuffle_block: samples that are shuffled among themselves within a lane.
@@ -205,7 +208,10 @@ class DataConfig:
         max_bad_fraction: stop when more than this share of the samples seen was unusable, each counted once
             however many epochs read it (ten are free; with 0 none is).
         max_bad_shards: stop when more than so many shards fail as a whole, without a good step in between.
-        cache_dir: node-local folder for remote shards, shared by the node's ranks.
+        allow_pipe: let a manifest name shell commands (pipe:COMMAND) as shards; those in shards and
+            val_shards themselves need no permission.
+        cache_dir: node-local folder for remote shards, shared by the node's ranks; empty takes
+            megavit-shards-UID in $TMPDIR (/tmp), which only this user can open.
         cache_gb: size that the cache folder may have, in GB.
         timeout_s: seconds after which a stalled download, or a batch that does not come, is an error.
     """
@@ -225,6 +231,7 @@ class DataConfig:
     antialias: bool = True
     decoder: Literal["full", "region"] = "full"
     max_labels: int = 32
+    max_pixels: int = 50_000_000
     lanes: int = 0
     shuffle_block: int = 16_384
     skip_steps: str = ""
@@ -233,7 +240,8 @@ class DataConfig:
     check_every: int = 100
     max_bad_fraction: float = 1e-3
     max_bad_shards: int = 8
-    cache_dir: str = "/tmp/megavit-shards"
+    allow_pipe: bool = False
+    cache_dir: str = ""
     cache_gb: float = 100.0
     timeout_s: float = 600.0
 
@@ -253,6 +261,11 @@ class DataConfig:
         for name in ("cache_gb", "timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"data.{name} must be positive, got {getattr(self, name)}")
+        if not 0 < self.max_pixels <= _PILLOWS_PIXELS:
+            raise ValueError(
+                f"data.max_pixels must lie in 1 to {_PILLOWS_PIXELS}, where Pillow refuses images, got "
+                f"{self.max_pixels}"
+            )
         _step_ranges(self.skip_steps)
 
     @property

@@ -11,7 +11,9 @@ CLASSES_FILE = "classes.txt"
 
 def write_class_names(folder: str | Path, names: Sequence[str]) -> None:
     """Write `folder/classes.txt`."""
-    (Path(folder) / CLASSES_FILE).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    text = "".join(f"{name}\n" for name in names)
+    # Names of folders may hold bytes that are not UTF-8.
+    (Path(folder) / CLASSES_FILE).write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def class_names_beside(shards: str) -> list[str]:
@@ -21,8 +23,8 @@ def class_names_beside(shards: str) -> list[str]:
     if not shards or not path.is_file():
         return []
     try:
-        names = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        names = path.read_text(encoding="utf-8", errors="surrogateescape").removesuffix("\n").split("\n")
+    except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not all(name.strip() for name in names):
         raise ValueError(

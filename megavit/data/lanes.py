@@ -142,8 +142,8 @@ class Lanes:
 class DataState:
     """Where the data stand before step `step`: all that a resumed run needs, the same on every rank.
 
-    `skipped` are the ranges left out so far, one that begins at `step` included; `manifest` the shards'
-    digest.
+    `skipped` are the ranges left out so far, one that begins at `step` included; `manifest` and `checksums`
+    the shards' digests without and with checksums.
     """
 
     step: int
@@ -154,13 +154,16 @@ class DataState:
     seed: int
     skipped: tuple[tuple[int, int], ...]
     manifest: str
+    checksums: str
     shards: int
     samples: int
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> DataState:
-        """The state that `dataclasses.asdict` and JSON have turned into a dictionary."""
-        return DataState(**fields | {"skipped": tuple((first, last) for first, last in fields["skipped"])})
+        """The state that `dataclasses.asdict` and JSON have turned into a dictionary, or an older one that
+        has a single digest."""
+        skipped = tuple((first, last) for first, last in fields["skipped"])
+        return DataState(**{"checksums": fields["manifest"]} | fields | {"skipped": skipped})
 
 
 class Order:

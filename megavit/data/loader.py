@@ -27,7 +27,9 @@ from megavit.data import transforms
 from megavit.data.bad import BadSample, SampleError
 from megavit.data.cache import ShardCache
 from megavit.data.decode import DecodeError, Decoder
+from megavit.data.identity import ShardRow, difference, rows_of_run
 from megavit.data.index import IMAGE_EXTENSIONS, LABEL_EXTENSIONS
+from megavit.data.json_data import parse_json
 from megavit.data.labels import pad_labels, parse_labels
 from megavit.data.lanes import MAX_LANES, DataState, Lanes, Order, uniforms
 from megavit.data.manifest import Manifest
@@ -95,7 +97,9 @@ class _Samples:
     ):
         self.reader = ShardReader(manifest, cache)
         self.model, self.config, self._allow_unlabelled = model, config, allow_unlabelled
-        self._decoder = Decoder(model.channels, model.image_size, config.antialias, config.decoder)
+        self._decoder = Decoder(
+            model.channels, model.image_size, config.antialias, config.decoder, config.max_pixels
+        )
         self.record: Callable[[str, int], None] | None = None  # told of each sample before it is read
 
     def batch(
@@ -147,6 +151,8 @@ class _Samples:
             raise self._bad(shard, index, f"it cannot be decoded: {error}") from error
         except ValueError as error:
             raise self._bad(shard, index, str(error)) from error
+        except Exception as error:  # one sample must not end the run, whatever a library makes of its bytes
+            raise self._bad(shard, index, f"it cannot be used: {type(error).__name__}: {error}") from error
         return padded
 
     def _decode(self, data: bytes, out: np.ndarray, u: np.ndarray | None) -> None:
@@ -232,7 +238,7 @@ class TrainLoader:
     `state` is what `state_at` gave when the run was saved. `dp_size` and workers may have changed since, and
     the global batch as long as it stays a multiple of the lanes. `left_out` are ranges of steps as in
     `config.skips`, found while training. ValueError, naming the difference, if the shards have changed and
-    the configuration does not allow it.
+    the configuration does not allow it; `data_file`, which `save_order` wrote, tells which shard it was.
     """
 
     def __init__(
@@ -248,16 +254,20 @@ class TrainLoader:
         cache: ShardCache | None = None,
         allow_unlabelled: bool = True,
         state: DataState | None = None,
-        manifest_before: Manifest | None = None,
+        data_file: Path | None = None,
         left_out: Sequence[tuple[int, int]] = (),
     ):
         if (config.mixup or config.cutmix) and micro_batch % 2:
             raise ValueError(
                 f"mixup and cutmix mix pairs of slots: the micro-batch must be even, got {micro_batch}"
             )
-        self._manifest_digest = manifest.digest
-        if state and state.manifest != self._manifest_digest and not config.allow_changed_manifest:
-            raise ValueError(_changed(manifest, state, manifest_before))
+        self._digests = manifest.digest, manifest.checksum_digest
+        if (
+            state
+            and not manifest.is_same(state.manifest, state.checksums)
+            and not config.allow_changed_manifest
+        ):
+            raise ValueError(_changed(manifest, state, rows_of_run(data_file)))
         num_lanes = config.lanes or (state.num_lanes if state else math.gcd(global_batch, MAX_LANES))
         lanes = Lanes(manifest.samples, num_lanes, seed, config.shuffle_block)
         self.order = Order(lanes, global_batch, sorted({*config.skips, *left_out}), state)
@@ -284,7 +294,8 @@ class TrainLoader:
                 block=lanes.block,
                 seed=lanes.seed,
                 skipped=tuple(skip for skip in self.order.skips if skip[0] <= step),
-                manifest=self._manifest_digest,
+                manifest=self._digests[0],
+                checksums=self._digests[1],
                 shards=len(self._manifest),
                 samples=self._manifest.num_samples,
             )
@@ -293,21 +304,29 @@ class TrainLoader:
     def save_order(self, path: Path, step: int) -> None:
         """Write what tells the samples of any step from `step` on (`launch/shards.py which`).
 
-        A file that says the same from an earlier step on is left, so that it still tells the steps before.
+        A file that says the same from an earlier step on keeps that step, to tell those before as well.
         """
         shards = self._config.shards
         fields = {
             "shards": str(Path(shards).absolute()) if is_local(shards) else shards,
             "global_batch": self.order.global_batch,
-            "skips": self.order.skips,
+            "skips": [list(skip) for skip in self.order.skips],
             "state": self.state_at(step),
+            "content": self._manifest.rows(),
         }
-        text = json.dumps(fields, indent=2) + "\n"
-        if step and path.is_file():
-            before = json.loads(path.read_text())
-            if json.loads(text) | {"state": before["state"]} == before:
-                return
-        path.write_text(text)
+        if step and (state := self._state_in(path, fields)):
+            fields["state"] = state
+        path.write_text(json.dumps(fields) + "\n")
+
+    def _state_in(self, path: Path, fields: dict[str, Any]) -> dict[str, Any] | None:
+        """The state in an order file, if that tells of the same order as `fields` and the same shards."""
+        try:
+            before = parse_json(path.read_bytes())
+            state = DataState.from_json(before["state"])
+            same = all(before[name] == fields[name] for name in ("shards", "global_batch", "skips"))
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or one that tells nothing
+            return None
+        return before["state"] if same and self._manifest.is_same(state.manifest, state.checksums) else None
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """The micro-batches of optimizer steps [first_step, last_step), in order."""
@@ -348,14 +367,15 @@ class EvalLoader:
         return _load(self._items, range(self.num_batches), self._workers, self._timeout_s, 1, log)
 
 
-def _changed(manifest: Manifest, state: DataState, before: Manifest | None) -> str:
-    if before is None or not (difference := manifest.difference(before)):
-        difference = (
+def _changed(manifest: Manifest, state: DataState, before: Sequence[ShardRow]) -> str:
+    found = difference(manifest.rows(), before) if before else ""
+    if not found:
+        found = (
             f"{len(manifest):,} shards with {manifest.num_samples:,} samples (digest {manifest.digest[:8]}) "
             f"now, {state.shards:,} with {state.samples:,} ({state.manifest[:8]}) when it was saved"
         )
     return (
-        f"the training shards have changed since step {state.step}: {difference}. Restore them, or go on in "
+        f"the training shards have changed since step {state.step}: {found}. Restore them, or go on in "
         f"another order with --data.allow_changed_manifest"
     )
 

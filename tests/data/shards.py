@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import webdataset as wds
 from PIL import Image
 
+from megavit.data.cache import ShardCache
 from megavit.data.manifest import Manifest, open_shards, write_index
 
 
@@ -39,6 +41,12 @@ def write_shards(
     if indexed:
         manifest.save(folder / "x.manifest.json")
     return manifest
+
+
+def fetched(cache: ShardCache, url: str, size: int | None = None) -> bytes:
+    """A shard's bytes, through the cache."""
+    with os.fdopen(cache.open(url, size), "rb") as file:
+        return file.read()
 
 
 def flip_bit(path: Path, offset: int) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from megavit.data.cache import ShardCache
 from megavit.data.sources import SourceError
+from tests.data.shards import fetched
 from tests.lab.shard_server import BODY, Server
 
 pytestmark = pytest.mark.slow  # real servers, time-outs and processes
@@ -32,11 +33,9 @@ def test_local_shards_are_left_alone(tmp_path: Path, cache: ShardCache) -> None:
     """Catches copies of what lies on disk, `file:` urls passed on as paths, and missing files not named."""
     path = tmp_path / "a b.tar"
     path.write_bytes(BODY)
-    assert cache.get(str(path)) == path
-    assert cache.get(f"file://{tmp_path}/a%20b.tar", size=3) == path
+    for url in (str(path), f"file://{tmp_path}/a%20b.tar"):
+        assert fetched(cache, url, size=3) == BODY
     assert not cache.folder.exists()
-    with os.fdopen(cache.open(path.as_uri()), "rb") as file:
-        assert file.read() == BODY
     with pytest.raises(SourceError, match=r"nowhere\.tar: FileNotFoundError"):
         cache.open("nowhere.tar")
 
@@ -44,38 +43,36 @@ def test_local_shards_are_left_alone(tmp_path: Path, cache: ShardCache) -> None:
 def test_shard_is_fetched_once_and_then_found(server: Server, cache: ShardCache) -> None:
     """Catches a second download of a cached shard, and temporary files that stay behind."""
     url = server.url("/good/0/a.tar?x=1")
-    path = cache.get(url, len(BODY))
-    assert path.read_bytes() == BODY
-    assert path.name.endswith("-a.tar")
-    assert cache.get(url) == path
+    assert fetched(cache, url, len(BODY)) == BODY
+    assert cache.place(url).name.endswith("-a.tar")
+    assert fetched(cache, url) == BODY
     assert len(server.requests) == 1
-    assert files(cache) == [path]
+    assert files(cache) == [cache.place(url)]
 
 
 def test_stored_bytes_are_kept(server: Server, cache: ShardCache) -> None:
     """Catches a client that unpacks on the way: a file of neither the announced nor the indexed size."""
-    assert gzip.decompress(cache.get(server.url("/gzip/1/a.tar")).read_bytes()) == BODY
+    assert gzip.decompress(fetched(cache, server.url("/gzip/1/a.tar"))) == BODY
 
 
 @pytest.mark.parametrize("behaviour", ["503", "drop", "short", "hang", "stall", "short_unnoticed"])
 def test_transient_failures_are_retried(server: Server, cache: ShardCache, behaviour: str) -> None:
     """Catches half a shard taken for a whole one, a hung server that stops training, and no second try."""
-    path = cache.get(server.url(f"/{behaviour}/2/a.tar"), len(BODY))
-    assert path.read_bytes() == BODY
+    assert fetched(cache, server.url(f"/{behaviour}/2/a.tar"), len(BODY)) == BODY
     assert len(server.requests) == 3
 
 
 @pytest.mark.parametrize("behaviour", ["503", "drop", "short", "404"])
 def test_failures_are_noticed_without_a_known_size(server: Server, cache: ShardCache, behaviour: str) -> None:
     """Catches a check that works only for shards whose size the manifest tells."""
-    assert cache.get(server.url(f"/{behaviour}/1/a.tar")).read_bytes() == BODY
+    assert fetched(cache, server.url(f"/{behaviour}/1/a.tar")) == BODY
     assert len(server.requests) == 2
 
 
 def test_slow_is_not_hung(server: Server, tmp_path: Path) -> None:
     """Catches a time limit for the whole shard where one for standing still is meant."""
     cache = ShardCache(tmp_path, 10 << 20, tries=1, timeout_s=0.4)
-    assert cache.get(server.url("/slow/1/a.tar")).read_bytes() == BODY
+    assert fetched(cache, server.url("/slow/1/a.tar")) == BODY
 
 
 @pytest.mark.parametrize(
@@ -94,7 +91,7 @@ def test_lasting_failures_name_url_reason_and_tries(
     """Catches endless retries, five tries of a shard that does not exist, and errors nobody can act on."""
     url = server.url(f"/{behaviour}/99/a.tar")
     with pytest.raises(SourceError) as caught:
-        cache.get(url, len(BODY))
+        fetched(cache, url, len(BODY))
     assert url in str(caught.value)
     assert reason in str(caught.value)
     assert f"in {tries} tries" in str(caught.value)
@@ -107,32 +104,34 @@ def test_failed_shard_is_remembered(server: Server, cache: ShardCache) -> None:
     """Catches every sample of a missing shard waiting for its own retries."""
     url = server.url("/404/99/a.tar")
     with pytest.raises(SourceError) as first:
-        cache.get(url)
+        fetched(cache, url)
     started = time.monotonic()
     for _ in range(1000):
         with pytest.raises(SourceError) as again:
-            cache.get(url)
+            fetched(cache, url)
     assert time.monotonic() - started < 0.5
     assert str(again.value) == str(first.value)
     assert len(server.requests) == 2
     with pytest.raises(SourceError):
-        pickle.loads(pickle.dumps(cache)).get(url)  # a worker process starts afresh
+        fetched(pickle.loads(pickle.dumps(cache)), url)  # a worker process starts afresh
     assert len(server.requests) == 4
 
 
 def test_same_basename_is_another_shard(server: Server, cache: ShardCache) -> None:
     """Catches webdataset's cache, where /a/000.tar is served for /b/000.tar."""
-    paths = {cache.get(server.url(f"/good/0/{folder}/000.tar")) for folder in "ab"}
-    paths |= {cache.get(server.url(f"/good/0/a/000.tar?version={version}")) for version in (1, 2)}
-    assert len(paths) == 4
+    names = ("a/000.tar", "b/000.tar", "a/000.tar?version=1", "a/000.tar?version=2")
+    for name in names:
+        assert fetched(cache, server.url(f"/good/0/{name}")) == BODY
+    assert files(cache) == sorted(cache.place(server.url(f"/good/0/{name}")) for name in names)
+    assert len(server.requests) == 4
 
 
 def test_cached_file_of_another_size_is_fetched_again(server: Server, cache: ShardCache) -> None:
     """Catches training on a shard that was rewritten, or cut off by a full disk."""
     url = server.url("/good/0/a.tar")
-    path = cache.get(url)
-    path.write_bytes(b"old")
-    assert cache.get(url, len(BODY)).read_bytes() == BODY
+    fetched(cache, url)
+    cache.place(url).write_bytes(b"old")
+    assert fetched(cache, url, len(BODY)) == BODY
     assert len(server.requests) == 2
 
 
@@ -142,16 +141,18 @@ def test_disk_is_bounded(server: Server, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_bytes(BODY * 4)
     paths = []
     for i in range(5):
-        paths.append(cache.get(server.url(f"/good/0/{i}.tar"), len(BODY)))
+        url = server.url(f"/good/0/{i}.tar")
+        fetched(cache, url, len(BODY))
+        paths.append(cache.place(url))
         time.sleep(0.02)
-        cache.get(server.url("/good/0/0.tar"))  # used all the time
+        fetched(cache, server.url("/good/0/0.tar"))  # used all the time
         time.sleep(0.02)
         assert sum(path.stat().st_size for path in files(cache) if path.suffix == ".tar") <= cache.max_bytes
     assert [path.exists() for path in paths] == [True, False, False, True, True]
     assert server.requests.count("/good/0/0.tar") == 1
     assert (tmp_path / "thesis.tex").exists()
     small = ShardCache(tmp_path, max_bytes=10)
-    assert small.get(server.url("/good/0/big.tar")).read_bytes() == BODY
+    assert fetched(small, server.url("/good/0/big.tar")) == BODY
     assert not paths[0].exists()
 
 
@@ -172,9 +173,9 @@ def test_prefetch_and_get_fetch_once(server: Server, cache: ShardCache) -> None:
     started = time.monotonic()
     cache.prefetch([(url, len(BODY)) for url in [*urls, *urls]] + [("/local.tar", 1), (missing, None)])
     assert time.monotonic() - started < 0.2
-    assert [cache.get(url, len(BODY)).read_bytes() for url in urls] == [BODY] * 3
+    assert [fetched(cache, url, len(BODY)) for url in urls] == [BODY] * 3
     with pytest.raises(SourceError, match="/404/99"):
-        cache.get(missing)
+        fetched(cache, missing)
     assert sorted(server.requests) == ["/404/99/a.tar"] * 2 + [f"/slow/1/{i}.tar" for i in range(3)]
     deadline = time.monotonic() + 5
     while cache._running and time.monotonic() < deadline:
@@ -186,7 +187,7 @@ def test_cache_travels_to_workers(server: Server, cache: ShardCache) -> None:
     """Catches threads and locks in the pickle of a dataset."""
     cache.prefetch([(server.url("/good/0/a.tar"), None)])
     copy = pickle.loads(pickle.dumps(cache))
-    assert copy.get(server.url("/good/0/a.tar")) == cache.get(server.url("/good/0/a.tar"))
+    assert fetched(copy, server.url("/good/0/a.tar")) == fetched(cache, server.url("/good/0/a.tar"))
     assert (copy.folder, copy.max_bytes, copy.tries) == (cache.folder, cache.max_bytes, cache.tries)
     assert len(server.requests) == 1
 
@@ -194,7 +195,7 @@ def test_cache_travels_to_workers(server: Server, cache: ShardCache) -> None:
 def _get(cache: ShardCache, url: str, barrier: object, results: object) -> None:
     barrier.wait()  # type: ignore[attr-defined]
     try:
-        results.put(cache.get(url).read_bytes() == BODY)  # type: ignore[attr-defined]
+        results.put(fetched(cache, url) == BODY)  # type: ignore[attr-defined]
     except SourceError as error:
         results.put(error)  # type: ignore[attr-defined]
 
@@ -242,9 +243,8 @@ def test_killed_process_holds_nobody_up(server: Server, cache: ShardCache) -> No
         os.kill(process.pid, signal.SIGKILL)
         process.join()
     assert [path.suffix for path in files(cache)] == [".part", ".part"]
-    path = cache.get(urls[0])
-    assert path.read_bytes() == BODY
-    assert files(cache) == [path]  # b's half is gone as well
+    assert fetched(cache, urls[0]) == BODY
+    assert files(cache) == [cache.place(urls[0])]  # b's half is gone as well
 
 
 def test_full_disk_is_explained(server: Server, tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ from megavit.data.cache import ShardCache
 from megavit.data.sources import SourceError
 for url in {urls}:
     try:
-        ShardCache({str(small)!r}, 1 << 30).get(url)
+        ShardCache({str(small)!r}, 1 << 30).open(url)
     except SourceError as error:
         print(error)
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import functools
 import http.server
 import os
@@ -119,9 +120,11 @@ def test_a_resumed_run_goes_on_with_other_ranks_and_another_batch(train: str) ->
 
 def test_changed_shards_are_refused_on_resuming(tmp_path: Path) -> None:
     """Catches a continuation over other data that nobody notices."""
-    before = write_shards(tmp_path / "a")
+    write_shards(tmp_path / "a")
     write_shards(tmp_path / "b", shards=7)
-    state = DataState.from_json(train_loader(str(tmp_path / "a" / "x.manifest.json")).state_at(3))
+    loader = train_loader(str(tmp_path / "a" / "x.manifest.json"))
+    state = DataState.from_json(loader.state_at(3))
+    loader.save_order(tmp_path / "data.json", 0)
     changed = str(tmp_path / "b" / "x.manifest.json")
     with pytest.raises(
         ValueError, match=r"changed since step 3: 7 shards with 280.*6 with 240.*allow_changed_man"
@@ -136,7 +139,7 @@ def test_changed_shards_are_refused_on_resuming(tmp_path: Path) -> None:
             global_batch=48,
             micro_batch=8,
             state=state,
-            manifest_before=before,
+            data_file=tmp_path / "data.json",
         )
     assert train_loader(changed, state=state, allow_changed_manifest=True).passes(3) > 0
 
@@ -308,13 +311,16 @@ def test_a_killed_worker_is_an_error_that_names_its_sample(train: str) -> None:
 
 @pytest.mark.dist
 def test_a_worker_that_hangs_is_an_error_that_names_its_sample(tmp_path: Path) -> None:
-    """Catches a run that waits for ever for a file system that does not answer: opening a FIFO blocks."""
+    """Catches a run that waits for ever for a file system that does not answer: opening a file waits, up to
+    45 s, until another process has given its lease up."""
     write_shards(tmp_path, shards=1, samples=60)
-    (tmp_path / "x-000.tar").unlink()
-    os.mkfifo(tmp_path / "x-000.tar")
-    batches = train_loader(str(tmp_path / "x.manifest.json"), workers=1, timeout_s=5.0).batches(0, 1)
-    with pytest.raises(WorkerError, match=r"no batch in time.*was reading sample \d+ of .*x-000\.tar"):
-        next(batches)
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # the kernel's request to give it up
+    with open(tmp_path / "x-000.tar", "r+b") as file:
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        batches = train_loader(str(tmp_path / "x.manifest.json"), workers=1, timeout_s=15.0).batches(0, 1)
+        with pytest.raises(WorkerError, match=r"no batch in time.*was reading sample \d+ of .*x-000\.tar"):
+            next(batches)
+    signal.signal(signal.SIGIO, before)
 
 
 @pytest.mark.slow
