@@ -22,7 +22,7 @@ from pathlib import Path
 
 from megavit.data.write import digits_splits, write_splits
 from megavit.train.checkpoint import checkpoints_of, committed, find_latest
-from tests.data.shards import flip_bit, truncate
+from tests.data.shards import flip_bit, reading_hangs, truncate
 from tests.disks import fill, small_disk
 from tests.jobs import EVERY, RANKS, STEPS, TIMEOUT_S, HostsJob, Job
 from tests.lab.hosts import HostsLab, hosts_missing
@@ -233,19 +233,14 @@ class Faults:
         return ("--data.max_bad_fraction", "1", "--data.shards", manifest)
 
     def hanging_shard(self) -> Outcome:
-        """Opening a FIFO waits for a writer, as reading from a file server that is gone does."""
         flags = self._copied_data("hanging")
         shard = self.folder / "hanging" / "train-000003.tar"
-        content = shard.read_bytes()
-        shard.unlink()
-        os.mkfifo(shard)
         job = self.job("hanging-shard", *flags)
-        job.start()
-        job.wait_for(lambda: job.has_said("no progress for"))
-        gone = job.wait_until_gone()
+        with reading_hangs([shard]):
+            job.start()
+            job.wait_for(lambda: job.has_said("no progress for"))
+            gone = job.wait_until_gone()
         named = job.has_said("last read sample", shard.name)
-        shard.unlink()
-        shard.write_bytes(content)
         happened = (
             f"after --timeout_s {TIMEOUT_S} the watchdogs say what the data workers were reading and end the "
             "ranks; seconds from there on"

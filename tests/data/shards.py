@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +45,18 @@ def write_shards(
     if indexed:
         manifest.save(folder / "x.manifest.json")
     return manifest
+
+
+@contextmanager
+def reading_hangs(paths: Iterable[Path]) -> Iterator[None]:
+    """Whoever opens one of the files waits, as for a file server that is gone: for up to 45 s the kernel lets
+    this process keep its lease on them."""
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # the kernel's request to give it up
+    with ExitStack() as files:
+        for path in paths:
+            fcntl.fcntl(files.enter_context(open(path, "r+b")), fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        yield
+    signal.signal(signal.SIGIO, before)
 
 
 def fetched(cache: ShardCache, url: str, size: int | None = None) -> bytes:
