@@ -62,22 +62,32 @@ class LogFile:
 
 def discard_rows(path: Path, step: int) -> None:
     """Move the lines of a JSON-lines file that are about steps after `step` to `<name>.discarded`: they will
-    be done again. A line that was cut off by a kill goes there too."""
-    if not path.is_file():
+    be done again. What is no whole record (a line that was cut off by a kill, or damaged) goes there too."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
         return
-    kept, discarded = [], []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            later = json.loads(line).get("step", 0) > step or not line.endswith("\n")
-        except ValueError:
-            later = True
-        (discarded if later else kept).append(line)
-    if discarded:
-        with open(path.with_name(path.name + DISCARDED_SUFFIX), "a") as file:
-            file.writelines(line.rstrip("\n") + "\n" for line in discarded)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, path)
+    kept: list[bytes] = []
+    discarded: list[bytes] = []
+    for line in lines:
+        (kept if _is_about_the_past(line, step) else discarded).append(line)
+    if not discarded:
+        return
+    with open(path.with_name(path.name + DISCARDED_SUFFIX), "ab") as file:
+        file.writelines(line.rstrip(b"\r\n") + b"\n" for line in discarded)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(b"".join(kept))
+    os.replace(partial, path)
+
+
+def _is_about_the_past(line: bytes, step: int) -> bool:
+    """Whether this is a whole record of `step`, of one before, or of none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    about = record.get("step", 0) if type(record) is dict else None
+    return line.endswith(b"\n") and isinstance(about, int | float) and about <= step
 
 
 def _finite(value: Any) -> Any:
