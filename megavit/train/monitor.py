@@ -216,6 +216,8 @@ class Monitor:
             f"{saved.bytes / 2**30:.3g} GiB; training held up {saved.stall_s:.2g} s, "
             f"written in {saved.write_s:.2g} s"
         )
+        if saved.note:
+            self.say(f"note: {saved.note}")
 
     def show_progress(self, progress: Progress) -> None:
         """A line now and then about a save that takes long."""
