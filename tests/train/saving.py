@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megavit.config import CheckpointConfig, RunConfig, plain_config, run_preset
+from megavit.config import CheckpointConfig, RunConfig, plain_config
 from megavit.data.lanes import DataState
 from megavit.model.vit import MegaVit
 from megavit.parallel.layout import layout_of
 from megavit.parallel.mesh import Mesh
 from megavit.train.saver import Saver
 from megavit.train.zero_state import MOMENTS, Slice
+from tests.train.runs import DEMO
 
-TINY = run_preset("vit_tiny")
+TINY = DEMO
 RUN = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, depth=1, dim=16, mlp_dim=32))
 
 
@@ -72,7 +73,7 @@ class ModelState:
 
 def fields_of(run: RunConfig, step: int) -> dict[str, Any]:
     """What the loop keeps beside the tensors."""
-    data = DataState(step, 0, 96 * step, 32, 16, 0, (), "0" * 8, 2, 1437)
+    data = DataState(step, 0, 96 * step, 32, 16, 0, (), "0" * 8, "0" * 8, 2, 1437)
     state = {
         "data": dataclasses.asdict(data),
         "left_out": [],
