@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import io
 import json
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +48,32 @@ def write_shards(
     return manifest
 
 
+def cache_in(folder: Path, max_bytes: int = 10**9) -> ShardCache:
+    return ShardCache(folder / "cache", max_bytes)
+
+
 def fetched(cache: ShardCache, url: str, size: int | None = None) -> bytes:
     """A shard's bytes, through the cache."""
     with os.fdopen(cache.open(url, size), "rb") as file:
         return file.read()
+
+
+@contextmanager
+def folder_server(folder: Path) -> Iterator[str]:
+    """The url at which the files of a folder are served."""
+    handler = functools.partial(_Silent, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+
+
+class _Silent(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def flip_bit(path: Path, offset: int) -> None:

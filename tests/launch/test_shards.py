@@ -45,16 +45,3 @@ def test_index_verify_stats(tmp_path: Path) -> None:
     assert "x-004.tar" not in text and "x-005.tar" not in text
     code, text = call("stats", manifest, "--shards", "3", "--workers", "1")
     assert code == 0 and "unusable        41" in text  # shard 0, and one sample of shard 2
-
-
-@pytest.mark.slow
-def test_mistakes_are_named(tmp_path: Path) -> None:
-    """Catches tracebacks."""
-    for words, message in (
-        (("index", f"{tmp_path}/none-*.tar", "--out", str(tmp_path)), "none-*.tar does not exist"),
-        (("verify", f"{tmp_path}/none.manifest.json"), "none.manifest.json does not exist"),
-        (("which", "--run_dir", str(tmp_path), "--step", "3"), "is no run folder"),
-        (("which", "--run_dir", str(tmp_path), "--step", "0"), "counts from 1"),
-    ):
-        code, text = call(*words)
-        assert code == 1 and message in text, text
