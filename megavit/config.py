@@ -195,7 +195,7 @@ class DataConfig:
         decoder: full (libjpeg-turbo) or region (decodes the crop only; needs nvidia-nvimgcodec-cu13).
         max_labels: most labels of an image; one with more counts as bad.
         max_pixels: most pixels of an image by its header; one with more counts as bad. Decoding takes up to
-            16 bytes a pixel (WebP; PNG 14, progressive JPEG 9, other JPEG 3): 0.8 GB at the default.
+            16 bytes a pixel (WebP; PNG 14, JPEG 3 to 14): 0.8 GB at the default.
         lanes: parallel streams of the order, fixed for a run; every global batch size it uses must be a
             multiple. 0 takes the greatest common divisor of the global batch and 1024.
         shuffle_block: samples that are shuffled among themselves within a lane.

@@ -19,7 +19,7 @@ from megavit.data.images import open_image
 from megavit.data.index import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, ShardError, walk_tar
 from megavit.data.json_data import json_field, parse_json
 from megavit.data.labels import read_labels
-from megavit.data.lanes import DataState, Lanes, Order
+from megavit.data.lanes import DataState, Lanes, Order, ranges_from_json
 from megavit.data.manifest import DATA_FILE, Manifest, in_processes, open_shards
 from megavit.data.reader import ShardReader
 from megavit.data.sources import SourceError
@@ -184,10 +184,10 @@ def order_of_run(run_dir: Path) -> tuple[Manifest, Order]:
         saved = parse_json(path.read_bytes())
         shards, global_batch = json_field(saved, "shards", str), json_field(saved, "global_batch", int)
         state = DataState.from_json(json_field(saved, "state", dict))
-        skips = [(int(first), int(last)) for first, last in json_field(saved, "skips", list)]
+        skips = ranges_from_json(json_field(saved, "skips", list))
     except OSError as error:
         raise ValueError(f"{run_dir} is no run folder with data: {path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} does not tell the order of a run: {error}") from error
     manifest = open_shards(shards, allow_pipe=True)  # from the indexes alone: nothing is fetched
     if not manifest.is_same(state.manifest, state.checksums):

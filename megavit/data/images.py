@@ -45,4 +45,4 @@ def pillow_errors() -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise DecodeError(f"too many pixels for --data.max_pixels: {error}") from error
     except Exception as error:
-        raise DecodeError(f"{type(error).__name__}: {error}") from error
+        raise DecodeError(f"{type(error).__name__}: {error}".removesuffix(": ")) from error

@@ -13,9 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from typing import Any
 
 import numpy as np
+
+from megavit.data.json_data import json_field, kind_of
 
 MAX_LANES = 1024
 _ROUNDS = 6
@@ -161,9 +164,22 @@ class DataState:
     @staticmethod
     def from_json(fields: dict[str, Any]) -> DataState:
         """The state that `dataclasses.asdict` and JSON have turned into a dictionary, or an older one that
-        has a single digest."""
-        skipped = tuple((first, last) for first, last in fields["skipped"])
-        return DataState(**{"checksums": fields["manifest"]} | fields | {"skipped": skipped})
+        has a single digest. ValueError for anything else."""
+        fields = {"checksums": fields.get("manifest")} | fields
+        kinds = {"int": int, "str": str}
+        found = {
+            f.name: json_field(fields, f.name, kinds.get(str(f.type), list))
+            for f in dataclass_fields(DataState)
+        }
+        return DataState(**found | {"skipped": ranges_from_json(found["skipped"])})
+
+
+def ranges_from_json(values: list[Any]) -> tuple[tuple[int, int], ...]:
+    """Ranges of steps. ValueError for anything else."""
+    for value in values:
+        if not (isinstance(value, list) and [type(number) for number in value] == [int, int]):
+            raise ValueError(f"a range of steps is {kind_of(value)}, not a list of two numbers")
+    return tuple((first, last) for first, last in values)
 
 
 class Order:

@@ -152,7 +152,8 @@ class _Samples:
         except ValueError as error:
             raise self._bad(shard, index, str(error)) from error
         except Exception as error:  # one sample must not end the run, whatever a library makes of its bytes
-            raise self._bad(shard, index, f"it cannot be used: {type(error).__name__}: {error}") from error
+            reason = f"it cannot be used: {type(error).__name__}: {error}".removesuffix(": ")
+            raise self._bad(shard, index, reason) from error
         return padded
 
     def _decode(self, data: bytes, out: np.ndarray, u: np.ndarray | None) -> None:

@@ -19,6 +19,8 @@ def expand_shards(pattern: str) -> list[str]:
     ShardError if a local shard does not exist or is no regular file; folders that wildcards meet are passed
     over.
     """
+    if not pattern:
+        raise ShardError("no shards are named: the pattern is empty")
     urls: list[str] = []
     for part in [pattern] if is_command(pattern) and "{" not in pattern else _braces(pattern):
         if not is_local(part):
@@ -28,12 +30,12 @@ def expand_shards(pattern: str) -> list[str]:
         found = [part]
         if glob.has_magic(part):
             found = sorted(path for path in glob.glob(part) if not os.path.isdir(path))
-        if not found or not os.path.exists(found[0]):
-            raise ShardError(
-                f"shard {part} does not exist (from {pattern!r}); write it with launch/shards.py, or name a "
-                f"manifest, with which missing shards are counted"
-            )
-        for path in found:
+        for path in found or [part]:
+            if not os.path.exists(path):
+                raise ShardError(
+                    f"shard {path} does not exist (from {pattern!r}); write it with launch/shards.py, or "
+                    f"name a manifest, with which missing shards are counted"
+                )
             if not os.path.isfile(path):
                 raise ShardError(f"shard {path} is not a regular file (from {pattern!r})")
         urls.extend(found)

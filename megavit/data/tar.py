@@ -62,6 +62,10 @@ def _walk(file: BinaryIO, name: str, bytes_on_disk: int) -> list[tuple[str, int,
         if header == bytes(_BLOCK):
             _check_end(name, file, offset)
             return members
+        if len(header) < _BLOCK and (offset or not header):
+            raise ShardError(
+                f"shard {name} is truncated: it ends at byte {bytes_on_disk}, without a tar's block of zeros"
+            )
         info = _header(header, offset, name)
         is_extended = info.type in _EXTENDED
         size = info.size if is_extended else _size(overrides.get("size"), info.size, offset, name)
@@ -102,7 +106,7 @@ def _header(block: bytes, offset: int, name: str) -> tarfile.TarInfo:
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        found = f", where it begins with {block[:24]!r}" if offset == 0 and block else ""
+        found = f", where it begins with {block[:24]!r}" if offset == 0 else ""
         raise ShardError(f"shard {name} is damaged or truncated: {error} at byte {offset}{found}") from error
 
 

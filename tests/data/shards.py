@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import functools
+import http.server
 import io
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -59,10 +62,32 @@ def reading_hangs(paths: Iterable[Path]) -> Iterator[None]:
     signal.signal(signal.SIGIO, before)
 
 
+def cache_in(folder: Path, max_bytes: int = 10**9) -> ShardCache:
+    return ShardCache(folder / "cache", max_bytes)
+
+
 def fetched(cache: ShardCache, url: str, size: int | None = None) -> bytes:
     """A shard's bytes, through the cache."""
     with os.fdopen(cache.open(url, size), "rb") as file:
         return file.read()
+
+
+@contextmanager
+def folder_server(folder: Path) -> Iterator[str]:
+    """The url at which the files of a folder are served."""
+    handler = functools.partial(_Silent, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+
+
+class _Silent(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def flip_bit(path: Path, offset: int) -> None:

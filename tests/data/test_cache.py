@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import multiprocessing
 import os
@@ -10,14 +11,20 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from megavit.config import run_preset
+from megavit.data.audit import verify
 from megavit.data.cache import ShardCache
+from megavit.data.manifest import index_pattern, open_shards, read_manifest
+from megavit.data.reader import ShardReader
 from megavit.data.sources import SourceError
-from tests.data.shards import fetched
+from megavit.data.tar import ShardError
+from tests.data.shards import cache_in, fetched, flip_bit, folder_server, picture, write_shards
 from tests.lab.shard_server import BODY, Server
 
 pytestmark = pytest.mark.slow  # real servers, time-outs and processes
@@ -209,6 +216,130 @@ def get_in_processes(count: int, cache: ShardCache, url: str) -> list[object]:
     for process in processes:
         process.join(10)
     return found
+
+
+def _open_and_read(pattern: str, cache: ShardCache, barrier: object, results: object) -> None:
+    barrier.wait()  # type: ignore[attr-defined]
+    try:
+        for _ in range(2):
+            manifest = open_shards(pattern, cache)
+            reader = ShardReader(manifest, cache)
+            reader.fetch(range(len(manifest)))
+            for shard in range(len(manifest)):
+                (image,) = reader.read(shard, 1, [reader.members(shard, 1)["png"]])
+                assert image == picture(8 * shard + 1)
+            reader.close()
+        results.put("")  # type: ignore[attr-defined]
+    except Exception as error:
+        results.put(f"{type(error).__name__}: {error}")  # type: ignore[attr-defined]
+
+
+@pytest.mark.dist
+def test_a_cache_smaller_than_two_shards_is_slow_and_right(tmp_path: Path) -> None:
+    """Catches a path of a shard that other threads and processes have evicted before it is opened."""
+    size = int(write_shards(tmp_path / "data", shards=5, samples=8, indexed=False).shard_bytes[0])
+    cache = ShardCache(tmp_path / "cache", size * 3 // 2)
+    barrier, results = _context.Barrier(3), _context.Queue()
+    with folder_server(tmp_path / "data") as url:
+        pattern = f"{url}/x-{{000..004}}.tar"
+        processes = [
+            _context.Process(target=_open_and_read, args=(pattern, cache, barrier, results)) for _ in range(3)
+        ]
+        for process in processes:
+            process.start()
+        assert [results.get(timeout=120) for _ in processes] == [""] * 3
+        for process in processes:
+            process.join(10)
+        assert sum(path.stat().st_size for path in files(cache)) <= max(cache.max_bytes, size)
+        assert not list(verify(index_pattern(pattern, tmp_path / "index", 1, cache), cache, 1))
+
+
+def test_what_is_fetched_and_held_open_is_not_fetched_again(tmp_path: Path) -> None:
+    """Catches a shard that is downloaded for every batch because the cache is too small for it."""
+    write_shards(tmp_path / "data", shards=4, samples=4)
+    local = read_manifest(tmp_path / "data" / "x.manifest.json")
+    with folder_server(tmp_path / "data") as url:
+        urls = tuple(f"{url}/{Path(path).name}" for path in local.urls)
+        reader = ShardReader(dataclasses.replace(local, urls=urls), ShardCache(tmp_path / "cache", 10))
+        reader.fetch({0, 1, 2, 3})
+    for _ in range(3):  # the server is gone
+        reader.fetch({0, 1, 2, 3})
+        for shard in range(4):
+            assert reader.read(shard, 2, [reader.members(shard, 2)["png"]]) == [picture(4 * shard + 2)]
+
+
+def test_what_is_no_shard_does_not_stay(tmp_path: Path) -> None:
+    """Catches a login page, sent with status 200, that is found in the cache for ever."""
+    write_shards(tmp_path / "data", shards=1, samples=4, indexed=False)
+    good = (tmp_path / "data" / "x-000.tar").read_bytes()
+    (tmp_path / "data" / "x-000.tar").write_bytes(b"<!DOCTYPE html><title>Log in</title>" * 40)
+    cache = cache_in(tmp_path)
+    with folder_server(tmp_path / "data") as url:
+        words = (
+            rf"x-000\.tar is damaged.*begins with b'<!DOCTYPE html>.*{cache.place(url + '/x-000.tar')}, now"
+        )
+        for _ in range(2):
+            with pytest.raises(ShardError, match=words):
+                open_shards(f"{url}/x-000.tar", cache)
+            with pytest.raises(ShardError, match=words):
+                index_pattern(f"{url}/x-000.tar", tmp_path / "index", 1, cache)
+            assert files(cache) == []
+        (tmp_path / "data" / "x-000.tar").write_bytes(good)
+        assert open_shards(f"{url}/x-000.tar", cache).num_samples == 4
+
+
+def test_damage_in_a_fetched_copy_names_the_copy(tmp_path: Path) -> None:
+    """Catches a search for damage in a shard that is good: only its copy on this node is not."""
+    write_shards(tmp_path / "data", shards=1, samples=4)
+    cache = cache_in(tmp_path)
+    with folder_server(tmp_path / "data") as url:
+        manifest = index_pattern(f"{url}/x-000.tar", tmp_path / "index", 1, cache)
+    copy = cache.place(manifest.urls[0])
+    flip_bit(copy, manifest.index(0).sample(1)["png"].offset + 30)
+    (line,) = verify(manifest, cache, 1)
+    assert (
+        f"x-000.tar: sample '000001': the checksum of its png differs: it is damaged (in the copy {copy})"
+        in line
+    )
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files, as $TMPDIR names it."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # where the first answer is kept
+    return tmp_path / f"megavit-shards-{os.getuid()}"
+
+
+def test_the_default_folder_is_the_users_own(temporary: Path) -> None:
+    """Catches a folder that all users of a machine share: one fills it, another chooses the images."""
+    before = os.umask(0)
+    try:
+        cache = ShardCache("", 10)
+        assert cache.folder == temporary and temporary.stat().st_mode & 0o777 == 0o700
+        temporary.chmod(0o755)
+        assert ShardCache("", 10).folder.stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+    assert pickle.loads(pickle.dumps(cache)).folder == temporary
+    assert run_preset("vit_22b").data.cache_dir == ""  # what a run folder records fits every machine
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "owner"])
+def test_a_default_folder_of_somebody_else_is_refused(temporary: Path, kind: str) -> None:
+    """Catches shards read from where another user has put them before."""
+    if kind == "link":
+        (temporary.parent / "elsewhere").mkdir()
+        temporary.symlink_to(temporary.parent / "elsewhere")
+    elif kind == "file":
+        temporary.write_text("")
+    elif os.getuid():
+        pytest.skip("only root can give a folder away")
+    else:
+        temporary.mkdir()
+        os.chown(temporary, 12345, 12345)
+    with pytest.raises(SourceError, match=rf"default cache folder {temporary} .*--data\.cache_dir"):
+        ShardCache("", 10)
 
 
 @pytest.mark.dist

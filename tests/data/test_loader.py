@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import http.server
+import io
 import os
+import resource
 import signal
 import threading
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from PIL import Image
 
 from megavit.config import DataConfig, ModelConfig
 from megavit.data.cache import ShardCache
@@ -202,19 +205,45 @@ def odd_shard(folder: Path, image: bytes, **label: bytes) -> str:
         ({"cls": b"1"}, b"no image at all", "cannot be decoded", 0),
         ({"cls": b"1"}, picture(1)[:60], "cannot be decoded", 0),
         ({"cls": b"1"}, picture(1)[:60], "cannot be decoded", 1),
+        ({"json": b"[" * 200_000}, picture(0), "nested too deeply", 0),
+        (
+            {"cls": b"1"},
+            picture(0, size=(301, 200)),
+            "301x200 pixels are more than --data.max_pixels 60000",
+            0,
+        ),
+        ({"cls": b"1"}, picture(0, "GIF"), "not an image of a known format", 0),
     ],
 )
 def test_unusable_samples_keep_their_slot(
     tmp_path: Path, label: dict[str, bytes], image: bytes, words: str, workers: int
 ) -> None:
     """Catches training on garbage, another batch shape, and a record that does not say where it was."""
-    loader = train_loader(odd_shard(tmp_path, image, **label), batch=2, micro=2, workers=workers)
+    shards = odd_shard(tmp_path, image, **label)
+    loader = train_loader(shards, batch=2, micro=2, workers=workers, max_pixels=60_000)
     (batch,) = list(loader.batches(0, 1))
     assert batch.images.shape == (2, 8, 8, 1) and sorted(batch.weights.tolist()) == [0.0, 1.0]
     bad = int(batch.weights.argmin())
     assert not batch.images[bad].any() and (batch.labels[bad] == -1).all()
     (record,) = batch.bad
     assert record.key == "odd" and record.url.endswith("x.tar") and words in record.reason
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_sample_that_takes_all_memory_keeps_its_slot(tmp_path: Path, kind: str) -> None:
+    """Catches a run that a single image ends with MemoryError."""
+    image = io.BytesIO()
+    Image.new("L", (7000, 7000)).save(image, kind)
+    loader = train_loader(odd_shard(tmp_path, image.getvalue(), cls=b"1"), batch=2, micro=2)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (30 << 20), before[1]))  # the pixels take 49 MB
+    try:
+        (batch,) = list(loader.batches(0, 1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert sorted(batch.weights.tolist()) == [0.0, 1.0]
+    assert [bad.key for bad in batch.bad] == ["odd"] and "memory" in batch.bad[0].reason.lower()
 
 
 def test_damaged_shards_cost_their_samples_and_no_others(tmp_path: Path) -> None:
@@ -340,6 +369,8 @@ def test_config_is_what_the_loader_needs() -> None:
         ({"max_bad_fraction": 2.0}, "max_bad_fraction"),
         ({"tp": "both"}, "split or replicate"),
         ({"lanes": -1}, "lanes"),
+        ({"max_pixels": 0}, "max_pixels must lie in 1 to 178956970"),
+        ({"max_pixels": 10**9}, "max_pixels must lie in 1 to 178956970"),
     ):
         with pytest.raises(ValueError, match=words):
             DataConfig(**wrong)

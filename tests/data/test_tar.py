@@ -75,8 +75,8 @@ def test_many_records_take_no_time(tmp_path: Path) -> None:
     with alarm():
         path = shard(tmp_path, pax(b"6 a=b\n" * (MIB // 6)), sample(), END)
         assert [name for name, _, _ in walk_tar(path)] == ["a.png", "a.cls"]
-        path = shard(tmp_path, *(member(f"img.{i}.png", b"") for i in range(20_000)), END)
-        with pytest.raises(ShardError, match="20000 different extensions .*first dot"):
+        path = shard(tmp_path, *(member(f"img.{i}.png", b"") for i in range(5_000)), END)
+        with pytest.raises(ShardError, match="5000 different extensions .*first dot"):
             index_shard(path)
 
 

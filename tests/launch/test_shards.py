@@ -57,16 +57,3 @@ def test_the_names_of_the_classes_lie_beside_the_shards(tmp_path: Path, classes:
     words = [f"cifar{classes}", "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "1"]
     assert shards.main(words) == 0
     assert class_names_beside(f"{tmp_path}/out/train-*.tar") == [f"class {i}" for i in range(classes)]
-
-
-@pytest.mark.slow
-def test_mistakes_are_named(tmp_path: Path) -> None:
-    """Catches tracebacks."""
-    for words, message in (
-        (("index", f"{tmp_path}/none-*.tar", "--out", str(tmp_path)), "none-*.tar does not exist"),
-        (("verify", f"{tmp_path}/none.manifest.json"), "none.manifest.json does not exist"),
-        (("which", "--run_dir", str(tmp_path), "--step", "3"), "is no run folder"),
-        (("which", "--run_dir", str(tmp_path), "--step", "0"), "counts from 1"),
-    ):
-        code, text = call(*words)
-        assert code == 1 and message in text, text
