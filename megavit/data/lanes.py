@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
@@ -161,10 +161,13 @@ class DataState:
     shards: int
     samples: int
 
+    def to_json(self) -> dict[str, Any]:
+        """The state as JSON has it, for a checkpoint."""
+        return asdict(self) | {"skipped": [list(steps) for steps in self.skipped]}
+
     @staticmethod
     def from_json(fields: dict[str, Any]) -> DataState:
-        """The state that `dataclasses.asdict` and JSON have turned into a dictionary, or an older one that
-        has a single digest. ValueError for anything else."""
+        """What `to_json` gave, or an older state that has a single digest. ValueError for anything else."""
         fields = {"checksums": fields.get("manifest")} | fields
         kinds = {"int": int, "str": str}
         found = {

@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -286,21 +286,19 @@ class TrainLoader:
         """Where the data stand before `step`, for a checkpoint (JSON); `DataState.from_json` reads it."""
         epoch, position = self.order.place(step)
         lanes = self.order.lanes
-        return asdict(
-            DataState(
-                step=step,
-                epoch=epoch,
-                position=position,
-                num_lanes=lanes.num_lanes,
-                block=lanes.block,
-                seed=lanes.seed,
-                skipped=tuple(skip for skip in self.order.skips if skip[0] <= step),
-                manifest=self._digests[0],
-                checksums=self._digests[1],
-                shards=len(self._manifest),
-                samples=self._manifest.num_samples,
-            )
-        )
+        return DataState(
+            step=step,
+            epoch=epoch,
+            position=position,
+            num_lanes=lanes.num_lanes,
+            block=lanes.block,
+            seed=lanes.seed,
+            skipped=tuple(skip for skip in self.order.skips if skip[0] <= step),
+            manifest=self._digests[0],
+            checksums=self._digests[1],
+            shards=len(self._manifest),
+            samples=self._manifest.num_samples,
+        ).to_json()
 
     def save_order(self, path: Path, step: int) -> None:
         """Write what tells the samples of any step from `step` on (`launch/shards.py which`).

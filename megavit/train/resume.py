@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from megavit.config import LAUNCH_FIELDS, ModelConfig, RunConfig, flat_config, plain_config
-from megavit.data.lanes import DataState
+from megavit.data.json_data import json_field
+from megavit.data.lanes import DataState, ranges_from_json
 from megavit.train.checkpoint import MANIFEST_FILE, Checkpoint, CheckpointError
 
 # Expected to differ from one start of a run to the next.
@@ -35,25 +36,16 @@ def check_resumable(saved: Checkpoint, run: RunConfig) -> None:
         )
     try:
         _check_state(saved.state)
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"{saved.folder / MANIFEST_FILE}: its state cannot be used: {what}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{saved.folder / MANIFEST_FILE}: its state cannot be used: {error}") from error
 
 
 def _check_state(state: dict[str, Any]) -> None:
-    """The loop reads these: KeyError, TypeError or ValueError unless they are there and of the right kind."""
-    position = DataState.from_json(state["data"])
-    for field in dataclasses.fields(position):
-        value = getattr(position, field.name)
-        kind = {"skipped": tuple, "manifest": str, "checksums": str}.get(field.name, int)
-        if type(value) is not kind:
-            raise ValueError(f"data.{field.name} is {value!r:.60}")
-    ranges = [*position.skipped, *((first, last) for first, last in state["left_out"])]
-    if odd := [ends for ends in ranges if not all(type(end) is int for end in ends)]:
-        raise ValueError(f"data is left out at {odd[0]!r:.60}")
+    """The loop reads these: ValueError unless they are there and of the right kind."""
+    DataState.from_json(json_field(state, "data", dict))
+    ranges_from_json(json_field(state, "left_out", list))
     for name in ("guard", "bad_samples"):
-        if type(state.get(name, {})) is not dict:
-            raise ValueError(f"{name} is {state[name]!r:.60}")
+        json_field(state, name, dict)
 
 
 def describe_changes(saved: Checkpoint, run: RunConfig, ds_config: dict[str, Any]) -> list[str]:

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from launch import shards as command
-from megavit.config import run_preset
 from megavit.data.index import index_header, read_index
 from megavit.data.lanes import DataState
 from megavit.data.loader import TrainLoader
 from megavit.data.manifest import Manifest, index_pattern, open_shards, read_manifest, write_index
 from tests.data.shards import cache_in, write_shards
 from tests.data.test_index import sample_members, write_tar
+from tests.train.runs import DEMO
 
-RUN = run_preset("vit_tiny")
+RUN = DEMO
 # What was saved, before checksums had a digest of their own, for the
 # shards of `three_shards`, without, with one and with all index files.
 BARE = "05339c424dc69ff4c144faeeee957e2c"

@@ -367,7 +367,7 @@ def test_config_is_what_the_loader_needs() -> None:
         ({"skip_steps": "5:5"}, "A < B"),
         ({"skip_steps": "1:9,5:12"}, "overlap"),
         ({"max_bad_fraction": 2.0}, "max_bad_fraction"),
-        ({"tp": "both"}, "split or replicate"),
+        ({"tp": "both"}, "one of split, replicate"),
         ({"lanes": -1}, "lanes"),
         ({"max_pixels": 0}, "max_pixels must lie in 1 to 178956970"),
         ({"max_pixels": 10**9}, "max_pixels must lie in 1 to 178956970"),

@@ -219,7 +219,7 @@ MANIFESTS: list[Row] = [
         "an odd position",
         put("state/data/epoch", "0"),
         resume,
-        "manifest.json ... state ... data.epoch is '0'",
+        "manifest.json ... state ... 'epoch' is a string ('0'), not a whole number",
     ),
     (
         "odd ranges left out",

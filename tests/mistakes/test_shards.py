@@ -20,7 +20,6 @@ import pytest
 import webdataset as wds
 
 from launch import shards as command
-from megavit.config import run_preset
 from megavit.data.bad import SampleError
 from megavit.data.cache import ShardCache
 from megavit.data.images import DecodeError
@@ -30,9 +29,10 @@ from megavit.data.manifest import open_shards, read_manifest
 from megavit.data.sources import SourceError
 from tests.data.shards import picture, truncate, write_shards
 from tests.data.tars import END, alarm, header, member, pax, record, sample
+from tests.train.runs import DEMO
 
 OWN_ERRORS = (ShardError, SourceError, SampleError, DecodeError, ValueError)
-RUN = run_preset("vit_tiny")
+RUN = DEMO
 Way = Callable[[Path], object]
 
 
@@ -445,7 +445,7 @@ COMMANDS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "cifar: not a pickle": (
         cifar(raw=b"\x80\x04no pickle"),
         C10,
-        "{tmp}/.*data_batch_1 is not a CIFAR batch",
+        "{tmp}/.*data_batch_1 is not a CIFAR file",
     ),
     "cifar: code": (
         cifar(raw=b"cos\nsystem\n(S'true'\ntR."),
@@ -455,15 +455,15 @@ COMMANDS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "cifar: cut off": (
         cifar(raw=pickle.dumps({b"data": np.zeros(9999)})[:-2000]),
         C10,
-        "data_batch_1 is not a CIFAR batch",
+        "data_batch_1 is not a CIFAR file",
     ),
-    "cifar: no labels": (cifar(labels=None), C10, "data_batch_1 is not a CIFAR batch: .*no labels"),
+    "cifar: no labels": (cifar(labels=None), C10, "data_batch_1 is not a CIFAR file with data and labels"),
     "cifar: labels a number": (
         cifar(labels=5),
         C10,
         r"data_batch_1: data of shape \(2, 3072\) with labels of shape \(\)",
     ),
-    "cifar: label in words": (cifar(labels=["cat", "dog"]), C10, "data_batch_1 is not a CIFAR batch"),
+    "cifar: label in words": (cifar(labels=["cat", "dog"]), C10, "data_batch_1 is not a CIFAR file"),
     "cifar: label outside": (
         cifar(labels=[1, 10]),
         C10,
