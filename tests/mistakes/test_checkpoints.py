@@ -214,7 +214,7 @@ MANIFESTS: list[Row] = [
         export,
         "manifest.json ... depth is 1000000 ... status 1",
     ),
-    ("no state", put("state", {}), resume, "manifest.json: its state cannot be used: 'data' is missing"),
+    ("no state", put("state", {}), resume, "manifest.json: its state cannot be used: it has no field 'data'"),
     (
         "an odd position",
         put("state/data/epoch", "0"),
@@ -225,7 +225,7 @@ MANIFESTS: list[Row] = [
         "odd ranges left out",
         put("state/left_out", [["a", 1]]),
         resume,
-        "manifest.json ... state ... ('a', 1)",
+        "manifest.json ... state ... a range of steps is a list, not a list of two numbers",
     ),
 ]
 RANK_FILES: list[Row] = [
