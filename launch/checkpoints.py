@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megavit.cli import Parser
+
 if TYPE_CHECKING:
     from megavit.train.checkpoint import Checkpoint
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     lister = commands.add_parser("list", help="step, time, size and layout of each checkpoint")
     verifier = commands.add_parser("verify", help="re-read every byte; exit status 1 if anything is damaged")
@@ -42,14 +42,13 @@ def list_(arguments: argparse.Namespace) -> int:
     from megavit.train import checkpoint
 
     folder = checkpoint.checkpoints_of(arguments.run_dir)
-    pointer = folder / checkpoint.POINTER_FILE
-    latest = pointer.read_text().strip() if pointer.is_file() else ""
     paths = sorted(path for path in folder.glob("step_*") if path.is_dir())
     if not paths:
         raise ValueError(f"{folder} holds no checkpoints")
+    latest, problem = _latest(arguments.run_dir)
     print(f"{'':2}{'checkpoint':<26}{'saved':<26}{'GiB':>9}  {'ranks':<16}{'optimizer':<12}")
     for path in paths:
-        mark = "* " if path.name == latest else "  "
+        mark = "* " if path == latest else "  "
         try:
             found = checkpoint.Checkpoint.open(path)
         except checkpoint.CheckpointError as error:
@@ -59,8 +58,8 @@ def list_(arguments: argparse.Namespace) -> int:
         ranks = f"dp {found.dp_size} x tp {found.tp_size}"
         kind = found.optimizer["type"]
         print(f"{mark}{path.name:<26}{found.saved_at:<26}{gib:>9.3f}  {ranks:<16}{kind:<12}")
-    print("* a new start goes on from here")
-    return 0
+    print(f"no new start is possible: {problem}" if problem else "* a new start goes on from here")
+    return 1 if problem else 0
 
 
 def verify(arguments: argparse.Namespace) -> int:
@@ -69,17 +68,16 @@ def verify(arguments: argparse.Namespace) -> int:
 
     run_dir = arguments.run_dir
     if arguments.step is not None:
-        paths = [checkpoint.open_step(run_dir, arguments.step).folder]
+        paths, problem = [checkpoint.open_step(run_dir, arguments.step).folder], ""
     else:
         paths = checkpoint.committed(checkpoint.checkpoints_of(run_dir))
-        newest = checkpoint.find_latest(run_dir)
-        if newest is None:
-            raise ValueError(f"{run_dir} holds no committed checkpoint")
+        _, problem = _latest(run_dir)
+    if not paths:
+        raise ValueError(problem or f"{run_dir} holds no committed checkpoint")
     damaged = 0
     for path in paths:
         try:
             found = checkpoint.Checkpoint.open(path)
-            found.check_tiling()
             size = sum(file.bytes for file in found.files)
             with progress_bar(size, path.name) as bar:
                 problems = found.damage(found.files, bar.update)
@@ -87,7 +85,19 @@ def verify(arguments: argparse.Namespace) -> int:
             problems = [str(error)]
         print(f"{path.name}: {'; '.join(problems) or f'{len(found.files)} files, {size:,} bytes, all well'}")
         damaged += bool(problems)
-    return 1 if damaged else 0
+    if problem:
+        print(f"no new start is possible: {problem}")
+    return 1 if damaged or problem else 0
+
+
+def _latest(run_dir: Path) -> tuple[Path | None, str]:
+    """The checkpoint that a new start goes on from, or why none can be told."""
+    from megavit.train.checkpoint import CheckpointError, find_latest
+
+    try:
+        return find_latest(run_dir), ""
+    except CheckpointError as error:
+        return None, str(error)
 
 
 def diff(arguments: argparse.Namespace) -> int:
@@ -119,16 +129,14 @@ def diff(arguments: argparse.Namespace) -> int:
 
 
 def _pair(arguments: argparse.Namespace) -> tuple[Checkpoint, Checkpoint]:
-    from megavit.train.checkpoint import checkpoints_of, committed, open_step
+    from megavit.train.checkpoint import checkpoints_of, committed, open_step, step_of
 
     run_dir: Path = arguments.run_dir
     first, second = arguments.steps or (None, None)
     if arguments.other:
         return open_step(run_dir, first), open_step(arguments.other, second)
     if first is None:
-        steps: Sequence[int] = [
-            int(path.name.removeprefix("step_")) for path in committed(checkpoints_of(run_dir))
-        ]
+        steps = [step_of(path) for path in committed(checkpoints_of(run_dir))]
         if len(steps) < 2:
             raise ValueError(
                 f"{run_dir} holds {len(steps)} checkpoint(s); diff needs two, or another run folder"

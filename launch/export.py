@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from megavit.cli import Parser
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, help="run folder, e.g. runs/vit_tiny-20260101-120000")
     parser.add_argument("out", type=Path, help="folder for the exported model")
     parser.add_argument("--step", type=int, help="the checkpoint of this step (the newest)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     from megavit.train.checkpoint import open_step
     from megavit.train.export import export_weights
 

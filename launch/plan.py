@@ -1,6 +1,6 @@
-"""Plan a run before the nodes are rented: `python launch/plan.py --model.name vit_22b --nodes 16
---gpus_per_node 8 --gpu h100` finds the best layout, predicts its memory and time, and writes the files to
-submit; `--rehearse` runs one true rank of it here. See --help.
+"""Plan a run before the nodes are rented: `python launch/plan.py --config launch/recipes/vit_22b_jft.yaml
+--nodes 16 --gpus_per_node 8 --gpu h100` finds the best layout, predicts its memory and time, and writes the
+files to submit; `--rehearse` runs one true rank of it here. See --help.
 """
 
 from __future__ import annotations
@@ -9,72 +9,107 @@ import dataclasses
 import functools
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megavit.cli import PROJECT_ROOT, parse_flags
+from megavit.cli import PROJECT_ROOT, make_parser, parse
+from megavit.fields import check_types
 from megavit.scale.gpus import GPUS, gpu_named
 from megavit.train.ds_config import load_ds_config
 
+if TYPE_CHECKING:
+    from megavit.config import RunConfig
+    from megavit.scale.search import Plan
+
 _BASE = "ds_configs/zero3_vit22b.json"
+_NEEDS = {
+    "model.name": "what to plan for, e.g. vit_l16; or a recipe that names it, "
+    "--config launch/recipes/vit_22b_jft.yaml"
+}
 
 
-def add_flags(parser: Any) -> None:
-    parser.description = (
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """The cluster, and what to do with the plan.
+
+    Args:
+        nodes: hosts.
+        gpus_per_node: GPUs a host.
+        gpu: their kind.
+        global_batch: images a step; 0 takes the JSON's.
+        network_gb_per_s: GB/s a node and direction.
+        filesystem_gb_per_s: GB/s of all ranks together.
+        host_gib: memory of a host, GiB.
+        cores_per_gpu: CPU cores for one rank.
+        only: consider nothing else, e.g. tp=8,stage=3,recompute=selective,offload=false,micro_batch=8.
+        rows: lines of the table.
+        out: folder for the files to submit.
+        json: file for everything as JSON (- prints only that).
+        plot: PNG of memory and step time on 8 to 4096 GPUs.
+        rehearse: steps to take as one true rank of the best plan, here.
+        rehearse_gib: memory that the rehearsal may take.
+        rehearse_micro_batch: images a micro-step; 0 takes 1 on a CPU, else the planned ones.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    gpu: str = "h100"
+    global_batch: int = 0
+    network_gb_per_s: float = 400.0
+    filesystem_gb_per_s: float = 50.0
+    host_gib: float = 1024.0
+    cores_per_gpu: int = 12
+    only: str = ""
+    rows: int = 8
+    out: str = ""
+    json: str = ""
+    plot: str = ""
+    rehearse: int = 0
+    rehearse_gib: float = 20.0
+    rehearse_micro_batch: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self, "--")
+        for name in ("global_batch", "rows", "rehearse", "rehearse_micro_batch"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} cannot be negative, got {getattr(self, name)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(
+        "python launch/plan.py",
         "Search the best layout of a run on a cluster. The model, the recipe and the data are given as to "
-        "launch/train.py; optimizer, clipping and global batch come from --deepspeed_config."
+        f"launch/train.py; optimizer, clipping and global batch come from --deepspeed_config ({_BASE}). "
+        "Days and GPU-hours need the number of steps: a recipe, or --max_steps. Kinds of GPU: "
+        f"{', '.join(sorted(GPUS))}.",
     )
-    parser.prog = "python launch/plan.py"
-    parser.add_argument("--nodes", type=int, default=1, help="hosts")
-    parser.add_argument("--gpus_per_node", type=int, default=8, help="GPUs a host")
-    parser.add_argument("--gpu", type=str, default="h100", help=f"one of {', '.join(sorted(GPUS))}")
-    parser.add_argument("--global_batch", type=int, default=0, help="images a step (0: the JSON's)")
-    parser.add_argument("--network_gb_per_s", type=float, default=400.0, help="GB/s a node and direction")
-    parser.add_argument("--filesystem_gb_per_s", type=float, default=50.0, help="GB/s of all ranks together")
-    parser.add_argument("--host_gib", type=float, default=1024.0, help="memory of a host, GiB")
-    parser.add_argument("--cores_per_gpu", type=int, default=12, help="CPU cores for one rank")
-    parser.add_argument(
-        "--only",
-        type=str,
-        default="",
-        help="consider nothing else, e.g. tp=8,stage=3,recompute=selective,offload=false,micro_batch=8",
-    )
-    parser.add_argument("--rows", type=int, default=8, help="lines of the table")
-    parser.add_argument("--out", type=str, default="", help="folder for the files to submit")
-    parser.add_argument(
-        "--json", type=str, default="", help="file for everything as JSON (- prints only that)"
-    )
-    parser.add_argument("--plot", type=str, default="", help="PNG of memory and step time on 8 to 4096 GPUs")
-    parser.add_argument(
-        "--rehearse", type=int, default=0, help="steps to take as one true rank of the best plan, here"
-    )
-    parser.add_argument("--rehearse_gib", type=float, default=20.0, help="memory that the rehearsal may take")
-    parser.add_argument(
-        "--rehearse_micro_batch",
-        type=int,
-        default=0,
-        help="images a micro-step (0: 1 on a CPU, else planned)",
-    )
-
-
-def main() -> int:
-    run, flags, _ = parse_flags(add_flags=add_flags)
+    parser.add_fields(PlanConfig)
+    command = parse(parser, argv, needs=_NEEDS)
+    for note in command.notes:
+        print(note, file=sys.stderr)
     try:
-        return plan(run, flags)
+        flags = PlanConfig(**command.more)
+        base = base_ds_config(command.deepspeed_config or PROJECT_ROOT / _BASE)
+        return plan(command.run, base, flags)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def plan(run: Any, flags: Any) -> int:
+def base_ds_config(path: str | Path) -> dict[str, Any]:
+    """The DeepSpeed JSON that the plan starts from. ValueError if it is not for bfloat16."""
+    base = load_ds_config(path)
+    if base.get("bf16", {}).get("enabled") not in (True, "auto"):
+        raise ValueError(f'{path}: plans are for bfloat16; set bf16.enabled to true or "auto"')
+    return base
+
+
+def plan(run: RunConfig, base: dict[str, Any], flags: PlanConfig) -> int:
     from megavit.scale import report
     from megavit.scale.roofline import Cluster
     from megavit.scale.search import Only, advice, scaling, search
 
-    base_path = flags.deepspeed_config or _BASE
-    base = load_ds_config(base_path if Path(base_path).exists() else PROJECT_ROOT / base_path)
-    if base.get("bf16", {}).get("enabled") not in (True, "auto"):
-        raise ValueError(f'{base_path}: plans are for bfloat16; set bf16.enabled to true or "auto"')
     global_batch = flags.global_batch or base["train_batch_size"]
     cluster = Cluster(
         gpu_named(flags.gpu),
@@ -108,7 +143,8 @@ def plan(run: Any, flags: Any) -> int:
     if flags.out and best.fits:
         written = report.write_files(Path(flags.out), run, base, best, PROJECT_ROOT)
         say(f"\nwrote {', '.join(str(path) for path in written)}")
-        say(f"submit: sbatch {written[-1]} --data.shards ...")
+        steps = "" if run.max_steps else " --max_steps ..."
+        say(f"submit: sbatch {written[-1]} --data.shards ...{steps}")
     if flags.rehearse:
         say("\n" + rehearsal(run, base, best, flags))
     if not best.fits:
@@ -124,7 +160,7 @@ def _parent_of(name: str) -> Path:
     return path
 
 
-def rehearsal(run: Any, base: dict[str, Any], best: Any, flags: Any) -> str:
+def rehearsal(run: RunConfig, base: dict[str, Any], best: Plan, flags: PlanConfig) -> str:
     """One true rank of the plan beside its prediction, as text; fewer blocks if memory asks for it."""
     import torch
 

@@ -15,19 +15,18 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
+from megavit.cli import PROJECT_ROOT, Parser
 
 if TYPE_CHECKING:
     from megavit.data.cache import ShardCache
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_writers(commands)
     _add_tools(commands)
@@ -83,10 +82,15 @@ def _add_tools(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     for command, function in ((index_command, index), (verify_command, verify), (stats_command, stats)):
         command.set_defaults(function=function)
         _add_workers(command)
-        command.add_argument("--cache_dir", default="/tmp/megavit-shards", help="for remote shards")
+        command.add_argument(
+            "--cache_dir", default="", help="for remote shards (megavit-shards-UID in $TMPDIR)"
+        )
         command.add_argument("--cache_gb", type=float, default=100.0, help="size of that folder in GB (100)")
     for command in (verify_command, stats_command):
         command.add_argument("shards_spec", metavar="MANIFEST", help="NAME.manifest.json, or a pattern")
+        command.add_argument(
+            "--allow_pipe", action="store_true", help="run the shell commands (pipe:) that a manifest names"
+        )
     which_command = commands.add_parser("which", help="list the samples of a step, without reading the data")
     which_command.add_argument("--run_dir", type=Path, required=True, help="the run's folder")
     which_command.add_argument("--step", type=int, required=True, help="optimizer step as logged, from 1")
@@ -101,21 +105,23 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
 
 def write(arguments: argparse.Namespace) -> int:
     from megavit.data import write
+    from megavit.data.class_names import write_class_names
 
     if arguments.command == "digits":
-        splits = write.digits_splits(arguments.holdout)
+        splits, names = write.digits_splits(arguments.holdout), list("0123456789")
     elif arguments.command == "imagefolder":
-        splits = write.imagefolder_splits(arguments.root)
+        splits, names = write.imagefolder_splits(arguments.root), write.class_names(arguments.root)
     else:
-        splits = write.cifar_splits(arguments.root, int(arguments.command.removeprefix("cifar")))
+        num_classes = int(arguments.command.removeprefix("cifar"))
+        splits = write.cifar_splits(arguments.root, num_classes)
+        names = write.cifar_class_names(arguments.root, num_classes)
     write.write_splits(splits, arguments.out, arguments.shard_size, arguments.workers)
     out = Path(arguments.out)
     if arguments.command == "digits" and not (out / "baselines.json").exists():
         (out / "baselines.json").write_text(
             json.dumps({"split": "test", "results": write.digits_baselines()}, indent=2) + "\n"
         )
-    if arguments.command == "imagefolder":
-        (out / "classes.txt").write_text("\n".join(write.class_names(arguments.root)) + "\n")
+    write_class_names(out, names)
     print(", ".join(f"{split.name}: {split.size} samples" for split in splits), f"in {out}")
     return 0
 
@@ -123,6 +129,10 @@ def write(arguments: argparse.Namespace) -> int:
 def index(arguments: argparse.Namespace) -> int:
     from megavit.data.manifest import MANIFEST_SUFFIX, index_pattern
 
+    if arguments.name != Path(arguments.name).name:
+        raise ValueError(f"--name {arguments.name} must be a name without folders; --out names the folder")
+    if arguments.pattern.endswith(MANIFEST_SUFFIX):
+        raise ValueError(f"{arguments.pattern} is a manifest already; name the shards: paths or urls")
     manifest = index_pattern(arguments.pattern, arguments.out, arguments.workers, _cache(arguments))
     first = Path(manifest.urls[0]).name.partition(".")[0]
     name = arguments.name or first.rstrip("0123456789").rstrip("-_") or first
@@ -140,12 +150,12 @@ def verify(arguments: argparse.Namespace) -> int:
     from megavit.data.manifest import open_shards
 
     cache = _cache(arguments)
-    manifest = open_shards(arguments.shards_spec, cache, progress=True)
+    manifest = open_shards(arguments.shards_spec, cache, progress=True, allow_pipe=arguments.allow_pipe)
     problems = 0
     for line in verify(manifest, cache, arguments.workers):
         problems += 1
         print(line, flush=True)
-    unchecked = sum(not manifest.index(shard).has_checksums for shard in range(min(len(manifest), 1)))
+    unchecked = any(isinstance(index, bytes) for index in manifest.indexes)
     note = " (headers only: these shards have no index with checksums)" if unchecked else ""
     print(f"{len(manifest):,} shards, {manifest.num_samples:,} samples: {problems or 'no'} problems{note}")
     return 1 if problems else 0
@@ -155,8 +165,10 @@ def stats(arguments: argparse.Namespace) -> int:
     from megavit.data.audit import statistics
     from megavit.data.manifest import open_shards
 
+    if arguments.shards < 0:
+        raise ValueError(f"--shards {arguments.shards} cannot be negative; 0 looks at all")
     cache = _cache(arguments)
-    manifest = open_shards(arguments.shards_spec, cache, progress=True)
+    manifest = open_shards(arguments.shards_spec, cache, progress=True, allow_pipe=arguments.allow_pipe)
     found = statistics(manifest, cache, arguments.workers, arguments.shards)
     print("\n".join(found.lines(manifest)))
     return 0
@@ -175,11 +187,15 @@ def which(arguments: argparse.Namespace) -> int:
 def _cache(arguments: argparse.Namespace) -> ShardCache:
     from megavit.data.cache import ShardCache
 
+    if arguments.workers < 1:
+        raise ValueError(f"--workers {arguments.workers} must be at least 1")
+    if not 0 < arguments.cache_gb < float("inf"):
+        raise ValueError(f"--cache_gb {arguments.cache_gb} must be a positive number")
     return ShardCache(arguments.cache_dir, int(arguments.cache_gb * 1e9))
 
 
-def main() -> int:
-    arguments = make_parser().parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
     try:
         return int(arguments.function(arguments))
     except (ValueError, OSError) as error:

@@ -1,37 +1,79 @@
-"""The command line of a training run: flags and `--config` files onto the dataclasses of `megavit.config`.
+"""The command line of a run: flags and YAML files onto the dataclasses of `megavit.config`.
 
-Precedence: defaults < preset (`--model.name`) < the configuration that --run_dir holds already < `--config
-file.yaml` < flags. Imports neither torch nor deepspeed, so that `--help` is quick and a mistake is reported
-before anything is started.
+Precedence: defaults < `--config` files, in their order < flags. A run folder that holds a run has its own
+`config.yaml`, which takes the place of a recipe: `--config` files and flags win over it. A command for
+training that names no file, no data, no architecture and no such folder is the demo's,
+`launch/recipes/digits.yaml`. `model.name`, wherever it comes from, fills the fields of the architecture that
+none of these gives.
+
+Imports neither torch nor deepspeed, so that `--help` is quick and a mistake is reported before anything is
+started.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
-import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
+from megavit.config import PRESET_FIELDS, PRESETS, RunConfig
+from megavit.data.class_names import CLASSES_FILE, class_names_beside
+from megavit.fields import Field, as_type, describe, fields_of, groups_of, nearest
+from megavit.recipe import (
+    OTHER_NAMES,
+    PROJECT_ROOT,
+    RECIPES,
+    make_run,
+    parse_value,
+    read_fields,
+    saved_fields,
+)
 
-from megavit.config import LAUNCH_FIELDS, PRESETS, RunConfig, flat_config, nearest, plain_config, run_preset
+DEMO_RECIPE = RECIPES / "digits.yaml"
+_TRAINING_NEEDS = {
+    "deepspeed_config": "the DeepSpeed JSON, e.g. ds_configs/zero3.json",
+    "model.name": f"the architecture, one of {', '.join(PRESETS)}",
+    "data.shards": "the training shards, e.g. 'data/train-{000000..000099}.tar'",
+    "max_steps": "the optimizer steps of the whole run, which a recipe has, e.g. --config "
+    "launch/recipes/imagenet1k_vit_s16.yaml",
+}
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are one line with the nearest known flag. Parsers of
+    subcommands are of this class too."""
 
-class _Parser(ArgumentParser):
-    """Reports a mistake in one line, with the nearest known flag or field."""
+    def __init__(self, **options: Any):
+        super().__init__(**options | {"allow_abbrev": False})
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        flags = [option for action in self._actions for option in action.option_strings]
+    def add_fields(self, config: type) -> None:
+        """A flag for every field of a dataclass; those of a nested one are dotted, `--model.depth`. The
+        parsed namespace holds only what was given."""
+        groups = {"": self.add_argument_group(_summary(config))}
+        for name, inner in groups_of(config).items():
+            groups[name] = self.add_argument_group(f"--{name}.*", _summary(inner))
+        for name, item in fields_of(config).items():
+            others = [other for other, meant in OTHER_NAMES.items() if meant == name]
+            options: dict[str, Any] = {"nargs": "?", "const": True} if item.hint is bool else {}
+            groups[name.rpartition(".")[0]].add_argument(
+                *(f"--{spelling}" for spelling in (name, *others)),
+                dest=name,
+                default=argparse.SUPPRESS,
+                type=_converter(item.hint),
+                metavar=_metavar(item.hint),
+                help=f"{item.help} ({_default(name, item)})".replace("%", "%%"),
+                **options,
+            )
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (\S+): must be", r"\1 must be", message.strip())
         hint = ""
-        if unknown := re.search(r"unrecognized arguments: (--[^\s=]+)", message):
-            hint = nearest(unknown[1], flags)
-        elif unknown := re.search(r"does not accept option '([^']+)'", message):
-            hint = nearest(unknown[1], [part for flag in flags for part in flag.lstrip("-").split(".")])
+        if unknown := re.search(r"unrecognized arguments: (-[^\s=]+)", message):
+            hint = nearest(unknown[1], self._flags())
         if re.search(r"unrecognized arguments: [^-\s]", message) and len(message) > 200:
             message = message[:200] + " ..."
         if re.search(r"unrecognized arguments: \S+\.tar", message):
@@ -40,124 +82,182 @@ class _Parser(ArgumentParser):
                 "hosts): name a manifest, or write the pattern in both "
                 "kinds of quotes, \"'data/train-*.tar'\""
             )
-        print(f"error: {message.strip()}{hint} (see --help)", file=sys.stderr)
+        print(f"error: {message}{hint} (see --help)", file=sys.stderr)
         sys.exit(2)
 
+    def _flags(self) -> Iterator[str]:
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for command in action.choices.values():
+                    yield from command._flags()
 
-def make_parser(
-    preset: str, saved: dict[str, Any] | None = None, *, json_required: bool = True
-) -> ArgumentParser:
-    """A parser whose defaults are those of `preset`'s model and recipe, or of a run that `saved` tells of."""
-    parser = _Parser(
-        prog="deepspeed launch/train.py",
-        description="Train a vision transformer of the ViT-22B family with tensor parallelism and DeepSpeed. "
-        "Batch sizes, precision, clipping, ZeRO, optimizer and learning rate are in the DeepSpeed JSON. "
-        f"Presets for --model.name: {', '.join(PRESETS)}; the defaults shown are those of {preset}.",
+
+@dataclass(frozen=True)
+class Command:
+    """What a command line asks for.
+
+    `deepspeed_config` is the path of the JSON, or empty. `notes` are lines for the person who wrote the
+    command: the main rank prints them. `more` holds the flags that were given beside those of every run.
+    """
+
+    run: RunConfig
+    deepspeed_config: str
+    notes: tuple[str, ...]
+    more: dict[str, Any]
+
+
+def make_parser(prog: str, description: str) -> Parser:
+    """A parser with the flags of a run."""
+    usage = f"{prog} --deepspeed_config FILE [--config FILE] [--FLAG VALUE ...]"
+    parser = Parser(prog=prog, usage=usage, description=description)
+    parser.add_argument(
+        "--deepspeed_config", default="", metavar="FILE", help="DeepSpeed JSON, see ds_configs/README.md"
     )
     parser.add_argument(
-        "--deepspeed_config",
-        type=str,
-        required=json_required,
-        help="DeepSpeed JSON, see ds_configs/README.md",
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML file with any of the fields below, e.g. launch/recipes/imagenet1k_vit_s16.yaml; flags win "
+        "over it, and with several the later one. The flag --model.name replaces the architecture that it "
+        "names, but not the model.* fields that it gives beside the name",
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the flags below")
-    parser.add_argument(
-        "--local_rank", type=int, default=0, help="appended by the deepspeed launcher; not used"
-    )
-    parser.add_class_arguments(RunConfig, None)
-    parser.set_defaults(flat_config(plain_config(run_preset(preset))) | (saved or {}))
+    parser.add_argument("--local_rank", metavar="N", help="appended by the deepspeed launcher; not used")
+    parser.add_fields(RunConfig)
     return parser
 
 
-def parse_run(argv: Sequence[str] | None = None) -> tuple[RunConfig, Path]:
-    """(run configuration, path of the DeepSpeed JSON) from the command line; exits with a message on any
-    mistake."""
-    run, values, parser = parse_flags(argv)
-    if not run.data.shards:
-        parser.error("--data.shards is required: the training shards, e.g. 'data/train-{000000..000099}.tar'")
-    return run, Path(_from_root(values.deepspeed_config))
+def parse_run(argv: Sequence[str] | None = None) -> Command:
+    """The command line of `launch/train.py`; exits with a message on any mistake."""
+    parser = make_parser(
+        "deepspeed launch/train.py",
+        "Train a vision transformer of the ViT-22B family with tensor parallelism and DeepSpeed. Batch "
+        "sizes, precision, clipping, ZeRO, optimizer and learning rate are in the DeepSpeed JSON, everything "
+        "else is in the flags and YAML files described here; the recipes of launch/recipes are such files. "
+        "Without any of them launch/recipes/digits.yaml is trained, the demo. Architectures for "
+        f"--model.name: {', '.join(PRESETS)}.",
+    )
+    return parse(parser, argv, needs=_TRAINING_NEEDS, otherwise=DEMO_RECIPE)
 
 
-def parse_flags(
-    argv: Sequence[str] | None = None, add_flags: Callable[[ArgumentParser], None] | None = None
-) -> tuple[RunConfig, Any, ArgumentParser]:
-    """(run configuration, all flags' values, parser); `add_flags` gives the parser flags of another command,
-    which needs no DeepSpeed JSON then. Exits with a message on any mistake."""
-    argv = _file_first(_complete_switches(_rename(list(sys.argv[1:] if argv is None else argv))))
-
-    def make(preset: str, saved: dict[str, Any] | None, *, json_required: bool) -> ArgumentParser:
-        parser = make_parser(preset, saved, json_required=json_required)
-        if add_flags:
-            add_flags(parser)
-        return parser
-
-    first = make("vit_tiny", None, json_required=False)
-    words = [word for word in argv if word not in ("-h", "--help")]
+def parse(
+    parser: Parser, argv: Sequence[str] | None, *, needs: Mapping[str, str], otherwise: Path | None = None
+) -> Command:
+    """The command line of any command that is about a run. `needs` names what must be given, and says what it
+    is; `otherwise` is the recipe of a command that names neither a file nor data nor an architecture."""
+    given = vars(parser.parse_args(argv))
     try:
-        saved = _saved_config(first.parse_args(words).run_dir)
-        first.set_defaults({"model.name": saved.get("model.name", "vit_tiny")})
-        preset = first.parse_args(words).model.name
-        saved_flags = saved if saved.get("model.name") == preset else None
-        parser = make(preset, saved_flags, json_required=add_flags is None)
-        values = parser.instantiate(parser.parse_args(argv))
-        run = RunConfig(**{f.name: values[f.name] for f in dataclasses.fields(RunConfig)})
+        return _command(given, needs, otherwise)
     except ValueError as error:
-        first.error(str(error))
-    # Quotes that were meant for a remote shell, see _Parser.error.
-    shards, val_shards = (_from_root(text.strip("'")) for text in (run.data.shards, run.data.val_shards))
-    data = dataclasses.replace(run.data, shards=shards, val_shards=val_shards)
-    return dataclasses.replace(run, data=data), values, parser
+        parser.error(str(error))
 
 
-def _complete_switches(argv: list[str]) -> list[str]:
-    """`--compile` alone means `--compile=true`."""
-    switches = {f"--{name}" for name, hint in flat_config(_types(RunConfig)).items() if hint is bool}
-    words = []
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
-        words.append(f"{word}=true" if word in switches and following.startswith("--") else word)
-    return words
+def _command(given: dict[str, Any], needs: Mapping[str, str], otherwise: Path | None) -> Command:
+    known = fields_of(RunConfig)
+    del given["local_rank"]
+    ds_path, files = (
+        _from_root(given.pop("deepspeed_config")),
+        [_from_root(name) for name in given.pop("config")],
+    )
+    flags = {name: value for name, value in given.items() if name in known}
+    more = {name: value for name, value in given.items() if name not in known}
+    chosen = _merged(files) | flags
+    saved = saved_fields(chosen.get("run_dir", ""))
+    if otherwise and not (saved or files or flags.keys() & {"model.name", "data.shards"}):
+        files = [str(otherwise)]
+        chosen = _merged(files) | flags
+    if "model.name" in chosen and chosen["model.name"] != saved.get("model.name"):
+        saved = {name: value for name, value in saved.items() if not name.startswith("model.")}
+    values = saved | chosen
+    for name in (
+        "data.shards",
+        "data.val_shards",
+    ):  # with quotes that were meant for a remote shell, see Parser.error
+        if name in values:
+            values[name] = _from_root(values[name].strip("'"))
+    missing = [name for name in needs if not (values | {"deepspeed_config": ds_path}).get(name)]
+    if missing:
+        raise ValueError("; ".join(f"--{name} is required: {needs[name]}" for name in missing))
+    notes = [*_take_number_of_classes(values), *_note_validation_shards(values, flags, files)]
+    return Command(make_run(values), ds_path, tuple(notes), more)
 
 
-def _rename(argv: list[str]) -> list[str]:
-    """`--checkpoint.async`: a field cannot have that name in Python."""
-    return [re.sub(r"^--checkpoint\.async(?=$|=)", "--checkpoint.async_save", word) for word in argv]
+def _merged(files: Sequence[str]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for name in files:
+        merged |= read_fields(name)
+    return merged
 
 
-def _saved_config(run_dir: str) -> dict[str, Any]:
-    """The flags of the run in `run_dir`, without those that belong to one start of it; empty if there is
-    none.
-
-    ValueError for a file that is no configuration.
-    """
-    path = Path(run_dir) / "config.yaml"
-    if not run_dir or not path.is_file():
-        return {}
-    try:
-        fields = flat_config(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, AttributeError) as error:
-        raise ValueError(f"{path} is no run configuration: {error}; remove it or repair it") from error
-    known = flat_config(plain_config(run_preset("vit_tiny")))
-    if unknown := sorted(fields.keys() - known.keys()):
-        raise ValueError(f"{path}: unknown field {unknown[0]!r}{nearest(unknown[0], known)}")
-    return {key: value for key, value in fields.items() if key not in LAUNCH_FIELDS}
-
-
-def _file_first(argv: list[str]) -> list[str]:
-    """`--config FILE` moved to the front: jsonargparse lets the later word win, and flags must win over
-    files."""
-    files, rest, words = [], [], iter(argv)
-    for word in words:
-        if word == "--config" or word.startswith("--config="):
-            _, given, path = word.partition("=")
-            files.append(f"--config={_from_root(path if given else next(words, ''))}")
-        else:
-            rest.append(word)
-    return files + rest
+def _take_number_of_classes(values: dict[str, Any]) -> Iterator[str]:
+    """Set `model.num_classes` to the number of names beside the training shards, if there are names and it is
+    not given; what is to be said about it. ValueError if a model has too few."""
+    names = class_names_beside(values.get("data.shards", ""))
+    if not names:
+        return
+    where = f"{len(names)} classes in {Path(values['data.shards']).parent / CLASSES_FILE}"
+    if "model.num_classes" not in values:
+        values["model.num_classes"] = len(names)
+        yield f"note: model.num_classes is {len(names)}: there are {where}"
+    given = values["model.num_classes"]
+    if given > len(names):
+        yield f"note: model.num_classes is {given}, but there are only {where}"
+    if given < len(names):
+        raise ValueError(
+            f"model.num_classes {given} is too small: there are {where}; leave it out, or give "
+            f"--model.num_classes {len(names)}"
+        )
 
 
-def _types(config: type) -> dict[str, Any]:
-    hints = get_type_hints(config)
-    return {name: _types(hint) if dataclasses.is_dataclass(hint) else hint for name, hint in hints.items()}
+def _note_validation_shards(
+    values: dict[str, Any], flags: dict[str, Any], files: Sequence[str]
+) -> Iterator[str]:
+    """A line when the training shards are given by flag, and a recipe's validation shards are evaluated
+    on."""
+    if "data.shards" in flags and "data.val_shards" not in flags and values.get("data.val_shards"):
+        owner = " and ".join(files) or "the run folder"
+        yield (
+            f"note: evaluations are on {values['data.val_shards']}, which {owner} names; give "
+            f"--data.val_shards too if yours are others"
+        )
+
+
+def _converter(hint: Any) -> Any:
+    """Text of the command line as a value of type `hint`, read as in a YAML file; texts need no quotes."""
+
+    def convert(text: str) -> Any:
+        try:
+            is_text = hint is str or (get_origin(hint) is Literal and text in get_args(hint))
+            return text if is_text else as_type(parse_value(text), hint)
+        except ValueError:
+            near = nearest(text, get_args(hint)) if get_origin(hint) is Literal else ""
+            raise argparse.ArgumentTypeError(f"must be {describe(hint)}, got {text[:80]!r}{near}") from None
+
+    return convert
+
+
+def _metavar(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"{{{','.join(get_args(hint))}}}"
+    return {int: "N", float: "X", bool: "true|false", str: "TEXT"}.get(hint, "VALUE")
+
+
+def _default(name: str, item: Field) -> str:
+    if name in _TRAINING_NEEDS:
+        return "no default"
+    if name in PRESET_FIELDS:
+        return "default: the preset's"
+    if item.default is None or isinstance(item.default, bool):
+        return f"default: {str(item.default).lower()}"
+    if isinstance(item.default, tuple):
+        return f"default: {list(item.default)}"
+    return f"default: {'empty' if item.default == '' else item.default}"
+
+
+def _summary(config: type) -> str:
+    """The first paragraph of a dataclass's docstring, as a heading."""
+    return " ".join((config.__doc__ or "").partition("\n\n")[0].split()).rstrip(".")
 
 
 def _from_root(path: str) -> str:

@@ -1,41 +1,33 @@
 """Run configuration: typed, frozen, validated on construction; imports neither torch nor deepspeed.
 
 Who owns what: the DeepSpeed JSON owns batch sizes, precision, clipping, ZeRO, the optimizer and its peak
-learning rate; the dataclasses here own everything else. Precedence is defaults < preset < `--config` file <
-flags (see `megavit.cli`). Sizes are those of the papers: ViT-22B (arXiv 2302.05442, table 1) and Scaling ViTs
-(arXiv 2106.04560) for its family.
+learning rate; the dataclasses here own everything else. Their defaults belong to no recipe: how a model is
+trained stands in `launch/recipes/*.yaml` (see `megavit.cli` for the precedence), and a preset is an
+architecture, nothing else. Sizes are those of the papers: ViT-22B (arXiv 2302.05442, table 1) and Scaling
+ViTs (arXiv 2106.04560) for its family.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
+
+from megavit.fields import check_types, nearest
 
 Pool = Literal["map", "mean", "cls"]
 Recompute = Literal["none", "full", "selective"]
 Loss = Literal["sigmoid", "softmax"]
 Augment = Literal["inception", "none"]
-_DATA_CHOICES = {
-    "augment": ("inception", "none"),
-    "decoder": ("full", "region"),
-    "tp": ("split", "replicate"),
-}
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint `; did you mean 'x'?` for an unknown `name`, or '' when nothing known is close."""
-    match = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {match[0]!r}?" if match else ""
+_MAX_SEED = 2**63 - 1  # the order of the data and torch's generators take 63 bits
+_PILLOWS_PIXELS = 178_956_970  # twice PIL.Image.MAX_IMAGE_PIXELS
 
 
 def _require_positive(owner: str, config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
-            raise ValueError(f"{owner}.{name} must be at least 1, got {getattr(config, name)}")
+            raise ValueError(f"{owner}{name} must be at least 1, got {getattr(config, name)}")
 
 
 @dataclass(frozen=True)
@@ -91,8 +83,9 @@ class ModelConfig:
     head_bias: float | Literal["log_prior"] = "log_prior"
 
     def __post_init__(self) -> None:
+        check_types(self, "model.")
         _require_positive(
-            "model", self, "image_size", "patch_size", "channels", "dim", "depth", "num_heads", "mlp_dim"
+            "model.", self, "image_size", "patch_size", "channels", "dim", "depth", "num_heads", "mlp_dim"
         )
         if self.image_size % self.patch_size:
             lower = self.image_size // self.patch_size * self.patch_size
@@ -113,11 +106,8 @@ class ModelConfig:
                 f"model.num_classes and model.num_registers cannot be negative, "
                 f"got {self.num_classes} and {self.num_registers}"
             )
-        for name, allowed in (("pool", ("map", "mean", "cls")), ("block", ("parallel", "sequential"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"model.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
+        if not self.norm_eps > 0:
+            raise ValueError(f"model.norm_eps must be positive, got {self.norm_eps}")
 
     @property
     def head_dim(self) -> int:
@@ -165,21 +155,19 @@ class ScheduleConfig:
         timescale_steps: rsqrt decays as 1/sqrt(1 + (step - warmup) / timescale).
     """
 
-    name: Literal["rsqrt", "cosine", "linear", "constant"] = "rsqrt"
-    warmup_steps: int = 10_000
-    cooldown_steps: int = 30_000
+    name: Literal["rsqrt", "cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 500
+    cooldown_steps: int = 0
     timescale_steps: int = 10_000
 
     def __post_init__(self) -> None:
-        allowed = ("rsqrt", "cosine", "linear", "constant")
-        if self.name not in allowed:
-            raise ValueError(f"schedule.name must be one of {', '.join(allowed)}, got {self.name!r}")
+        check_types(self, "schedule.")
         if self.warmup_steps < 0 or self.cooldown_steps < 0:
             raise ValueError(
                 f"schedule.warmup_steps and schedule.cooldown_steps cannot be negative, "
                 f"got {self.warmup_steps} and {self.cooldown_steps}"
             )
-        _require_positive("schedule", self, "timescale_steps")
+        _require_positive("schedule.", self, "timescale_steps")
 
 
 @dataclass(frozen=True)
@@ -191,7 +179,8 @@ class DataConfig:
             local ones, wildcards, e.g. data/train-{000000..000099}.tar; http(s), s3, gs and pipe are fetched
             whole.
         val_shards: validation shards, same notation; empty trains without evaluation.
-        workers: decoding processes per rank; 0 decodes in the training process.
+        workers: decoding processes per rank; 0 decodes in the training process. Not given, there is one for
+            each core that the rank has, and no more than 4.
         augment: inception (random crop of crop_area of the image, aspect 3/4 to 4/3) or none (the evaluation
             transform).
         crop_area: smallest and largest share of the image's area that the inception crop keeps.
@@ -205,6 +194,8 @@ class DataConfig:
         antialias: low-pass before shrinking a crop; without it decoding is faster and images are harsher.
         decoder: full (libjpeg-turbo) or region (decodes the crop only; needs nvidia-nvimgcodec-cu13).
         max_labels: most labels of an image; one with more counts as bad.
+        max_pixels: most pixels of an image by its header; one with more counts as bad. Decoding takes up to
+            16 bytes a pixel (WebP; PNG 14, JPEG 3 to 14): 0.8 GB at the default.
         lanes: parallel streams of the order, fixed for a run; every global batch size it uses must be a
             multiple. 0 takes the greatest common divisor of the global batch and 1024.
         shuffle_block: samples that are shuffled among themselves within a lane.
@@ -214,17 +205,20 @@ class DataConfig:
         tp: split (each rank of a TP group decodes its part and the group gathers the batch) or replicate
             (every rank decodes everything; no communication, compared every check_every steps).
         check_every: steps between two comparisons of the TP ranks' batches under tp replicate.
-        max_bad_fraction: stop when more than this share of the samples seen was unusable (ten are free; with
-            0 none is).
+        max_bad_fraction: stop when more than this share of the samples seen was unusable, each counted once
+            however many epochs read it (ten are free; with 0 none is).
         max_bad_shards: stop when more than so many shards fail as a whole, without a good step in between.
-        cache_dir: node-local folder for remote shards, shared by the node's ranks.
+        allow_pipe: let a manifest name shell commands (pipe:COMMAND) as shards; those in shards and
+            val_shards themselves need no permission.
+        cache_dir: node-local folder for remote shards, shared by the node's ranks; empty takes
+            megavit-shards-UID in $TMPDIR (/tmp), which only this user can open.
         cache_gb: size that the cache folder may have, in GB.
         timeout_s: seconds after which a stalled download, or a batch that does not come, is an error.
     """
 
     shards: str = ""
     val_shards: str = ""
-    workers: int = 4
+    workers: int | None = None
     augment: Augment = "inception"
     crop_area: tuple[float, float] = (0.05, 1.0)
     flip: bool = True
@@ -237,6 +231,7 @@ class DataConfig:
     antialias: bool = True
     decoder: Literal["full", "region"] = "full"
     max_labels: int = 32
+    max_pixels: int = 50_000_000
     lanes: int = 0
     shuffle_block: int = 16_384
     skip_steps: str = ""
@@ -245,28 +240,32 @@ class DataConfig:
     check_every: int = 100
     max_bad_fraction: float = 1e-3
     max_bad_shards: int = 8
-    cache_dir: str = "/tmp/megavit-shards"
+    allow_pipe: bool = False
+    cache_dir: str = ""
     cache_gb: float = 100.0
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
+        check_types(self, "data.")
         low, high = self.crop_area
         if not 0.0 < low <= high <= 1.0:
             raise ValueError(f"data.crop_area must satisfy 0 < smallest <= largest <= 1, got [{low}, {high}]")
         if not 0.0 < self.eval_crop <= 1.0:
             raise ValueError(f"data.eval_crop must lie in (0, 1], got {self.eval_crop}")
         for name in "shift rotate_degrees zoom mixup cutmix workers lanes max_bad_shards".split():
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"data.{name} cannot be negative, got {getattr(self, name)}")
-        for name, allowed in _DATA_CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"data.{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
-        _require_positive("data", self, "max_labels", "shuffle_block", "check_every")
+        _require_positive("data.", self, "max_labels", "shuffle_block", "check_every")
         if not 0.0 <= self.max_bad_fraction <= 1.0:
             raise ValueError(f"data.max_bad_fraction must lie in [0, 1], got {self.max_bad_fraction}")
         for name in ("cache_gb", "timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"data.{name} must be positive, got {getattr(self, name)}")
+        if not 0 < self.max_pixels <= _PILLOWS_PIXELS:
+            raise ValueError(
+                f"data.max_pixels must lie in 1 to {_PILLOWS_PIXELS}, where Pillow refuses images, got "
+                f"{self.max_pixels}"
+            )
         _step_ranges(self.skip_steps)
 
     @property
@@ -313,14 +312,13 @@ class CheckpointConfig:
     on_damage: Literal["stop", "previous"] = "stop"
 
     def __post_init__(self) -> None:
-        _require_positive("checkpoint", self, "keep")
+        check_types(self, "checkpoint.")
+        _require_positive("checkpoint.", self, "keep")
         if self.every < 0 or self.keep_every < 0:
             raise ValueError(
                 f"checkpoint.every and checkpoint.keep_every cannot be negative, got {self.every} and "
                 f"{self.keep_every}"
             )
-        if self.on_damage not in ("stop", "previous"):
-            raise ValueError(f"checkpoint.on_damage must be stop or previous, got {self.on_damage!r}")
 
 
 @dataclass(frozen=True)
@@ -340,7 +338,8 @@ class GuardConfig:
     rollback: bool = False
 
     def __post_init__(self) -> None:
-        _require_positive("guard", self, "max_skipped")
+        check_types(self, "guard.")
+        _require_positive("guard.", self, "max_skipped")
         if self.max_grad_norm_ratio and self.max_grad_norm_ratio <= 1:
             raise ValueError(
                 f"guard.max_grad_norm_ratio must be above 1 (or 0 for none), got {self.max_grad_norm_ratio}"
@@ -353,21 +352,24 @@ class RunConfig:
 
     Args:
         run_dir: folder for logs, TensorBoard and checkpoints; empty makes runs/<model>-<time>. A folder that
-            holds a run goes on with it, with its configuration but for the flags that are given.
+            holds a run goes on with it, with its configuration but for the flags and --config files that are
+            given.
         init_from: folder of an exported model whose weights a new run starts from; a classifier of another
             size is left out, the position embedding is resized.
         seed: fixes the weights, the order of the data, the augmentation and dropout.
-        max_steps: optimizer steps of the whole run.
+        max_steps: optimizer steps of the whole run. Training needs a recipe or the flag to give it, because
+            no number suits everybody; 0 means that nobody has.
         stop_at_step: save and end after this step, leaving the schedule as it is; 0 runs to max_steps.
         log_every: steps between two log lines.
         eval_every: steps between two evaluations; 0 evaluates at the end only.
         tensor_parallel_size: ranks that share one copy of each block; must divide heads, mlp_dim and the rank
             count.
-        recompute: activations to recompute in backward; selective keeps the matmul inputs that are dear to
-            rebuild.
-        loss: sigmoid (multi-label, ViT-22B) or softmax cross-entropy.
+        recompute: activations to recompute in backward; selective keeps the matmul inputs that are expensive
+            to recompute.
+        loss: softmax cross-entropy, or sigmoid (one yes or no for each class: several labels, ViT-22B).
         label_smoothing: share of the target that is spread evenly over all classes.
-        head_weight_decay: decoupled weight decay of the classifier; the body's is in the DeepSpeed JSON.
+        head_weight_decay: decoupled weight decay of the classifier; none takes the body's, which is in the
+            DeepSpeed JSON.
         compile: torch.compile each block.
         export_dir: also write the final model.safetensors and config.json here; empty exports to
             <run_dir>/export.
@@ -385,15 +387,15 @@ class RunConfig:
     run_dir: str = ""
     init_from: str = ""
     seed: int = 0
-    max_steps: int = 177_000
+    max_steps: int = 0
     stop_at_step: int = 0
     log_every: int = 50
     eval_every: int = 5_000
     tensor_parallel_size: int = 1
     recompute: Recompute = "none"
-    loss: Loss = "sigmoid"
+    loss: Loss = "softmax"
     label_smoothing: float = 0.0
-    head_weight_decay: float = 3.0
+    head_weight_decay: float | None = None
     compile: bool = False
     export_dir: str = ""
     check_every: int = 100
@@ -406,18 +408,21 @@ class RunConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
-        _require_positive("run", self, "max_steps", "log_every", "tensor_parallel_size")
+        check_types(self)
+        _require_positive("", self, "log_every", "tensor_parallel_size")
+        if not 0 <= self.seed <= _MAX_SEED:
+            raise ValueError(f"seed must lie in 0 to 2**63 - 1, got {self.seed}")
         for name in ("timeout_s", "heartbeat_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not 0 <= self.stop_at_step <= self.max_steps:
-            raise ValueError(
-                f"stop_at_step must lie in 0 to max_steps {self.max_steps}, got {self.stop_at_step}; raise "
-                f"--max_steps for a longer run"
-            )
-        for name in ("eval_every", "check_every", "head_weight_decay"):
-            if getattr(self, name) < 0:
+        for name in ("max_steps", "stop_at_step", "eval_every", "check_every", "head_weight_decay"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} cannot be negative, got {getattr(self, name)}")
+        if self.stop_at_step > self.max_steps:
+            raise ValueError(
+                f"stop_at_step {self.stop_at_step} is beyond max_steps {self.max_steps}; raise --max_steps "
+                f"for a longer run"
+            )
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         if self.model.num_classes < 1:
@@ -452,7 +457,7 @@ def flat_config(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 # Fields that belong to one start of a run rather than to the run: a new start does not take them over.
-LAUNCH_FIELDS = ("run_dir", "init_from", "stop_at_step", "tensor_parallel_size")
+LAUNCH_FIELDS = ("run_dir", "init_from", "stop_at_step")
 
 
 def _sized(
@@ -477,36 +482,14 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "vit_22b": _sized(6144, 48, 24576, 48, 14, num_classes=29_593, head_bias=-10.0),
 }
 
-# What a preset changes in the run beside the model. ViT-22B's recipe (177k steps, warm-up 10k, cool-down 30k,
-# sigmoid loss, decay 3.0 on the head, inception crop and flip) is the default of the dataclasses above.
-_RECIPES: dict[str, dict[str, Any]] = {
-    "vit_tiny": {
-        "max_steps": 750,
-        "log_every": 25,
-        "eval_every": 250,
-        "head_weight_decay": 0.05,
-        "data": {
-            "shards": "data/digits/train-*.tar",
-            "val_shards": "data/digits/test-*.tar",
-            "workers": 0,
-            "augment": "none",
-            "flip": False,
-            "shift": 0.125,
-            "rotate_degrees": 10.0,
-            "zoom": 0.1,
-            "eval_crop": 1.0,
-        },
-        "schedule": {"name": "cosine", "warmup_steps": 75, "cooldown_steps": 0},
-    },
-    "vit_22b": {"recompute": "selective", "log_every": 10, "data": {"workers": 8}},
-}
-
 PRESETS: tuple[str, ...] = tuple(_SHAPES)
+# What presets differ in.
+PRESET_FIELDS: frozenset[str] = frozenset(f"model.{key}" for shape in _SHAPES.values() for key in shape)
 
 
 def model_preset(name: str, **overrides: Any) -> ModelConfig:
     """The architecture called `name`, with fields replaced by `overrides`; ValueError for an unknown name or
-    field."""
+    field, or a value that does not fit."""
     if name not in _SHAPES:
         raise ValueError(
             f"unknown model preset {name!r}{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}"
@@ -521,11 +504,3 @@ def model_config(fields: dict[str, Any]) -> ModelConfig:
         if key not in known:
             raise ValueError(f"unknown model field {key!r}{nearest(key, known)}")
     return ModelConfig(**fields)
-
-
-def run_preset(name: str) -> RunConfig:
-    """The run that preset `name` stands for: its model and its recipe (seen by `--help` as the defaults)."""
-    recipe = dict(_RECIPES.get(name, {}))
-    data = DataConfig(**recipe.pop("data", {}))
-    schedule = ScheduleConfig(**recipe.pop("schedule", {}))
-    return RunConfig(model=model_preset(name), data=data, schedule=schedule, **recipe)

@@ -9,24 +9,21 @@ ranks under the `deepspeed` launcher, ZeRO-3, with a checkpoint every few steps.
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megavit.data.write import digits_splits, write_splits
 from megavit.train.checkpoint import checkpoints_of, committed, find_latest
-from tests.data.shards import flip_bit, truncate
+from tests.data.shards import flip_bit, reading_hangs, truncate
+from tests.disks import fill, small_disk
 from tests.jobs import EVERY, RANKS, STEPS, TIMEOUT_S, HostsJob, Job
 from tests.lab.hosts import HostsLab, hosts_missing
 from tests.train.runs import steps_of
@@ -84,10 +81,8 @@ class Faults:
         equal = code == 0 and job.losses() == self.whole(*flags)
         return Outcome(fault, happened, gone_s, reached - resumed, "yes" if equal else "NO")
 
-    def _kill(
-        self, name: str, fault: str, choose: Callable[[Job], int], happened: str, *flags: str
-    ) -> Outcome:
-        job = self.job(name, *flags)
+    def _kill(self, name: str, fault: str, choose: Callable[[Job], int], happened: str) -> Outcome:
+        job = self.job(name)
         job.start()
         job.wait_for(lambda: job.step() >= EVERY + 2)
         os.kill(choose(job), signal.SIGKILL)
@@ -105,9 +100,8 @@ class Faults:
 
     def kill_data_worker(self) -> Outcome:
         happened = "its rank names the sample it was reading and ends, the launcher ends the other"
-        flags = ("--data.workers", "1")
         return self._kill(
-            "kill-worker", "SIGKILL of a data worker", lambda job: job.data_workers()[0], happened, *flags
+            "kill-worker", "SIGKILL of a data worker", lambda job: job.data_workers()[0], happened
         )
 
     def kill_in_save(self) -> Outcome:
@@ -160,21 +154,29 @@ class Faults:
         return outcome
 
     def full_disk(self) -> Outcome:
-        job = self.job("full-disk")
+        """With a shard missing, so that there are bad samples to record in every step."""
+        flags = self._copied_data("incomplete")
+        (self.folder / "incomplete" / "train-000003.tar").unlink()
+        job = self.job("full-disk", *flags)
         with small_disk(job.run_dir, "20m"):
             job.start()
             job.wait_for(lambda: job.step() >= EVERY + 1)
             filler = job.run_dir / "filler"
             with open(filler, "wb", buffering=0) as file:
                 fill(file)
-            job.wait_for(lambda: "CHECKPOINT NOT SAVED" in job.output.read_text())
+            job.wait_for(lambda: job.has_said("CHECKPOINT NOT SAVED", "bad_samples.jsonl cannot be written"))
             filler.unlink()
             assert job.process
             code = job.process.wait(timeout=300)
+            gone = job.wait_until_gone()
             logged = dict(job.losses())  # without the lines for which there was no room
-            equal = code == 0 and len(logged) > STEPS - 10 and logged.items() <= dict(self.whole()).items()
-            happened = "the save fails and is reported, training goes on, later saves succeed"
-            return Outcome("disk full during a save", happened, 0.0, 0, "yes" if equal else "NO")
+            equal = code == 0 and STEPS in logged and logged.items() <= dict(self.whole(*flags)).items()
+            equal = equal and job.has_said("bad_samples.jsonl can be written again")
+            happened = (
+                "the save fails and is reported, training goes on although bad samples cannot be recorded, "
+                "later saves succeed"
+            )
+            return Outcome("disk full during a save", happened, gone, 0, "yes" if equal else "NO")
 
     def _damage(self, name: str, fault: str, harm: Callable[[Path], None], happened: str) -> Outcome:
         job = self.job(name)
@@ -207,13 +209,10 @@ class Faults:
         )
 
     def deleted_shard(self) -> Outcome:
-        less = self.folder / "less"
-        shutil.copytree(self.data, less)
-        manifest = ("--data.shards", str(less / "train.manifest.json"))
-        job = self.job("deleted-shard", "--data.max_bad_fraction", "1", *manifest)
+        job = self.job("deleted-shard", *self._copied_data("less"))
         job.start()
         job.wait_for(lambda: job.step() >= EVERY + 2)
-        (less / "train-000003.tar").unlink()
+        (self.folder / "less" / "train-000003.tar").unlink()
         assert job.process
         open_until_the_end = job.process.wait(timeout=300) == 0 and job.losses() == self.whole()
         job.flags = (*job.flags, "--max_steps", str(STEPS + 10))
@@ -227,12 +226,33 @@ class Faults:
         equal = "while it is open" if open_until_the_end and went_on else "NO"
         return Outcome("a training shard deleted", happened, 0.0, 0, equal)
 
+    def _copied_data(self, name: str) -> tuple[str, ...]:
+        """Flags for training on a copy of the shards, of which some may be harmed."""
+        shutil.copytree(self.data, self.folder / name)
+        manifest = str(self.folder / name / "train.manifest.json")
+        return ("--data.max_bad_fraction", "1", "--data.shards", manifest)
+
+    def hanging_shard(self) -> Outcome:
+        flags = self._copied_data("hanging")
+        shard = self.folder / "hanging" / "train-000003.tar"
+        job = self.job("hanging-shard", *flags)
+        with reading_hangs([shard]):
+            job.start()
+            job.wait_for(lambda: job.has_said("no progress for"))
+            gone = job.wait_until_gone()
+        named = job.has_said("last read sample", shard.name)
+        happened = (
+            f"after --timeout_s {TIMEOUT_S} the watchdogs say what the data workers were reading and end the "
+            "ranks; seconds from there on"
+        )
+        return self.end(job, "reading a shard hangs", happened if named else "no report", gone)
+
     def stopped_rank(self) -> Outcome:
         job = self.job("stopped-rank")
         job.start()
         job.wait_for(lambda: job.step() >= EVERY + 2)
         os.kill(job.ranks()[1], signal.SIGSTOP)
-        gone = job.wait_until_gone(TIMEOUT_S + 90)
+        gone = job.wait_until_gone()
         happened = f"the other rank's watchdog prints its stacks after --timeout_s {TIMEOUT_S} and ends it"
         if "no progress for" not in job.output.read_text():
             happened = "no report"
@@ -258,7 +278,7 @@ class Faults:
             job.wait_for(lambda: job.step() >= EVERY + 2)
             lab.cut("h2")
             started = time.monotonic()
-            while job.rank_pids() and time.monotonic() - started < TIMEOUT_S + 90:
+            while job.pids() and time.monotonic() - started < 300:
                 time.sleep(0.05)
             ranks_gone = time.monotonic() - started
             assert job.process
@@ -270,31 +290,9 @@ class Faults:
             return self.end(job, "a host's link down (two hosts, pdsh)", happened, ranks_gone)
 
 
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    """`folder` on a file system of its own that holds no more than `size`."""
-    folder.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(file: Any) -> None:
-    """Write until the disk is full."""
-    for size in (1 << 20, 1 << 12, 1):
-        for _ in itertools.count():
-            try:
-                if file.write(b"x" * size) < size:
-                    break
-            except OSError:
-                break
-
-
 NAMES = (
-    "kill_rank kill_in_save kill_rank_0 kill_data_worker kills stopped_rank full_disk flipped_bit "
-    "truncated_file deleted_shard link_down term_to_launcher"
+    "kill_rank kill_in_save kill_rank_0 kill_data_worker kills stopped_rank hanging_shard full_disk "
+    "flipped_bit truncated_file deleted_shard link_down term_to_launcher"
 ).split()
 
 

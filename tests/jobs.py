@@ -50,6 +50,8 @@ class Job:
             *(
                 "--run_dir",
                 str(self.run_dir),
+                "--config",
+                str(ROOT / "launch" / "recipes" / "digits.yaml"),
                 "--data.shards",
                 f"{self.data}/train-*.tar",
                 "--data.val_shards=",
@@ -64,7 +66,8 @@ class Job:
                 "--schedule.warmup_steps",
                 "5",
             ),
-            *("--checkpoint.every", str(EVERY), "--timeout_s", str(TIMEOUT_S), *self.flags),
+            *("--checkpoint.every", str(EVERY), "--timeout_s", str(TIMEOUT_S), "--data.workers", "2"),
+            *self.flags,
         ]
 
     def start(self, **popen: Any) -> None:
@@ -85,13 +88,13 @@ class Job:
     def ranks(self) -> list[int]:
         """The training processes, in rank order."""
         assert self.process
-        found = [
+        others = ("deepspeed.launcher", "multiprocessing")
+        found = {pid: command_of(pid) for pid in descendants(self.process.pid)}
+        return sorted(
             pid
-            for pid in descendants(self.process.pid)
-            if "launch/train.py" in command_of(pid)
-            and "deepspeed" not in command_of(pid).split("launch/train.py")[0]
-        ]
-        return sorted(found)
+            for pid, command in found.items()
+            if "launch/train.py" in command and not any(other in command for other in others)
+        )
 
     def data_workers(self) -> list[int]:
         """Processes forked from the forkservers, of all ranks."""
@@ -114,6 +117,10 @@ class Job:
             output.seek(self._output_before)
             return b"\nstep " in output.read()
 
+    def has_said(self, *texts: str) -> bool:
+        said = self.output.read_text()
+        return all(text in said for text in texts)
+
     def saves(self) -> list[dict[str, Any]]:
         """The checkpoints that were committed, as logged."""
         return [row for row in log_of(self.run_dir) if row.get("event") == "saved"]
@@ -122,7 +129,7 @@ class Job:
         log = self.run_dir / "log.jsonl"
         return max((row["step"] for row in steps_of(self.run_dir)), default=0) if log.exists() else 0
 
-    def wait_for(self, ready: Callable[[], Any], timeout_s: float = 120) -> None:
+    def wait_for(self, ready: Callable[[], Any], timeout_s: float = 300) -> None:
         """Until `ready()`; the job must not end before."""
         deadline = time.monotonic() + timeout_s
         while not ready():
@@ -132,7 +139,7 @@ class Job:
                 raise AssertionError(f"not reached:\n{self.output.read_text()[-3000:]}")
             time.sleep(0.005)
 
-    def wait_until_gone(self, timeout_s: float = 120) -> float | None:
+    def wait_until_gone(self, timeout_s: float = 300) -> float | None:
         """Seconds until no process of the job is left; None if some stay."""
         started = time.monotonic()
         while self.alive():
@@ -171,5 +178,6 @@ class HostsJob(Job):
             command[command.index("--data.shards") + 1] = f"'{self.data}/train-*.tar'"  # for the remote shell
             self.process = self.lab.head(command, cwd=self.folder, stdout=output, stderr=subprocess.STDOUT)
 
-    def rank_pids(self) -> list[int]:
-        return [pid for host in self.lab.hosts for pid in self.lab.pids(host, "launch/train.py")]
+    def pids(self) -> list[int]:
+        """The ranks, their launchers and their data workers on all hosts."""
+        return [pid for host in self.lab.hosts for pid in self.lab.pids(host, "python")]

@@ -17,6 +17,13 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Faults:
     return Faults(tmp_path_factory.mktemp("faults"), saves=2)
 
 
+def test_kill_a_rank(faults: Faults) -> None:
+    """Catches data workers, and with them the forkserver and the resource tracker, that stay for ever when
+    their rank is killed, and steps that are lost or done otherwise after it."""
+    outcome = faults.kill_rank()
+    assert outcome.equal == "yes" and outcome.lost_steps <= 3 and outcome.gone_s is not None, outcome
+
+
 def test_kill_while_saving(faults: Faults) -> None:
     """Catches a half-written checkpoint that counts, and one that is lost by it."""
     outcome = faults.kill_in_save()
@@ -25,9 +32,10 @@ def test_kill_while_saving(faults: Faults) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_full_disk(faults: Faults) -> None:
-    """Catches a run that a full disk ends, and a log that it tears."""
+    """Catches a run that a full disk ends, by a save or by bad samples that cannot be recorded, a log that it
+    tears, and data workers that stay after a normal end."""
     outcome = faults.full_disk()
-    assert outcome.equal == "yes", outcome
+    assert outcome.equal == "yes" and outcome.gone_s is not None, outcome
 
 
 def test_nothing_is_left_in_shared_memory() -> None:

@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from megavit.bench.rounds import rounds
-from megavit.config import CheckpointConfig, plain_config, run_preset
+from megavit.config import CheckpointConfig, RunConfig, plain_config
 from megavit.parallel.layout import Layout
 from megavit.parallel.mesh import Mesh
 from megavit.train.checkpoint import Checkpoint
@@ -62,7 +62,7 @@ def measure(folder: Path, gib: float, count: int) -> dict[str, float]:
     flat = {f"{kind}/{name}": t for name, tensors in state.tensors.items() for kind, t in tensors.items()}
     size = sum(tensor.nbytes for tensor in flat.values()) / 2**30
     saver = Saver(folder, CheckpointConfig(keep=1), Mesh.single(), state)  # type: ignore[arg-type]
-    fields = {"state": {}, "run": plain_config(run_preset("vit_tiny")), "ds_config": {}}
+    fields = {"state": {}, "run": plain_config(RunConfig()), "ds_config": {}}
     out = {name: np.empty(len(tensors["weight"]), np.float32) for name, tensors in state.tensors.items()}
     steps = iter(range(1, 1000))
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from megavit.config import Recompute, nearest
+from megavit.config import Recompute
+from megavit.fields import nearest
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ the trainer adds is DeepSpeed's partitioning and hooks, and the watch over the n
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -17,10 +16,10 @@ import torch
 from megavit.bench.model import clock_of
 from megavit.bench.peers import Shape
 from megavit.bench.rounds import Spread, markdown_table, rounds, speed_ratio, spread
-from megavit.config import RunConfig, model_config, run_preset
+from megavit.config import RunConfig, model_config
 from megavit.model.vit import MegaVit
 from megavit.parallel.mesh import Mesh
-from megavit.train.ds_config import resolve_ds_config
+from megavit.train.ds_config import has_cuda_compiler, resolve_ds_config
 from megavit.train.inputs import Inputs
 from megavit.train.loss import image_losses, local_targets
 from megavit.train.optim import parameter_groups
@@ -49,7 +48,9 @@ def compare(
     inputs = bench_inputs(run, shape, mesh)
     ways: dict[str, Callable[[], Any]] = {BARE: _bare_step(run, inputs, mesh, dtype)}
     for stage in stages:
-        engine = Engine(run, resolve_ds_config(_ds_config(shape, stage, dtype), 1, mesh.device.type), mesh)
+        ds_config = _ds_config(shape, stage, dtype)
+        resolved = resolve_ds_config(ds_config, 1, mesh.device.type, has_compiler=has_cuda_compiler())
+        engine = Engine(run, resolved, mesh)
         ways[f"trainer, ZeRO stage {stage}"] = partial(_trainer_step, engine, inputs)
     seconds = rounds(ways, count, clock_of(mesh.device.type))
     return {
@@ -74,7 +75,7 @@ def bench_run(shape: Shape, compiled: bool = False) -> RunConfig:
         "num_heads": shape.heads,
         "mlp_dim": shape.mlp_dim,
     }
-    return dataclasses.replace(run_preset("vit_tiny"), model=model_config(fields), compile=compiled)
+    return RunConfig(model=model_config(fields), loss="sigmoid", compile=compiled)
 
 
 def _ds_config(shape: Shape, stage: int, dtype: torch.dtype) -> dict[str, Any]:

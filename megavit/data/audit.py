@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,15 +10,19 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from megavit.config import DataConfig
 from megavit.data.bad import SampleError
 from megavit.data.cache import ShardCache
+from megavit.data.identity import difference, rows_of_run
+from megavit.data.images import open_image
 from megavit.data.index import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, ShardError, walk_tar
-from megavit.data.lanes import DataState, Lanes, Order
+from megavit.data.json_data import json_field, parse_json
+from megavit.data.labels import read_labels
+from megavit.data.lanes import DataState, Lanes, Order, ranges_from_json
 from megavit.data.manifest import DATA_FILE, Manifest, in_processes, open_shards
 from megavit.data.reader import ShardReader
-from megavit.data.sources import SourceError, is_local
+from megavit.data.sources import SourceError
 
 
 def verify(manifest: Manifest, cache: ShardCache, workers: int) -> Iterator[str]:
@@ -37,32 +39,34 @@ def verify(manifest: Manifest, cache: ShardCache, workers: int) -> Iterator[str]
 def _verify_shard(manifest: Manifest, cache: ShardCache, shard: int) -> list[str]:
     url, size = manifest.urls[shard], int(manifest.shard_bytes[shard])
     lost = f"{int(manifest.samples[shard])} samples"
+    reader = ShardReader(manifest, cache)
     try:
-        path = url if is_local(url) else str(cache.get(url, size))
-        on_disk = os.path.getsize(path)
+        file = reader.file(shard)
         index = manifest.index(shard)
     except FileNotFoundError:
         return [f"{url}: missing ({lost})"]
-    except (OSError, SourceError, ShardError) as error:
+    except OSError as error:
+        return [f"{url}: {error.strerror} ({lost})"]
+    except (SourceError, ShardError) as error:
         return [f"{url}: {error} ({lost})"]
     found = []
     if index.digest != manifest.digests[shard]:
         found.append(f"{url}: its index is not the one in the manifest; make both again")
+    on_disk = os.fstat(file).st_size
     if on_disk != size:
         found.append(f"{url}: has {on_disk} bytes, the manifest says {size}")
-    reader = ShardReader(manifest, cache)
     for number in range(len(index)):
         try:
             reader.read(shard, number, index.sample(number).values())
         except SampleError as error:
             found.append(str(error))
-    reader.close()
     try:
         known = set(zip(index.members["offset"].tolist(), index.members["size"].tolist(), strict=True))
-        if not known <= {(offset, length) for _, offset, length in walk_tar(path, url)}:
+        if not known <= {(offset, length) for _, offset, length in walk_tar(file, url)}:
             found.append(f"{url}: its headers do not lead to the members in the index")
     except ShardError as error:
         found.append(str(error))
+    reader.close()
     return found
 
 
@@ -137,36 +141,25 @@ def _shard_statistics(manifest: Manifest, cache: ShardCache, shard: int) -> Stat
             image = next(members[name] for name in IMAGE_EXTENSIONS if name in members)
             label = next(members[name] for name in LABEL_EXTENSIONS if name in members)
             image_bytes, label_bytes = reader.read(shard, number, (image, label))
-            with Image.open(io.BytesIO(image_bytes)) as opened:
-                width, height, kind = *opened.size, opened.format or "?"
-            labels = _any_labels(label_bytes)
+            opened = open_image(image_bytes, DataConfig.max_pixels)
+            labels = read_labels(label.extension, label_bytes)
         except SampleError as error:
             found.problems.append(str(error))
         except StopIteration:
             found.problems.append(
                 f"{manifest.urls[shard]}: sample {reader.key(shard, number)!r}: no image or no label"
             )
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except ValueError as error:
             found.problems.append(f"{manifest.urls[shard]}: sample {reader.key(shard, number)!r}: {error}")
         else:
             found.image_bytes += len(image_bytes)
-            found.widths.append(width)
-            found.heights.append(height)
-            found.formats[kind] += 1
+            found.widths.append(opened.width)
+            found.heights.append(opened.height)
+            found.formats[opened.format or "?"] += 1
             found.label_count[len(labels)] += 1
             found.classes.update(labels)
     reader.close()
     return found
-
-
-def _any_labels(data: bytes) -> list[int]:
-    """Class ids of a `cls` or `json` member, whatever their range."""
-    value = json.loads(data)
-    labels = value.get("labels") if isinstance(value, dict) else value
-    labels = labels if isinstance(labels, list) else [labels]
-    if not all(type(label) is int for label in labels):
-        raise ValueError(f"label {data[:40]!r} is no class number")
-    return labels
 
 
 def samples_of_step(manifest: Manifest, order: Order, step: int) -> Iterator[dict[str, object]]:
@@ -186,13 +179,19 @@ def samples_of_step(manifest: Manifest, order: Order, step: int) -> Iterator[dic
 def order_of_run(run_dir: Path) -> tuple[Manifest, Order]:
     """The training shards and the order of a run folder. ValueError if it is none, or its shards have
     changed."""
+    path = run_dir / DATA_FILE
     try:
-        saved = json.loads((run_dir / DATA_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{run_dir} is no run folder with data: {DATA_FILE}: {error}") from error
-    manifest = open_shards(saved["shards"])
-    if manifest.digest != saved["state"]["manifest"]:
-        raise ValueError(f"the shards {saved['shards']} have changed since the run")
-    state = DataState.from_json(saved["state"])
+        saved = parse_json(path.read_bytes())
+        shards, global_batch = json_field(saved, "shards", str), json_field(saved, "global_batch", int)
+        state = DataState.from_json(json_field(saved, "state", dict))
+        skips = ranges_from_json(json_field(saved, "skips", list))
+    except OSError as error:
+        raise ValueError(f"{run_dir} is no run folder with data: {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} does not tell the order of a run: {error}") from error
+    manifest = open_shards(shards, allow_pipe=True)  # from the indexes alone: nothing is fetched
+    if not manifest.is_same(state.manifest, state.checksums):
+        what = difference(manifest.rows(), before) if (before := rows_of_run(path)) else shards
+        raise ValueError(f"the shards have changed since the run of {run_dir}: {what}")
     lanes = Lanes(manifest.samples, state.num_lanes, state.seed, state.block)
-    return manifest, Order(lanes, saved["global_batch"], [tuple(skip) for skip in saved["skips"]], state)
+    return manifest, Order(lanes, global_batch, skips, state)

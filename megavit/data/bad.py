@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
@@ -36,40 +34,48 @@ class TooManyBadSamples(ValueError):
 
 
 class BadSamples:
-    """The run's account of bad samples, kept alike on every rank; only one rank gets a `file` to write.
+    """The run's account of bad samples, kept alike on every rank; only one rank has a `write`, which takes
+    the fields of a record.
 
-    Limits: `max_fraction` of all samples seen (the first ten are free, unless it is 0), and `max_shards`
-    different shards that failed as a whole without one step in between that read everything.
+    Limits: `max_fraction` of the samples seen, each counted once however often it was read (the first ten are
+    free, unless it is 0), and `max_shards` different shards that failed as a whole without one step in
+    between that read everything. `num_samples` are in the set; an epoch reads each once.
+
+    Memory and checkpoint: the keys of the bad samples.
     """
 
     def __init__(
         self,
         max_fraction: float,
         max_shards: int,
-        file: Path | None = None,
+        num_samples: int,
+        write: Callable[..., None] | None = None,
         state: dict[str, Any] | None = None,
     ):
         state = state or {}
-        self.total: int = state.get("total", 0)
-        self._max_fraction, self._max_shards, self._file = max_fraction, max_shards, file
-        self._seen: int = state.get("seen", 0)
-        self._per_shard: Counter[str] = Counter(state.get("per_shard", {}))
+        self.total: int = state.get("total", 0)  # over all epochs
+        self._max_fraction, self._max_shards = max_fraction, max_shards
+        self._num_samples, self._write = num_samples, write
+        self._read: int = state.get("seen", 0)
+        # Absent from the checkpoints of earlier versions, which did not know which samples they had counted.
+        self._keys: dict[str, set[str]] = {url: set(keys) for url, keys in state.get("keys", {}).items()}
         self._failing: dict[str, str] = state.get("failing", {})  # of the current streak, with the reason
 
     def state(self) -> dict[str, Any]:
         """The account, for a checkpoint (JSON); hand it to a new `BadSamples` to go on with it."""
         return {
             "total": self.total,
-            "seen": self._seen,
-            "per_shard": dict(self._per_shard),
+            "seen": self._read,
+            "keys": {url: sorted(keys) for url, keys in self._keys.items()},
             "failing": self._failing,
         }
 
     def add(self, step: int, batch_size: int, found: list[BadSample]) -> None:
         """Account for a step's batch. Raises TooManyBadSamples above a limit, after writing the records."""
-        self._seen += batch_size
+        self._read += batch_size
         self.total += len(found)
-        self._per_shard.update(bad.url for bad in found)
+        for bad in found:
+            self._keys.setdefault(bad.url, set()).add(bad.key)
         self.record(step, found)
         failing = {bad.url: bad.reason for bad in found if bad.whole_shard}
         self._failing = self._failing | failing if failing else {}
@@ -77,9 +83,9 @@ class BadSamples:
 
     def record(self, step: int, found: list[BadSample]) -> None:
         """Write records without counting them, as for validation samples."""
-        if found and self._file:
-            with open(self._file, "a") as file:
-                file.writelines(json.dumps({"step": step, **bad._asdict()}) + "\n" for bad in found)
+        if self._write:
+            for bad in found:
+                self._write(step=step, **bad._asdict())
 
     def _check(self, step: int) -> None:
         if len(self._failing) > self._max_shards:
@@ -87,11 +93,13 @@ class BadSamples:
                 f"{len(self._failing)} shards could not be read in the steps up to {step}, more than "
                 f"--data.max_bad_shards {self._max_shards}: {_some(self._failing)}"
             )
-        allowed = max(self._max_fraction * self._seen, _FREE) if self._max_fraction else 0
-        if self.total > allowed:
-            worst = {url: f"{count} samples" for url, count in self._per_shard.most_common()}
+        seen = min(self._read, self._num_samples)
+        bad = sum(map(len, self._keys.values()))
+        if bad > (max(self._max_fraction * seen, _FREE) if self._max_fraction else 0):
+            most_first = sorted(self._keys.items(), key=lambda item: -len(item[1]))
+            worst = {url: f"{len(keys)} samples" for url, keys in most_first}
             raise TooManyBadSamples(
-                f"{self.total} of {self._seen} samples up to step {step} are unusable, more than "
+                f"{bad} of {seen} samples up to step {step} are unusable, more than "
                 f"--data.max_bad_fraction {self._max_fraction:g}; see {BAD_SAMPLES_FILE}; by shard: "
                 f"{_some(worst)}"
             )

@@ -13,6 +13,8 @@ import hashlib
 import os
 import random
 import re
+import stat
+import tempfile
 import threading
 import time
 from collections.abc import Iterable
@@ -20,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megavit.data.sources import Fetch, SourceError, fetcher, is_local, local_path
+from megavit.data.sources import Fetch, SourceError, fetcher, is_local, local_path, open_regular
 
 _NAME = re.compile(r"[0-9a-f]{32}(-.*|\.part)")  # all that is ever deleted: a folder may hold other files
 _REMEMBER_FAILURE_S = 60.0
@@ -36,15 +38,17 @@ class ShardCache:
     holder is killed. Least recently used files go first. A file is named by a digest of the full url, so that
     equal basenames do not meet. A url is taken to mean the same bytes for ever, apart from its `size`.
 
-    Disk: `max_bytes`, plus the shards being fetched at the moment; a single larger shard stays while it is
-    the newest. A hit costs one open, one stat and one utime.
+    Disk: `max_bytes`, plus the shards being fetched at the moment and those that were evicted while somebody
+    reads them; a single larger shard stays while it is the newest. A hit costs one open, one stat and one
+    utime.
     """
 
     def __init__(
         self, folder: str | Path, max_bytes: int, tries: int = 5, timeout_s: float = 60, threads: int = 8
     ):
-        """A try fails when no byte arrives for `timeout_s`; `prefetch` fetches `threads` shards at once."""
-        self.folder = Path(folder)
+        """An empty `folder` is `default_folder()`. A try fails when no byte arrives for `timeout_s`;
+        `prefetch` fetches `threads` shards at once."""
+        self.folder = Path(folder) if folder else default_folder()
         self.max_bytes = max_bytes
         self.tries = tries
         self.timeout_s = timeout_s
@@ -57,25 +61,16 @@ class ShardCache:
         self._queue: dict[str, int | None] = {}  # urls to prefetch, in order
         self._running = 0
 
-    def get(self, url: str, size: int | None = None) -> Path:
-        """The local file of a complete shard; a local url's own path, unchecked.
-
-        The file may be evicted before the caller opens it; `open` has no such gap. With `size` (bytes) any
-        other length is an error. Raises SourceError, at once if this url failed here within the last minute.
-        """
-        if is_local(url):
-            return local_path(url)
-        os.close(self.open(url, size))
-        return self.folder / _file_name(url)
-
     def open(self, url: str, size: int | None = None) -> int:
-        """A read-only file descriptor of a complete shard, which stays readable when the file is evicted.
+        """A read-only file descriptor of a complete shard, which stays readable when the file is evicted; a
+        path could be gone before it is opened. The caller closes it.
 
-        The caller closes it. Fetches and raises as `get` does, also for a local file that cannot be opened.
+        A local url's own file is opened, unchecked. With `size` (bytes) any other length of a fetched one is
+        an error. Raises SourceError, at once if this url failed here within the last minute.
         """
         try:
             if is_local(url):
-                return os.open(local_path(url), os.O_RDONLY)
+                return open_regular(local_path(url))
             descriptor = self._open_cached(_file_name(url), size)
             return self._fetch(url, size) if descriptor is None else descriptor
         except OSError as error:
@@ -91,8 +86,17 @@ class ShardCache:
             self._remember(url, error)
             raise
 
+    def place(self, url: str) -> Path:
+        """The file that a remote shard has or would have, for messages: it may be gone at any time."""
+        return self.folder / _file_name(url)
+
+    def discard(self, url: str) -> Path:
+        """Forget a shard that turned out to be useless, and return where it was."""
+        self.place(url).unlink(missing_ok=True)
+        return self.place(url)
+
     def prefetch(self, urls_and_sizes: Iterable[tuple[str, int | None]]) -> None:
-        """Start fetching in daemon threads and return at once. Never raises: `get` of the same url tells.
+        """Start fetching in daemon threads and return at once. Never raises: `open` of the same url tells.
 
         What is prefetched must fit into `max_bytes` until it is used, or the first are evicted for the last.
         """
@@ -222,6 +226,30 @@ class ShardCache:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         self._start_empty()  # threads, locks and what failed do not travel to worker processes
+
+
+def default_folder() -> Path:
+    """`megavit-shards-UID` in the folder for temporary files ($TMPDIR), made for this user alone.
+
+    SourceError if it cannot be made, or if what has that name is no folder of this user's own: whoever can
+    write there chooses what is trained on.
+    """
+    folder = Path(tempfile.gettempdir()) / f"megavit-shards-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()  # not stat: a link may lead to somebody else's folder
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise SourceError(
+                f"the default cache folder {folder} is a link, or not user {os.getuid()}'s own folder; "
+                f"remove it, or choose another one with --data.cache_dir (--cache_dir of launch/shards.py)"
+            )
+        folder.chmod(0o700)
+    except OSError as error:
+        raise SourceError(
+            f"the default cache folder {folder} cannot be used: {error.strerror}; choose another one with "
+            f"--data.cache_dir (--cache_dir of launch/shards.py)"
+        ) from error
+    return folder
 
 
 def _file_name(url: str) -> str:

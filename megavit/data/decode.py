@@ -1,35 +1,33 @@
 """From the bytes of one file to a row of the batch: decode, crop, resize.
 
 Where to crop is the caller's business (`choose_box`), as are random numbers, flips and labels. A JPEG goes
-through simplejpeg, which, unlike Pillow and OpenCV, raises when libjpeg warns of damage; everything else goes
-through Pillow. EXIF orientation is ignored, as by torchvision's and big_vision's training loaders.
+through simplejpeg, which, unlike Pillow and OpenCV, raises when libjpeg warns of damage; PNG and WebP go
+through Pillow, and nothing else is opened. EXIF orientation is ignored, as by torchvision's and big_vision's
+training loaders.
 
 Letters: S image side, C channels, H and W the sides of the crop.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
-import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
 
+from megavit.data.images import DecodeError, check_pixels, open_image, pillow_errors
+
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels; right and bottom are exclusive
 
 _START, _END = b"\xff\xd8", b"\xff\xd9"  # first and last marker of a JPEG
 _PACKAGES = {"cv2": "opencv-python-headless", "nvidia.nvimgcodec": "nvidia-nvimgcodec-cu13"}
-
-
-class DecodeError(ValueError):
-    """The bytes are no usable image; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,15 @@ class Decoder:
     backend: "full" decodes the whole JPEG; "region" only the crop, with nvImageCodec on the CPU. The pixels
     are the same. "region" saves 5 to 10% of the time, but sees no damage inside a JPEG except truncation: use
     it on shards whose checksums are verified. nvImageCodec writes to stderr when loaded and on damage.
+    max_pixels: an image with more, by its header, is refused. Decoding takes up to 16 bytes a pixel (WebP;
+    PNG 14, JPEG 3, or 9 if it is progressive and 14 if it is CMYK).
     """
 
     channels: int
     size: int
     antialias: bool = True
     backend: str = "full"
+    max_pixels: int = 50_000_000
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -91,9 +92,7 @@ class Decoder:
             raise DecodeError(f"JPEG header: {error}") from error
         if colors in ("CMYK", "YCCK"):  # Pillow knows that Adobe stores these inverted
             return self._from_pillow(data, choose_box)
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or width * height)  # where Pillow refuses as well
-        if width * height > limit:
-            raise DecodeError(f"{width}x{height} pixels exceed the limit of {limit}")
+        check_pixels(width, height, self.max_pixels)
         left, top, right, bottom = box = _inside(choose_box(width, height), width, height)
         # The region decoder stops reading below the box: a file that ends early must go the strict way.
         if self.backend == "region" and data.endswith(_END):
@@ -108,29 +107,14 @@ class Decoder:
 
     def _from_pillow(self, data: bytes, choose_box: Callable[[int, int], Box]) -> np.ndarray:
         """uint8 [H, W, C]. Palettes are looked up, alpha is dropped, 16 bits keep their upper 8."""
-        with _pillow_errors():
-            image = Image.open(io.BytesIO(data))
+        image = open_image(data, self.max_pixels)
         box = _inside(choose_box(*image.size), *image.size)
-        with _pillow_errors():
+        with pillow_errors():
             image = image.crop(box)  # decodes; a truncated file raises
             if image.mode.startswith("I;16"):  # convert() would clip 16 bits at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             pixels = np.array(image.convert("L" if self.channels == 1 else "RGB"))
         return pixels.reshape(*pixels.shape[:2], self.channels)
-
-
-@contextlib.contextmanager
-def _pillow_errors() -> Iterator[None]:
-    """Turns every exception inside into a DecodeError.
-
-    Pillow's plugins raise whatever a damaged field runs into: OSError, SyntaxError, struct.error and more.
-    """
-    try:
-        yield
-    except Image.UnidentifiedImageError as error:  # its own text is the address of a buffer
-        raise DecodeError("not an image of a known format") from error
-    except Exception as error:
-        raise DecodeError(f"{type(error).__name__}: {error}") from error
 
 
 def _inside(box: Box, width: int, height: int) -> Box:
@@ -155,7 +139,7 @@ def _require(module: str, setting: str) -> None:
 
 
 @functools.cache
-def _opencv():
+def _opencv() -> Any:
     """OpenCV, without threads of its own: the loader's parallelism is its processes."""
     import cv2
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
+
+from megavit.data.json_data import parse_json
 
 
 def parse_labels(extension: str, data: bytes, num_classes: int, *, allow_none: bool) -> list[int]:
@@ -13,13 +13,7 @@ def parse_labels(extension: str, data: bytes, num_classes: int, *, allow_none: b
     Raises ValueError, saying what is wrong, for anything else, an id outside 0..num_classes-1, and, without
     `allow_none`, an empty list.
     """
-    text = data.decode("utf-8", "replace").strip()
-    if extension == "cls":
-        if not text.removeprefix("-").isdecimal():
-            raise ValueError(f"label {text[:40]!r} is not a class number")
-        labels = [int(text)]
-    else:
-        labels = _json_labels(text)
+    labels = read_labels(extension, data)
     if not labels and not allow_none:
         raise ValueError("it has no label, which only the sigmoid loss can use")
     for label in labels:
@@ -30,9 +24,15 @@ def parse_labels(extension: str, data: bytes, num_classes: int, *, allow_none: b
     return sorted(set(labels))
 
 
-def _json_labels(text: str) -> list[int]:
+def read_labels(extension: str, data: bytes) -> list[int]:
+    """The numbers in a `cls` or `json` member as they are written. ValueError for anything else."""
+    text = data.decode("utf-8", "replace").strip()
+    if extension == "cls":
+        if not (text.removeprefix("-").isdecimal() and len(text) < 20):
+            raise ValueError(f"label {text[:40]!r} is not a class number")
+        return [int(text)]
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError as error:
         raise ValueError(f"json label cannot be parsed: {error}") from error
     labels = value.get("labels") if isinstance(value, dict) else value

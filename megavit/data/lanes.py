@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from typing import Any
 
 import numpy as np
+
+from megavit.data.json_data import json_field, kind_of
 
 MAX_LANES = 1024
 _ROUNDS = 6
@@ -142,8 +145,8 @@ class Lanes:
 class DataState:
     """Where the data stand before step `step`: all that a resumed run needs, the same on every rank.
 
-    `skipped` are the ranges left out so far, one that begins at `step` included; `manifest` the shards'
-    digest.
+    `skipped` are the ranges left out so far, one that begins at `step` included; `manifest` and `checksums`
+    the shards' digests without and with checksums.
     """
 
     step: int
@@ -154,13 +157,32 @@ class DataState:
     seed: int
     skipped: tuple[tuple[int, int], ...]
     manifest: str
+    checksums: str
     shards: int
     samples: int
 
+    def to_json(self) -> dict[str, Any]:
+        """The state as JSON has it, for a checkpoint."""
+        return asdict(self) | {"skipped": [list(steps) for steps in self.skipped]}
+
     @staticmethod
     def from_json(fields: dict[str, Any]) -> DataState:
-        """The state that `dataclasses.asdict` and JSON have turned into a dictionary."""
-        return DataState(**fields | {"skipped": tuple((first, last) for first, last in fields["skipped"])})
+        """What `to_json` gave, or an older state that has a single digest. ValueError for anything else."""
+        fields = {"checksums": fields.get("manifest")} | fields
+        kinds = {"int": int, "str": str}
+        found = {
+            f.name: json_field(fields, f.name, kinds.get(str(f.type), list))
+            for f in dataclass_fields(DataState)
+        }
+        return DataState(**found | {"skipped": ranges_from_json(found["skipped"])})
+
+
+def ranges_from_json(values: list[Any]) -> tuple[tuple[int, int], ...]:
+    """Ranges of steps. ValueError for anything else."""
+    for value in values:
+        if not (isinstance(value, list) and [type(number) for number in value] == [int, int]):
+            raise ValueError(f"a range of steps is {kind_of(value)}, not a list of two numbers")
+    return tuple((first, last) for first, last in values)
 
 
 class Order:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +27,17 @@ from megavit.data import transforms
 from megavit.data.bad import BadSample, SampleError
 from megavit.data.cache import ShardCache
 from megavit.data.decode import DecodeError, Decoder
+from megavit.data.identity import ShardRow, difference, rows_of_run
 from megavit.data.index import IMAGE_EXTENSIONS, LABEL_EXTENSIONS
+from megavit.data.json_data import parse_json
 from megavit.data.labels import pad_labels, parse_labels
 from megavit.data.lanes import MAX_LANES, DataState, Lanes, Order, uniforms
 from megavit.data.manifest import Manifest
 from megavit.data.reader import ShardReader
 from megavit.data.sources import is_local
-from megavit.data.worker import WorkerLog, start_forkserver, watched
+from megavit.data.worker import CHECK_S, WorkerLog, start_forkserver, watched
+
+_MAX_WORKERS = 4  # processes cost memory: more of them only for whom decoding is too slow
 
 
 class Batch(NamedTuple):
@@ -51,18 +56,32 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of every batch a rank decodes. `tp_size` 1 under `replicate` as well as without TP."""
+    """Which part of every batch a rank decodes. `tp_size` 1 under `replicate` as well as without TP.
+
+    `local_size` ranks are on its host, to share the cores.
+    """
 
     dp_rank: int = 0
     dp_size: int = 1
     tp_rank: int = 0
     tp_size: int = 1
+    local_size: int = 1
 
     def part(self, count: int) -> tuple[int, int, int]:
         """(first slot, slots, padded slots) of this rank's part of `count` slots."""
         padded = -(-count // self.tp_size)
         first = min(count, self.tp_rank * padded)
         return first, min(count, first + padded) - first, padded
+
+    def workers(self, wanted: int | None) -> int:
+        """The number of decoding processes: the one that is wanted, or one a core of the rank, and at most 4.
+
+        A launcher may have bound the rank to some cores; else all ranks of the host share them all.
+        """
+        if wanted is not None:
+            return wanted
+        equal = max(1, (os.cpu_count() or 1) // self.local_size)
+        return min(len(os.sched_getaffinity(0)), equal, _MAX_WORKERS)
 
 
 class _Samples:
@@ -78,7 +97,9 @@ class _Samples:
     ):
         self.reader = ShardReader(manifest, cache)
         self.model, self.config, self._allow_unlabelled = model, config, allow_unlabelled
-        self._decoder = Decoder(model.channels, model.image_size, config.antialias, config.decoder)
+        self._decoder = Decoder(
+            model.channels, model.image_size, config.antialias, config.decoder, config.max_pixels
+        )
         self.record: Callable[[str, int], None] | None = None  # told of each sample before it is read
 
     def batch(
@@ -99,8 +120,14 @@ class _Samples:
             except SampleError as error:
                 images[row], labels[row] = 0, -1
                 bad.append(error.bad)
-        tensors = [torch.from_numpy(array) for array in (images, labels, weights)]
-        return Batch(*tensors, flips=torch.zeros(0, dtype=torch.bool), blends=None, bad=bad)
+        return Batch(
+            torch.from_numpy(images),
+            torch.from_numpy(labels),
+            torch.from_numpy(weights),
+            flips=torch.zeros(0, dtype=torch.bool),
+            blends=None,
+            bad=bad,
+        )
 
     def _load(self, shard: int, index: int, out: np.ndarray, u: np.ndarray | None) -> np.ndarray:
         if self.record:
@@ -124,6 +151,9 @@ class _Samples:
             raise self._bad(shard, index, f"it cannot be decoded: {error}") from error
         except ValueError as error:
             raise self._bad(shard, index, str(error)) from error
+        except Exception as error:  # one sample must not end the run, whatever a library makes of its bytes
+            reason = f"it cannot be used: {type(error).__name__}: {error}".removesuffix(": ")
+            raise self._bad(shard, index, reason) from error
         return padded
 
     def _decode(self, data: bytes, out: np.ndarray, u: np.ndarray | None) -> None:
@@ -209,7 +239,7 @@ class TrainLoader:
     `state` is what `state_at` gave when the run was saved. `dp_size` and workers may have changed since, and
     the global batch as long as it stays a multiple of the lanes. `left_out` are ranges of steps as in
     `config.skips`, found while training. ValueError, naming the difference, if the shards have changed and
-    the configuration does not allow it.
+    the configuration does not allow it; `data_file`, which `save_order` wrote, tells which shard it was.
     """
 
     def __init__(
@@ -225,22 +255,27 @@ class TrainLoader:
         cache: ShardCache | None = None,
         allow_unlabelled: bool = True,
         state: DataState | None = None,
-        manifest_before: Manifest | None = None,
+        data_file: Path | None = None,
         left_out: Sequence[tuple[int, int]] = (),
     ):
         if (config.mixup or config.cutmix) and micro_batch % 2:
             raise ValueError(
                 f"mixup and cutmix mix pairs of slots: the micro-batch must be even, got {micro_batch}"
             )
-        self._manifest_digest = manifest.digest
-        if state and state.manifest != self._manifest_digest and not config.allow_changed_manifest:
-            raise ValueError(_changed(manifest, state, manifest_before))
+        self._digests = manifest.digest, manifest.checksum_digest
+        if (
+            state
+            and not manifest.is_same(state.manifest, state.checksums)
+            and not config.allow_changed_manifest
+        ):
+            raise ValueError(_changed(manifest, state, rows_of_run(data_file)))
         num_lanes = config.lanes or (state.num_lanes if state else math.gcd(global_batch, MAX_LANES))
         lanes = Lanes(manifest.samples, num_lanes, seed, config.shuffle_block)
         self.order = Order(lanes, global_batch, sorted({*config.skips, *left_out}), state)
         samples = _Samples(manifest, cache, model, config, allow_unlabelled)
         self._items = _TrainItems(samples, self.order, share, micro_batch)
         self._config, self._manifest = config, manifest
+        self._workers = share.workers(config.workers)
         self._log: WorkerLog | None = None
 
     def passes(self, step: int) -> float:
@@ -251,47 +286,54 @@ class TrainLoader:
         """Where the data stand before `step`, for a checkpoint (JSON); `DataState.from_json` reads it."""
         epoch, position = self.order.place(step)
         lanes = self.order.lanes
-        return asdict(
-            DataState(
-                step=step,
-                epoch=epoch,
-                position=position,
-                num_lanes=lanes.num_lanes,
-                block=lanes.block,
-                seed=lanes.seed,
-                skipped=tuple(skip for skip in self.order.skips if skip[0] <= step),
-                manifest=self._manifest_digest,
-                shards=len(self._manifest),
-                samples=self._manifest.num_samples,
-            )
-        )
+        return DataState(
+            step=step,
+            epoch=epoch,
+            position=position,
+            num_lanes=lanes.num_lanes,
+            block=lanes.block,
+            seed=lanes.seed,
+            skipped=tuple(skip for skip in self.order.skips if skip[0] <= step),
+            manifest=self._digests[0],
+            checksums=self._digests[1],
+            shards=len(self._manifest),
+            samples=self._manifest.num_samples,
+        ).to_json()
 
     def save_order(self, path: Path, step: int) -> None:
         """Write what tells the samples of any step from `step` on (`launch/shards.py which`).
 
-        A file that says the same from an earlier step on is left, so that it still tells the steps before.
+        A file that says the same from an earlier step on keeps that step, to tell those before as well.
         """
         shards = self._config.shards
         fields = {
             "shards": str(Path(shards).absolute()) if is_local(shards) else shards,
             "global_batch": self.order.global_batch,
-            "skips": self.order.skips,
+            "skips": [list(skip) for skip in self.order.skips],
             "state": self.state_at(step),
+            "content": self._manifest.rows(),
         }
-        text = json.dumps(fields, indent=2) + "\n"
-        if step and path.is_file():
-            before = json.loads(path.read_text())
-            if json.loads(text) | {"state": before["state"]} == before:
-                return
-        path.write_text(text)
+        if step and (state := self._state_in(path, fields)):
+            fields["state"] = state
+        path.write_text(json.dumps(fields) + "\n")
+
+    def _state_in(self, path: Path, fields: dict[str, Any]) -> dict[str, Any] | None:
+        """The state in an order file, if that tells of the same order as `fields` and the same shards."""
+        try:
+            before = parse_json(path.read_bytes())
+            state = DataState.from_json(before["state"])
+            same = all(before[name] == fields[name] for name in ("shards", "global_batch", "skips"))
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or one that tells nothing
+            return None
+        return before["state"] if same and self._manifest.is_same(state.manifest, state.checksums) else None
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """The micro-batches of optimizer steps [first_step, last_step), in order."""
         per_step = self._items.per_step
         numbers = range(first_step * per_step, last_step * per_step)
-        self._log = _log(self._items, self._config)
+        self._log = _log(self._items, self._workers)
         # The loop takes a whole step's micro-batches at once.
-        return _load(self._items, numbers, self._config, per_step, self._log)
+        return _load(self._items, numbers, self._workers, self._config.timeout_s, per_step, self._log)
 
     def reading(self) -> str:
         """What the data workers read last, a line each, for the report of a hang."""
@@ -317,50 +359,51 @@ class EvalLoader:
         self.num_samples = manifest.num_samples
         self.num_batches = -(-self.num_samples // (batch * share.dp_size))
         self._items = _EvalItems(_Samples(manifest, cache, model, config, allow_unlabelled), share, batch)
-        self._config = config
+        self._workers, self._timeout_s = share.workers(config.workers), config.timeout_s
 
     def __iter__(self) -> Iterator[Batch]:
-        log = _log(self._items, self._config)
-        return _load(self._items, range(self.num_batches), self._config, 1, log)
+        log = _log(self._items, self._workers)
+        return _load(self._items, range(self.num_batches), self._workers, self._timeout_s, 1, log)
 
 
-def _changed(manifest: Manifest, state: DataState, before: Manifest | None) -> str:
-    if before is None or not (difference := manifest.difference(before)):
-        difference = (
+def _changed(manifest: Manifest, state: DataState, before: Sequence[ShardRow]) -> str:
+    found = difference(manifest.rows(), before) if before else ""
+    if not found:
+        found = (
             f"{len(manifest):,} shards with {manifest.num_samples:,} samples (digest {manifest.digest[:8]}) "
             f"now, {state.shards:,} with {state.samples:,} ({state.manifest[:8]}) when it was saved"
         )
     return (
-        f"the training shards have changed since step {state.step}: {difference}. Restore them, or go on in "
+        f"the training shards have changed since step {state.step}: {found}. Restore them, or go on in "
         f"another order with --data.allow_changed_manifest"
     )
 
 
-def _log(items: _TrainItems | _EvalItems, config: DataConfig) -> WorkerLog:
+def _log(items: _TrainItems | _EvalItems, workers: int) -> WorkerLog:
     """Records what is being read; without worker processes this process is the one that reads."""
-    log = WorkerLog(max(1, config.workers))
-    items.samples.record = None if config.workers else log.record(0)
+    log = WorkerLog(max(1, workers))
+    items.samples.record = None if workers else log.record(0)
     return log
 
 
 def _load(
-    items: Dataset[Batch], numbers: range, config: DataConfig, ahead: int, log: WorkerLog
+    items: Dataset[Batch], numbers: range, workers: int, timeout_s: float, ahead: int, log: WorkerLog
 ) -> Iterator[Batch]:
     """The items in order, in worker processes that keep at least `ahead` of them ready, twice."""
     pin = torch.cuda.is_available()
-    if not config.workers:
+    if not workers:
         return iter(DataLoader(items, batch_size=None, sampler=numbers, pin_memory=pin))
     start_forkserver()
     loader = DataLoader(
         items,
         batch_size=None,
         sampler=numbers,
-        num_workers=config.workers,
+        num_workers=workers,
         # forking a process that holds CUDA or gloo threads is not safe
         multiprocessing_context="forkserver",
         pin_memory=pin,
-        prefetch_factor=max(2, -(-2 * ahead // config.workers)),
-        timeout=config.timeout_s,
+        prefetch_factor=max(2, -(-2 * ahead // workers)),
+        timeout=min(CHECK_S, timeout_s),
         worker_init_fn=log,
     )
-    return watched(iter(loader), log)
+    return watched(iter(loader), log, timeout_s)

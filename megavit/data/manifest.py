@@ -7,25 +7,27 @@ memory.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
-import braceexpand
 import numpy as np
 from tqdm import tqdm
 
 from megavit.data.cache import ShardCache
+from megavit.data.identity import ShardRow, same_content
 from megavit.data.index import INDEX_SUFFIX, ShardError, ShardIndex, index_header, index_shard, read_index
-from megavit.data.sources import is_local, local_path
+from megavit.data.json_data import json_field, kind_of, parse_json
+from megavit.data.patterns import expand_shards
+from megavit.data.sources import is_command, is_local
 
 MANIFEST_SUFFIX = ".manifest.json"
 DATA_FILE = "data.json"  # in a run folder: which shards it reads, in which order
@@ -40,14 +42,16 @@ Result = TypeVar("Result")
 class Manifest:
     """The shards in order; column i of each field is shard i.
 
-    `indexes[i]` is the path of the index file, or the content of one that exists in memory only. Pickled to
-    every worker: about 200 bytes a shard (in memory: 24 bytes a member and the keys).
+    `digests` are those of the index files, and `contents` those without checksums. `indexes[i]` is the path
+    of the index file, or the content of one that exists in memory only. Pickled to every worker: about 300
+    bytes a shard (in memory: 24 bytes a member and the keys).
     """
 
     urls: tuple[str, ...]
     samples: np.ndarray  # int64 [shards]
     shard_bytes: np.ndarray  # int64 [shards]
     digests: tuple[str, ...]
+    contents: tuple[str, ...]
     indexes: tuple[str | bytes, ...]
 
     def __len__(self) -> int:
@@ -59,11 +63,33 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Names shard names, order, counts, sizes and contents; not the folder, so that data may move."""
+        """Names shard names, order, counts, sizes and contents; not the folder, so that data may move, and
+        not the checksums, which may become known later."""
+        return self._digest(row[:4] for row in self.rows())
+
+    @property
+    def checksum_digest(self) -> str:
+        """As `digest`, with the checksums; the same as `digest` unless every shard has them."""
+        known = all(map(str.__ne__, self.digests, self.contents))
+        return self._file_digest if known else self.digest
+
+    @property
+    def _file_digest(self) -> str:
+        return self._digest((*row[:3], row.digest) for row in self.rows())
+
+    def _digest(self, rows: Iterable[tuple]) -> str:
         found = blake2b(digest_size=16)
-        for row in self._rows():
+        for row in rows:
             found.update(f"{row}\n".encode("utf-8", "surrogateescape"))
         return found.hexdigest()
+
+    def is_same(self, digest: str, checksum_digest: str) -> bool:
+        """Whether a run that saved these two read the same data, as far as both know.
+
+        Before there were two, `digest` was that of the index files, with checksums or without.
+        """
+        mine = (self.digest, self.checksum_digest)
+        return same_content(mine, (digest, checksum_digest)) or digest == self._file_digest
 
     def index(self, shard: int, check: bool = True) -> ShardIndex:
         """Shard's index. ShardError if its file is missing, damaged or not the one that was listed."""
@@ -81,22 +107,11 @@ class Manifest:
             )
         return found
 
-    def difference(self, before: Manifest) -> str:
-        """What changed since `before`, in a sentence that names a shard; empty if nothing did."""
-        mine, theirs = list(self._rows()), list(before._rows())
-        if mine == theirs:
-            return ""
-        totals = (
-            f"{len(self):,} shards with {self.num_samples:,} samples now, "
-            f"{len(before):,} with {before.num_samples:,} before"
-        )
-        for number, (new, old) in enumerate(zip(mine, theirs, strict=False)):
-            if new != old:
-                return (
-                    f"{totals}; first difference at shard {number}: {_describe(old)} is now {_describe(new)}"
-                )
-        longer, what = (mine, "added") if len(mine) > len(theirs) else (theirs, "gone")
-        return f"{totals}; {_describe(longer[min(len(mine), len(theirs))])} is {what}"
+    def rows(self) -> list[ShardRow]:
+        """The shards as they are compared with those of another time."""
+        names = (url if is_command(url) else url.rsplit("/", 1)[-1] for url in self.urls)
+        columns = (self.samples.tolist(), self.shard_bytes.tolist(), self.contents, self.digests)
+        return [ShardRow(*row) for row in zip(names, *columns, strict=True)]
 
     def save(self, path: str | Path) -> None:
         """Write the manifest file; local shards and indexes below its folder are stored relative to it."""
@@ -106,24 +121,18 @@ class Manifest:
             raise ValueError("a manifest of shards without index files cannot be saved; index them first")
         columns = {
             "format": _FORMAT,
-            "digest": self.digest,
+            "digest": self._file_digest,
+            "content_digest": self.digest,
             "urls": [_relative(url, base) if is_local(url) else url for url in self.urls],
             "samples": self.samples.tolist(),
             "bytes": self.shard_bytes.tolist(),
             "digests": self.digests,
+            "contents": self.contents,
             "indexes": [_relative(str(index), base) for index in self.indexes],
         }
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         partial.write_text(json.dumps(columns) + "\n")
         os.replace(partial, path)
-
-    def _rows(self) -> Iterator[tuple[str, int, int, str]]:
-        names = (url if url.startswith("pipe:") else url.rsplit("/", 1)[-1] for url in self.urls)
-        return zip(names, self.samples.tolist(), self.shard_bytes.tolist(), self.digests, strict=True)
-
-
-def _describe(row: tuple[str, int, int, str]) -> str:
-    return f"{row[0]} ({row[1]:,} samples, {row[2]:,} bytes, content {row[3][:8]})"
 
 
 def _relative(path: str, base: Path) -> str:
@@ -131,82 +140,91 @@ def _relative(path: str, base: Path) -> str:
     return str(absolute.relative_to(base)) if absolute.is_relative_to(base) else str(absolute)
 
 
-def read_manifest(path: str | Path) -> Manifest:
-    """The manifest in a file. ShardError if it is missing, damaged or of another version."""
+def read_manifest(path: str | Path, *, allow_pipe: bool = False) -> Manifest:
+    """The manifest in a file. ShardError if it is missing, damaged or of another version, or, without
+    `allow_pipe`, if it names shell commands: whoever gives data to others must not run programs there."""
     path = Path(path)
     try:
-        columns = json.loads(path.read_text())
-        if columns["format"] != _FORMAT:
-            raise ValueError(f"its format is {columns['format']!r}")
-        base = path.parent
-        manifest = Manifest(
-            urls=tuple(str(base / url) if is_local(url) else url for url in columns["urls"]),
-            samples=np.array(columns["samples"], np.int64),
-            shard_bytes=np.array(columns["bytes"], np.int64),
-            digests=tuple(columns["digests"]),
-            indexes=tuple(str(base / index) for index in columns["indexes"]),
-        )
-        if manifest.digest != columns["digest"]:
-            raise ValueError("its digest differs from its content")
+        columns = parse_json(path.read_bytes())
+        if json_field(columns, "format", str) != _FORMAT:
+            raise ValueError(f"its format is {columns['format'][:40]!r}")
+        manifest = _from_columns(columns, path.parent)
     except FileNotFoundError as error:
         raise ShardError(f"manifest {path} does not exist; write it with launch/shards.py index") from error
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except OSError as error:
+        raise ShardError(f"manifest {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise ShardError(
             f"manifest {path} cannot be used: {error}; write it again with launch/shards.py index"
         ) from error
     if not len(manifest):
         raise ShardError(f"manifest {path} lists no shards")
+    for number, url in enumerate(manifest.urls):
+        if is_command(url) and not allow_pipe:
+            raise ShardError(
+                f"manifest {path}: shard {number} is the shell command {url!r}, which only runs with "
+                f"--data.allow_pipe (--allow_pipe of launch/shards.py)"
+            )
     return manifest
 
 
-def expand_shards(pattern: str) -> list[str]:
-    """Urls of a pattern with braces (`{000..009}`) and, for local paths, wildcards (`*`), in order.
-
-    ShardError if a local shard does not exist.
-    """
-    urls: list[str] = []
-    for part in [pattern] if pattern.startswith("pipe:") and "{" not in pattern else _braces(pattern):
-        if not is_local(part):
-            urls.append(part)
-            continue
-        part = str(local_path(part))
-        found = sorted(glob.glob(part)) if glob.has_magic(part) else [part]
-        found = [path for path in found if os.path.isfile(path)]
-        if not found:
-            raise ShardError(
-                f"shard {part} does not exist (from {pattern!r}); write it with launch/shards.py, or name a "
-                f"manifest, with which missing shards are counted"
-            )
-        urls.extend(found)
-    twice = [url for url, count in Counter(urls).items() if count > 1]
-    if twice:
-        raise ShardError(f"shard {twice[0]} is named twice by {pattern!r}")
-    return urls
+def _from_columns(columns: dict, base: Path) -> Manifest:
+    """The manifest that `Manifest.save` stored as JSON. ValueError for anything else."""
+    urls, indexes = _strings(columns, "urls"), _strings(columns, "indexes")
+    manifest = Manifest(
+        urls=tuple(str(base / url) if is_local(url) else url for url in urls),
+        samples=np.array(_counts(columns, "samples"), np.int64),
+        shard_bytes=np.array(_counts(columns, "bytes"), np.int64),
+        digests=tuple(_strings(columns, "digests")),
+        # A manifest written before this column was there knows only what its index files are called.
+        contents=tuple(_strings(columns, "contents" if "contents" in columns else "digests")),
+        indexes=tuple(str(base / index) for index in indexes),
+    )
+    lengths = {len(columns[name]) for name in ("urls", "samples", "bytes", "digests", "indexes")}
+    if lengths != {len(manifest.contents)}:
+        raise ValueError("its columns are of different lengths")
+    if manifest._file_digest != json_field(columns, "digest", str) or manifest.digest != columns.get(
+        "content_digest", manifest.digest
+    ):
+        raise ValueError("its digest differs from its content")
+    return manifest
 
 
-def _braces(pattern: str) -> Iterable[str]:
-    try:
-        return list(braceexpand.braceexpand(pattern))
-    except ValueError as error:
-        raise ShardError(f"shard pattern {pattern!r}: {error}") from error
+def _strings(columns: dict, name: str) -> list[str]:
+    values = json_field(columns, name, list)
+    for number, value in enumerate(values):
+        if type(value) is not str or "\0" in value:
+            raise ValueError(f"entry {number} of its {name!r} is {kind_of(value)}, not a path or name")
+    return values
 
 
-def open_shards(spec: str, cache: ShardCache | None = None, *, progress: bool = False) -> Manifest:
+def _counts(columns: dict, name: str) -> list[int]:
+    values = json_field(columns, name, list)
+    for number, value in enumerate(values):
+        if type(value) is not int or not 0 <= value < 1 << 62:
+            raise ValueError(f"entry {number} of its {name!r} is {kind_of(value)}, not a count from 0 on")
+    return values
+
+
+def open_shards(
+    spec: str, cache: ShardCache | None = None, *, progress: bool = False, allow_pipe: bool = False
+) -> Manifest:
     """The shards of a manifest file (`*.manifest.json`) or of a pattern. ShardError for damage.
 
     A pattern's shards need to be there: their headers are read unless an index file lies beside them, and
-    remote ones are fetched whole for it, so name a manifest for many. Holds the indexes it made in memory.
+    remote ones are fetched whole for it, so name a manifest for many. Holds the indexes it made in memory. A
+    pattern may be a shell command; with `allow_pipe` a manifest's shards may be as well.
     """
     if spec.endswith(MANIFEST_SUFFIX):
-        return read_manifest(spec)
+        return read_manifest(spec, allow_pipe=allow_pipe)
     urls = expand_shards(spec)
 
     def locate(url: str) -> str | bytes:
         beside = url + INDEX_SUFFIX
         if is_local(url) and os.path.isfile(beside):
             return beside
-        path = url if is_local(url) else (cache or _no_cache(url)).get(url)
-        return index_shard(path, checksums=False, name=url).to_bytes()
+        with _located(url, cache) as shard:
+            return index_shard(shard, checksums=False, name=url).to_bytes()
 
     with ThreadPoolExecutor(min(16, len(urls))) as pool:
         show = progress and len(urls) >= _MANY_SHARDS
@@ -216,8 +234,25 @@ def open_shards(spec: str, cache: ShardCache | None = None, *, progress: bool = 
     return _manifest(urls, indexes)
 
 
-def _no_cache(url: str) -> ShardCache:
-    raise ShardError(f"shard {url} is remote: it needs a cache folder (--data.cache_dir)")
+@contextmanager
+def _located(url: str, cache: ShardCache | None) -> Iterator[str | int]:
+    """A local shard's path, or the descriptor of a remote one, which stays valid while it is used.
+
+    A remote one that turns out to be no shard leaves the cache: a login page that came with status 200 would
+    be found there for ever.
+    """
+    if is_local(url):
+        yield url
+        return
+    if cache is None:
+        raise ShardError(f"shard {url} is remote: it needs a cache folder (--data.cache_dir)")
+    file = cache.open(url)
+    try:
+        yield file
+    except ShardError as error:
+        raise ShardError(f"{error}; it was fetched as {cache.discard(url)}, now deleted") from error
+    finally:
+        os.close(file)
 
 
 def _manifest(urls: Sequence[str], indexes: Sequence[str | bytes]) -> Manifest:
@@ -230,12 +265,13 @@ def _manifest(urls: Sequence[str], indexes: Sequence[str | bytes]) -> Manifest:
         samples=np.array([header["samples"] for header in headers], np.int64),
         shard_bytes=np.array([header["shard_bytes"] for header in headers], np.int64),
         digests=tuple(header["digest"] for header in headers),
+        contents=tuple(header["content"] for header in headers),
         indexes=tuple(indexes),
     )
 
 
-def write_index(shard: str | Path, index_path: str | Path, name: str | None = None) -> None:
-    """Index one shard, with checksums, into a file that appears when complete."""
+def write_index(shard: str | Path | int, index_path: str | Path, name: str | None = None) -> None:
+    """Index one shard (its path or a descriptor), with checksums, into a file that appears when complete."""
     partial = Path(f"{index_path}.{os.getpid()}.partial")
     try:
         partial.write_bytes(index_shard(shard, name=name).to_bytes())
@@ -252,8 +288,11 @@ def index_pattern(pattern: str, out: Path, workers: int, cache: ShardCache) -> M
     others.
     """
     urls = expand_shards(pattern)
-    out.mkdir(parents=True, exist_ok=True)
-    names = [url.rsplit("/", 1)[-1] if not url.startswith("pipe:") else "pipe" for url in urls]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ShardError(f"the folder {out} for the indexes cannot be made: {error.strerror}") from error
+    names = ["pipe" if is_command(url) else url.rsplit("/", 1)[-1] for url in urls]
     shared = {name for name, count in Counter(names).items() if count > 1}
     paths = [
         out / (f"{name}.{_short(url)}{INDEX_SUFFIX}" if name in shared else name + INDEX_SUFFIX)
@@ -267,28 +306,29 @@ def index_pattern(pattern: str, out: Path, workers: int, cache: ShardCache) -> M
 
 
 def _short(url: str) -> str:
-    return blake2b(url.encode(), digest_size=4).hexdigest()
+    return blake2b(url.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
 
 
 def _index_one(job: tuple[str, Path, ShardCache]) -> str:
     url, path, cache = job
     try:
-        shard = Path(url) if is_local(url) else cache.get(url)
-        if not _is_current(path, shard, is_local(url)):
-            write_index(shard, path, name=url)
+        with _located(url, cache) as shard:
+            if not _is_current(path, os.stat(shard), is_local(url)):
+                write_index(shard, path, name=url)
     except ValueError as error:
         return str(error)
+    except OSError as error:
+        return f"index {path} cannot be written: {error.strerror}"
     return ""
 
 
-def _is_current(index: Path, shard: Path, compare_times: bool) -> bool:
-    if not index.is_file() or (compare_times and index.stat().st_mtime < shard.stat().st_mtime):
+def _is_current(path: Path, shard: os.stat_result, compare_times: bool) -> bool:
+    if not path.is_file() or (compare_times and path.stat().st_mtime < shard.st_mtime):
         return False
     try:
-        read_index(index)
+        return read_index(path).shard_bytes == shard.st_size
     except ShardError:
         return False
-    return bool(index_header(index)["shard_bytes"] == shard.stat().st_size)
 
 
 def in_processes(

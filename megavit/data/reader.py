@@ -4,6 +4,7 @@ ones."""
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from megavit.data.bad import BadSample, SampleError
 from megavit.data.cache import ShardCache
 from megavit.data.index import Member, ShardError, ShardIndex
 from megavit.data.manifest import Manifest
-from megavit.data.sources import SourceError, is_local
+from megavit.data.sources import SourceError, is_local, open_regular
 
 _MAX_OPEN = 128  # files, and as many index maps: far below the usual limit of 1,024 descriptors
 _MEMORY_S = 60.0  # a shard that failed is not tried again for so long
@@ -26,17 +27,21 @@ class _Lru:
     """The most recently used values, by shard; `drop` is called on what falls out."""
 
     def __init__(self, most: int, drop: Callable[[Any], None] = lambda value: None):
-        self._most, self._drop, self._values = most, drop, {}
+        self._most, self._drop = most, drop
+        self._values: dict[int, Any] = {}
+
+    def __contains__(self, shard: int) -> bool:
+        return shard in self._values
 
     def get(self, shard: int, make: Callable[[int], Any]) -> Any:
-        if shard in self._values:
-            value = self._values.pop(shard)
-        else:
-            value = make(shard)
-            if len(self._values) >= self._most:
-                self._drop(self._values.pop(next(iter(self._values))))
-        self._values[shard] = value  # most recent last
+        value = self._values.pop(shard) if shard in self._values else make(shard)
+        self.put(shard, value)
         return value
+
+    def put(self, shard: int, value: Any) -> None:
+        if len(self._values) >= self._most:
+            self._drop(self._values.pop(next(iter(self._values))))
+        self._values[shard] = value  # most recent last
 
     def forget(self, shard: int) -> None:
         if shard in self._values:
@@ -59,6 +64,7 @@ class ShardReader:
         self._indexes = _Lru(_MAX_OPEN)
         self._checked: set[int] = set()
         self._failed: dict[int, tuple[float, str]] = {}
+        self._mutex = threading.Lock()  # of `fetch`: everything else runs in one thread
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in ("manifest", "_cache", "has_remote")}
@@ -95,25 +101,41 @@ class ShardReader:
             data = self._pread(shard, index, file, member)
             if len(data) != member.size:
                 raise self._error(
-                    shard, index, f"its {member.extension} is cut off: the shard has become shorter"
+                    shard,
+                    index,
+                    f"its {member.extension} is cut off: the shard has become shorter{self._where(shard)}",
                 )
             if member.crc32 is not None and crc32(data) != member.crc32:
                 raise self._error(
-                    shard, index, f"the checksum of its {member.extension} differs: it is damaged"
+                    shard,
+                    index,
+                    f"the checksum of its {member.extension} differs: it is damaged{self._where(shard)}",
                 )
             found.append(data)
         return found
 
-    def fetch(self, shards: Collection[int]) -> None:
-        """Bring remote shards into the cache, several at a time, before samples of them are read one by one.
+    def file(self, shard: int) -> int:
+        """A shard's open file, until others have taken its place. OSError, SourceError or ShardError if it
+        cannot be opened."""
+        found: int = self._files.get(shard, self._open_file)
+        return found
 
-        Failures are left for `read` to report.
+    def fetch(self, shards: Collection[int]) -> None:
+        """Open remote shards, fetching several at a time, before samples of them are read one by one.
+
+        They are held open, so that a cache smaller than a batch's shards may evict them meanwhile. Failures
+        are left for `read` to report.
         """
         if not self.has_remote or self._cache is None:
             return
         remote = [shard for shard in shards if not is_local(self.manifest.urls[shard])]
-        with ThreadPoolExecutor(_PARALLEL_FETCHES) as pool:
-            list(pool.map(self._try_fetch, remote))
+        for shard in remote:
+            if shard in self._files:
+                os.utime(self.file(shard))  # what is in use is evicted last
+        missing = [shard for shard in remote if shard not in self._files]
+        if missing:
+            with ThreadPoolExecutor(_PARALLEL_FETCHES) as pool:
+                list(pool.map(self._try_fetch, missing))
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Start fetching remote shards in the background."""
@@ -122,11 +144,12 @@ class ShardReader:
             self._cache.prefetch([(url, size) for url, size in wanted if not is_local(url)])
 
     def _try_fetch(self, shard: int) -> None:
-        assert self._cache is not None
         try:
-            self._cache.get(self.manifest.urls[shard], int(self.manifest.shard_bytes[shard]))
+            file = self._open_file(shard)
         except SourceError:
             return  # remembered by the cache; `read` reports it sample by sample
+        with self._mutex:
+            self._files.put(shard, file)
 
     def _pread(self, shard: int, index: int, file: int, member: Member) -> bytes:
         try:
@@ -146,7 +169,7 @@ class ShardReader:
             if time.monotonic() < until:
                 raise self._error(shard, index, reason, whole_shard=True)
         try:
-            return self._files.get(shard, self._open_file)
+            return self.file(shard)
         except (OSError, SourceError, ShardError) as error:
             reason = (
                 f"the shard cannot be opened: {error.strerror}" if isinstance(error, OSError) else str(error)
@@ -160,13 +183,18 @@ class ShardReader:
             if self._cache is None:
                 raise SourceError(f"{url} is remote: it needs a cache folder (--data.cache_dir)")
             return self._cache.open(url, size)
-        file = os.open(url, os.O_RDONLY)
+        file = open_regular(url)
         on_disk = os.fstat(file).st_size
         # With checksums every sample speaks for itself, and what is left of a cut-off shard is used.
         if on_disk != size and not self._index(shard).has_checksums:
             os.close(file)
             raise ShardError(f"the shard has {on_disk} bytes, its index says {size}")
         return file
+
+    def _where(self, shard: int) -> str:
+        """Names the file that a remote shard was read from: the damage may be of that copy alone."""
+        url = self.manifest.urls[shard]
+        return "" if is_local(url) or self._cache is None else f" (in the copy {self._cache.place(url)})"
 
     def _index(self, shard: int) -> ShardIndex:
         found: ShardIndex = self._indexes.get(shard, self._load_index)

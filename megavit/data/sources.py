@@ -7,11 +7,13 @@ disk are `cache.py`'s.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import re
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -59,6 +61,19 @@ def _scheme_of(url: str) -> str:
 def local_path(url: str) -> Path:
     """The path that a local url, plain or `file:`, stands for."""
     return Path(url2pathname(urlparse(url).path) if _scheme_of(url) else url)
+
+
+def is_command(url: str) -> bool:
+    """Whether reading this url runs a shell command of its own choice."""
+    return _scheme_of(url) == "pipe"
+
+
+def open_regular(path: str | Path) -> int:
+    """A read-only descriptor of a regular file. OSError if it cannot be opened, and for anything else: a
+    device may never end, and opening a named pipe waits for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.open(path, os.O_RDONLY)
 
 
 def fetcher(url: str) -> Fetch:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset as wds
@@ -23,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from megavit.data.index import IMAGE_EXTENSIONS, INDEX_SUFFIX
+from megavit.data.json_data import parse_json
 from megavit.data.manifest import MANIFEST_SUFFIX, open_shards, write_index
 
 DIGITS_TRAIN = 1437  # of load_digits' 1,797 images; the last 360 come from other writers
@@ -53,7 +55,10 @@ def write_splits(splits: Sequence[Split], out: str | Path, shard_size: int, work
     if shard_size < 1 or workers < 1:
         raise ValueError(f"--shard_size {shard_size} and --workers {workers} must be at least 1")
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the folder --out {out} cannot be made: {error.strerror}") from error
     paths: list[Path] = []
     jobs = []
     for split in splits:
@@ -83,7 +88,13 @@ def _claim(out: Path, split: Split, shard_size: int) -> None:
     record = out / f"{split.name}.json"
     content = {"samples": split.size, "shard_size": shard_size, "fingerprint": split.fingerprint}
     if record.exists():
-        if json.loads(record.read_text()) != content:
+        try:
+            found = parse_json(record.read_bytes())
+        except ValueError as error:
+            raise ValueError(
+                f"{record} cannot be read: {error}; choose another --out or delete it"
+            ) from error
+        if found != content:
             raise ValueError(
                 f"{record} describes other data or another shard size; choose another --out or delete it"
             )
@@ -195,36 +206,66 @@ def cifar_splits(root: str | Path, num_classes: int) -> list[Split]:
 
     `root` is that folder or its parent. Raises ValueError naming the file that is missing or malformed.
     """
-    folder = "cifar-10-batches-py" if num_classes == 10 else "cifar-100-python"
-    root = Path(root)
-    root = root / folder if (root / folder).is_dir() else root
+    root = _cifar_folder(root, num_classes)
     train = [f"data_batch_{i}" for i in range(1, 6)] if num_classes == 10 else ["train"]
     test = ["test_batch"] if num_classes == 10 else ["test"]
     key = b"labels" if num_classes == 10 else b"fine_labels"
-    return [_cifar_arrays(root, train, key).split("train"), _cifar_arrays(root, test, key).split("test")]
+    return [
+        _cifar_arrays(root, names, key, num_classes).split(split)
+        for split, names in (("train", train), ("test", test))
+    ]
 
 
-def _cifar_arrays(root: Path, files: Iterable[str], label_key: bytes) -> ArrayImages:
+def cifar_class_names(root: str | Path, num_classes: int) -> list[str]:
+    """The classes' names in the order of their ids, from the data set's `batches.meta` or `meta`. ValueError
+    if that file is missing or holds something else."""
+    name, key = ("batches.meta", b"label_names") if num_classes == 10 else ("meta", b"fine_label_names")
+    path = _cifar_folder(root, num_classes) / name
+    labels = _read_cifar(path, key)[key]
+    if not isinstance(labels, list) or not all(isinstance(label, bytes) for label in labels):
+        raise ValueError(f"{path} is not a CIFAR file: {key.decode()} is no list of names")
+    return [label.decode("utf-8", "surrogateescape") for label in labels]
+
+
+def _cifar_folder(root: str | Path, num_classes: int) -> Path:
+    folder = Path(root) / ("cifar-10-batches-py" if num_classes == 10 else "cifar-100-python")
+    return folder if folder.is_dir() else Path(root)
+
+
+def _cifar_arrays(root: Path, files: Iterable[str], label_key: bytes, num_classes: int) -> ArrayImages:
     images, labels = [], []
     for name in files:
         path = root / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing; --root must hold the 'python version' of CIFAR, extracted")
+        batch = _read_cifar(path, b"data", label_key)
         try:
-            with open(path, "rb") as file:
-                batch = _CifarUnpickler(file, encoding="bytes").load()
-        except (pickle.UnpicklingError, EOFError, ValueError) as error:
-            raise ValueError(f"{path} is not a CIFAR batch: {error}") from error
-        if not isinstance(batch, dict) or b"data" not in batch or label_key not in batch:
-            raise ValueError(f"{path} is not a CIFAR batch with {label_key.decode()}")
-        pixels = np.asarray(batch[b"data"], np.uint8)
-        if pixels.ndim != 2 or pixels.shape[1] != 3072 or len(pixels) != len(batch[label_key]):
+            pixels, found = np.asarray(batch[b"data"], np.uint8), np.asarray(batch[label_key], np.int64)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ValueError(f"{path} is not a CIFAR file: {error}") from error
+        if pixels.ndim != 2 or pixels.shape[1] != 3072 or found.shape != (len(pixels),):
             raise ValueError(
-                f"{path}: data of shape {pixels.shape} with {len(batch[label_key])} labels is not CIFAR"
+                f"{path}: data of shape {pixels.shape} with labels of shape {found.shape} is not CIFAR"
+            )
+        if len(found) and not 0 <= found.min() <= found.max() < num_classes:
+            raise ValueError(
+                f"{path}: labels {found.min()} to {found.max()} are not those of CIFAR-{num_classes}"
             )
         images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        labels.append(np.asarray(batch[label_key], np.int64))
+        labels.append(found)
     return ArrayImages(np.ascontiguousarray(np.concatenate(images)), np.concatenate(labels))
+
+
+def _read_cifar(path: Path, *keys: bytes) -> dict[bytes, Any]:
+    """A CIFAR pickle, which must have `keys`."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; --root must hold the 'python version' of CIFAR, extracted")
+    try:
+        with open(path, "rb") as file:
+            found = _CifarUnpickler(file, encoding="bytes").load()
+    except Exception as error:  # a damaged pickle raises whatever it runs into
+        raise ValueError(f"{path} is not a CIFAR file: {type(error).__name__}: {error}") from error
+    if not isinstance(found, dict) or not found.keys() >= set(keys):
+        raise ValueError(f"{path} is not a CIFAR file with {' and '.join(key.decode() for key in keys)}")
+    return found
 
 
 class _CifarUnpickler(pickle.Unpickler):
@@ -267,7 +308,7 @@ def imagefolder_splits(root: str | Path) -> list[Split]:
             raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}) in class folders")
         # Neighbours of one class would fill whole shards: spread the classes over the shards.
         order = np.argsort(
-            [hashlib.blake2b(p.encode(), digest_size=8).digest() for p in map(os.path.basename, paths)]
+            [hashlib.blake2b(os.fsencode(os.path.basename(p)), digest_size=8).digest() for p in paths]
         )
         files = Files(tuple(paths[i] for i in order), tuple(labels[i] for i in order))
         sizes = [os.path.getsize(path) for path in files.paths]

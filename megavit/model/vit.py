@@ -7,7 +7,6 @@ Letters: B batch, C channels, S image side, P patch side, N tokens, D width. The
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from megavit.parallel.mesh import Mesh
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+POSITION = "embed.position"  # the one weight that is resized to fit another image size
 
 
 class PatchEmbedding(nn.Module):
@@ -127,38 +127,25 @@ class MegaVit(nn.Module):
         rank's shard of it on a mesh.
 
         `overrides` replace fields of the saved configuration; with another `image_size` the position
-        embedding is resized. Raises ValueError for a folder that is no export, and for tensors that do not
-        match.
+        embedding is resized. Raises ValueError, naming the file, for a folder that is no export or a damaged
+        one, and, before any memory is allocated, for weights that do not match the configuration.
         """
-        from safetensors import safe_open
+        from megavit.model.exported import open_export
 
-        folder = Path(folder)
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / file).is_file():
-                raise ValueError(
-                    f"{folder} is not an exported model: {file} is missing (see launch/export.py)"
-                )
-        saved = json.loads((folder / CONFIG_FILE).read_text())
-        model = cls.from_config(model_config(saved | overrides), mesh=mesh)
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
-            model.load_logical(set(weights.keys()), weights.get_tensor)
+        with open_export(Path(folder), **overrides) as (config, weights):
+            model = cls.from_config(config, mesh=mesh)
+            model.load_logical(weights.get_tensor)
         return model.eval()
 
     @torch.no_grad()
-    def load_logical(self, names: set[str], get: Callable[[str], Tensor]) -> None:
+    def load_logical(self, get: Callable[[str], Tensor]) -> None:
         """Copy logical tensors, fetched one at a time with `get(name)`, into this rank's shards.
 
-        Raises ValueError when names or shapes do not match; the position embedding alone is resized to fit.
+        Raises ValueError when shapes do not match; the position embedding alone is resized to fit.
         """
-        parameters = dict(self.named_parameters())
-        missing, unknown = sorted(parameters.keys() - names), sorted(names - parameters.keys())
-        if missing or unknown:
-            raise ValueError(
-                f"weights do not fit the model: missing {missing or 'none'}, unknown {unknown or 'none'}"
-            )
-        for name, parameter in parameters.items():
+        for name, parameter in self.named_parameters():
             layout, logical = layout_of(parameter), get(name)
-            if name == "embed.position":
+            if name == POSITION:
                 logical = resize_position(logical, self.config.grid_size)
             if tuple(logical.shape) != layout.shape:
                 raise ValueError(f"{name} has shape {tuple(logical.shape)}, the model needs {layout.shape}")

@@ -27,9 +27,6 @@ from megavit.parallel.rendezvous import imagine_launch, join_launch, require_mee
 # The longest that a rank waits for others which are still building ops or writing, unless the run says
 # otherwise.
 _TIMEOUT_S = 1800.0
-# A rank that has written its part of a checkpoint waits for the slowest one; if one is lost, this one's
-# watchdog or connection ends the wait.
-_IO_TIMEOUT = timedelta(days=1)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 T = TypeVar("T")
@@ -40,8 +37,8 @@ class Mesh:
     """Coordinates of this rank in the (DP, TP) grid and the two process groups through it (None without
     processes).
 
-    `io_group` spans the world over gloo; only the thread that writes checkpoints uses it, so its collectives
-    never mix with the training's. The collectives of a mesh that `is_fake` move nothing.
+    `io_group` spans the world over gloo; only what reads or writes for long uses it, one at a time, so its
+    collectives never mix with the training's. The collectives of a mesh that `is_fake` move nothing.
     """
 
     tp_size: int = 1
@@ -49,6 +46,7 @@ class Mesh:
     dp_size: int = 1
     dp_rank: int = 0
     local_rank: int = 0
+    local_size: int = 1  # ranks on this host
     device: torch.device = torch.device("cpu")
     tp_group: dist.ProcessGroup | None = None
     dp_group: dist.ProcessGroup | None = None
@@ -83,13 +81,14 @@ class Mesh:
             _keep_freed_memory()
         if not dist.is_initialized():
             _init_process_group(device, global_rank, world_size, timeout)
-        io_group: Any = dist.new_group(timeout=_IO_TIMEOUT, backend="gloo")
+        io_group: Any = dist.new_group(timeout=timeout, backend="gloo")
         mesh = Mesh(
             tp_size=tp_size,
             tp_rank=global_rank % tp_size,
             dp_size=world_size // tp_size,
             dp_rank=global_rank // tp_size,
             local_rank=local_rank,
+            local_size=local_size,
             device=device,
             io_group=io_group,
         )
@@ -171,6 +170,14 @@ class Mesh:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.io_group, device=torch.device("cpu"))
         return box[0]
+
+    def sum_for_io(self, *values: int) -> list[int]:
+        """The sums of whole numbers over all ranks, on every rank, over `io_group`."""
+        if self.world_size == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(sums, group=self.io_group)
+        return sums.tolist()
 
     def on_main(self, function: Callable[[], T]) -> T:
         """`function()`, run on the main rank only, on every rank; collective over the world.

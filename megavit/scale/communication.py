@@ -75,7 +75,7 @@ def step_traffic(
     traffic: Counter[tuple[str, int]] = Counter()
     tree = inventory(model, layout.tp_size)
     if layout.tp_size > 1:
-        per_micro_step = tp_elements(model, recompute, layout.micro_batch) * zero.element_bytes
+        per_micro_step = tp_bytes(model, recompute, layout.micro_batch, zero.element_bytes)
         traffic["all_reduce", layout.tp_size] = per_micro_step * layout.grad_accum
     dp = layout.dp_size
     if dp == 1:
@@ -85,17 +85,17 @@ def step_traffic(
         gathered = trace.gathered * layout.grad_accum + trace.padded_persistent
         traffic["all_gather", dp] = gathered * zero.element_bytes
         reduced = tree.shared(dp) * dp * layout.grad_accum
-        traffic["reduce_scatter", dp] = reduced * zero.element_bytes
+        traffic["reduce_scatter", dp] = reduced * zero.reduced_bytes
     else:
         times = layout.grad_accum if zero.stage == 2 else 1
-        traffic["all_reduce", dp] += tree.numel() * zero.element_bytes * times
+        traffic["all_reduce", dp] += tree.numel() * zero.reduced_bytes * times
         if zero.stage:
             traffic["all_gather", dp] = tree.numel() * zero.element_bytes
     return dict(traffic)
 
 
-def tp_elements(model: ModelConfig, recompute: Recompute, micro_batch: int) -> int:
-    """Elements all-reduced over a TP group in one forward and backward pass.
+def tp_bytes(model: ModelConfig, recompute: Recompute, micro_batch: int, element_bytes: int) -> int:
+    """Bytes all-reduced over a TP group in one forward and backward pass with weights of `element_bytes`.
 
     A parallel block reduces its output forward and its input's gradient backward; a sequential one each
     twice. Recomputation leaves out a block's last reduce, so only full recomputation of a sequential block
@@ -111,4 +111,5 @@ def tp_elements(model: ModelConfig, recompute: Recompute, micro_batch: int) -> i
     if model.pool == "map":
         # Forward: attention output and MLP. Backward: the tokens, the probe, the MLP's input.
         elements += 2 * pooled + micro_batch * model.num_patches * model.dim + model.dim + pooled
-    return elements + (pooled if model.num_classes else 0)
+    # The classifier's input has a float32 gradient.
+    return elements * element_bytes + (4 * pooled if model.num_classes else 0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megavit.config import nearest
+from megavit.fields import nearest
 
 
 @dataclass(frozen=True)

@@ -39,13 +39,24 @@ class ZeroSettings:
     reduce_bucket: int = 500_000_000
     sub_group: int = 1_000_000_000
     accumulates_in_fp32: bool = True
+    reduces_in_fp32: bool = True
     offload_optimizer: bool = False
     offload_param: bool = False
 
     @property
     def element_bytes(self) -> int:
-        """Of a weight in compute, an activation, and a reduced gradient."""
+        """Of a weight in compute, an activation, and a fresh gradient."""
         return 2 if self.bf16 else 4
+
+    @property
+    def accumulated_bytes(self) -> int:
+        """Of a gradient that accumulates over the micro-steps, at stages 2 and 3."""
+        return 4 if self.accumulates_in_fp32 else 2
+
+    @property
+    def reduced_bytes(self) -> int:
+        """Of a gradient on its way between the data-parallel ranks."""
+        return 4 if self.reduces_in_fp32 else 2
 
     @staticmethod
     def from_ds_config(config: dict[str, Any]) -> ZeroSettings:
@@ -63,7 +74,8 @@ class ZeroSettings:
             ),
             reduce_bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
             sub_group=int(zero.get("sub_group_size", 1_000_000_000)),
-            accumulates_in_fp32=config.get("data_types", {}).get("grad_accum_dtype") == "fp32",
+            accumulates_in_fp32=config.get("data_types", {}).get("grad_accum_dtype") != "bf16",
+            reduces_in_fp32=config.get("communication_data_type") != "bf16",
             offload_optimizer=_offloads(zero, "offload_optimizer"),
             offload_param=_offloads(zero, "offload_param"),
         )

@@ -87,19 +87,26 @@ def _gradients(tree: Unit, layout: Layout, zero: ZeroSettings) -> dict[str, int]
         return {}
     if zero.stage < 2:
         return {"gradients": zero.element_bytes * tree.numel()}
-    accumulated = 4 if zero.accumulates_in_fp32 else zero.element_bytes  # DeepSpeed's default: as weights
-    return {"gradients": accumulated * tree.shared(layout.dp_size)}
+    return {"gradients": zero.accumulated_bytes * tree.shared(layout.dp_size)}
 
 
 def _bucket(zero: ZeroSettings) -> dict[str, int]:
     """The buffer that gradients wait in to be reduced; stages 1 and 2 have a second one to fill meanwhile."""
-    elements = zero.reduce_bucket * {0: 0, 1: 2, 2: 2, 3: 1}[zero.stage]
-    return {"gradient bucket": elements * zero.element_bytes}
+    return {"gradient bucket": _bucket_elements(zero) * _bucket_element_bytes(zero)}
+
+
+def _bucket_elements(zero: ZeroSettings) -> int:
+    return zero.reduce_bucket * {0: 0, 1: 2, 2: 2, 3: 1}[zero.stage]
+
+
+def _bucket_element_bytes(zero: ZeroSettings) -> int:
+    return zero.reduced_bytes if zero.stage == 3 else zero.element_bytes
 
 
 def _unwritten(tree: Unit, layout: Layout, zero: ZeroSettings) -> int:
     """Bytes of the bucket that a step's gradients do not reach."""
-    return max(0, _bucket(zero)["gradient bucket"] - tree.numel() * layout.grad_accum * zero.element_bytes)
+    elements = _bucket_elements(zero) - tree.numel() * layout.grad_accum
+    return max(0, elements) * _bucket_element_bytes(zero)
 
 
 def _in_step(
@@ -136,7 +143,8 @@ def _in_step(
 
 class _Bucket:
     """How full the buffer of gradients is. A reduce-scatter (stage 3) first puts them in another order, in a
-    copy, and its result is converted; both count."""
+    copy, and its result is converted to what they accumulate in; an all-reduce (stages 1 and 2) works on a
+    copy if they are reduced in another precision than the weights'."""
 
     def __init__(self, layout: Layout, zero: ZeroSettings):
         self.layout, self.zero = layout, zero
@@ -153,9 +161,14 @@ class _Bucket:
 
     def flush(self) -> int:
         elements, self.fill = self.fill, 0
-        if self.zero.stage != 3 or self.layout.dp_size == 1:
+        zero, dp_size = self.zero, self.layout.dp_size
+        if not zero.stage or dp_size == 1:
             return 0
-        return elements * self.zero.element_bytes + math.ceil(elements / self.layout.dp_size) * 4
+        size = elements * zero.reduced_bytes
+        if zero.stage < 3:
+            return size if zero.reduced_bytes != zero.element_bytes else 0
+        converted = 4 * math.ceil(elements / dp_size)
+        return size + (converted if zero.reduced_bytes != zero.accumulated_bytes else 0)
 
 
 def _without_gathers(tree: Unit) -> tuple[Moment, ...]:
@@ -248,9 +261,12 @@ class Activations:
 
     @property
     def outside(self) -> int:
-        """Kept outside the blocks: patches, embedded tokens, the last norm, MAP's keys and values, logits."""
+        """Kept outside the blocks: patches, embedded tokens, the last norm, MAP's keys and values, logits,
+        and beside bfloat16 weights the classifier's float32 copy of its own."""
         model, t = self.model, self.layout.tp_size
         patches = self.tokens * model.channels * model.patch_size**2 * self.element_bytes
         pool = (2 / t + 1) * self.stream if model.pool == "map" else self.stream
-        logits = self.layout.micro_batch * math.ceil(model.num_classes / t) * (self.element_bytes + 4 * 4)
-        return int(2 * patches + 2 * self.stream + pool) + logits
+        classes = math.ceil(model.num_classes / t)
+        logits = self.layout.micro_batch * classes * 5 * 4
+        copy = classes * model.dim * 4 if self.element_bytes < 4 else 0
+        return int(2 * patches + 2 * self.stream + pool) + logits + copy

@@ -19,7 +19,7 @@ from megavit.parallel.mesh import Mesh
 from megavit.scale.communication import CollectiveCounter, step_traffic
 from megavit.scale.memory import predict_memory
 from megavit.scale.search import Plan
-from megavit.train.ds_config import resolve_ds_config
+from megavit.train.ds_config import has_cuda_compiler, resolve_ds_config
 from megavit.train.engine import Engine
 from megavit.train.inputs import Inputs
 
@@ -54,7 +54,7 @@ def rehearse(
     mesh = Mesh.imagined(tp_size, dp_size, device)
     meter = _CudaMeter() if device.type == "cuda" else _ResidentMeter()
     run = replace(run, tensor_parallel_size=tp_size)
-    ds_config = resolve_ds_config(raw_ds_config, dp_size, device.type)
+    ds_config = resolve_ds_config(raw_ds_config, dp_size, device.type, has_compiler=has_cuda_compiler())
     meter.reset_peak()
     started = time.perf_counter()
     engine = Engine(run, ds_config, mesh)

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from megavit.config import LAUNCH_FIELDS, RunConfig, flat_config, plain_config, run_preset
+from megavit.config import LAUNCH_FIELDS, RunConfig, flat_config, model_preset, plain_config
 from megavit.scale.search import Plan, reason
 from megavit.scale.storage import checkpoint_cost
 
@@ -54,10 +54,14 @@ def details(plan: Plan, run: RunConfig) -> str:
             lines.append(f"  {name.replace('_', ' '):<24}{seconds:8.3f} s {share:7.1%}")
     cost = checkpoint_cost(run, plan.layout)
     bandwidth = plan.cluster.filesystem_gb_per_s
-    lines += [
+    whole = (
         f"{run.max_steps:,} steps of {plan.layout.global_batch:,} images: "
-        f"{plan.days(run.max_steps):.1f} days, {plan.gpu_hours(run.max_steps):,.0f} GPU-hours, "
-        f"{plan.images_per_s:,.0f} images/s, MFU {plan.mfu:.1%}",
+        f"{plan.days(run.max_steps):.1f} days, {plan.gpu_hours(run.max_steps):,.0f} GPU-hours"
+        if run.max_steps
+        else f"steps of {plan.layout.global_batch:,} images (days and GPU-hours need --max_steps or a recipe)"
+    )
+    lines += [
+        f"{whole}, {plan.images_per_s:,.0f} images/s, MFU {plan.mfu:.1%}",
         f"a checkpoint: {cost.total_bytes / 1e9:.1f} GB in {cost.files} files of at most "
         f"{cost.most_bytes / 1e9:.2f} GB and a manifest of {cost.manifest_bytes / 1e6:.1f} MB; at "
         f"{bandwidth:g} GB/s {cost.save_s(bandwidth):.0f} s to save (in the background), "
@@ -91,16 +95,16 @@ def _plan_as_json(plan: Plan, run: RunConfig, best: Plan) -> dict[str, Any]:
         "step_s": plan.step.parts() | {"total": plan.step.total},
         "images_per_s": plan.images_per_s,
         "mfu": plan.mfu,
-        "days": plan.days(run.max_steps),
-        "gpu_hours": plan.gpu_hours(run.max_steps),
+        "days": plan.days(run.max_steps) if run.max_steps else None,
+        "gpu_hours": plan.gpu_hours(run.max_steps) if run.max_steps else None,
     }
 
 
 def planned_run(run: RunConfig, plan: Plan) -> dict[str, Any]:
-    """The run configuration that the plan decides on, as `--config` reads it: what differs from the
-    preset."""
+    """The run configuration that the plan decides on, as `--config` reads it: what differs from the defaults
+    and from the architecture's preset."""
     chosen = plain_config(run) | {"recompute": plan.recompute, "tensor_parallel_size": plan.layout.tp_size}
-    usual = flat_config(plain_config(run_preset(run.model.name)))
+    usual = flat_config(plain_config(RunConfig(model=model_preset(run.model.name))))
     kept: dict[str, Any] = {"model": {"name": run.model.name}}
     for key, value in flat_config(chosen).items():
         decided = key in ("recompute", "tensor_parallel_size")
@@ -119,6 +123,7 @@ def planned_ds_config(base: dict[str, Any], plan: Plan) -> dict[str, Any]:
     config = copy.deepcopy(base)
     config["train_batch_size"] = plan.layout.global_batch
     config["train_micro_batch_size_per_gpu"] = plan.layout.micro_batch
+    config["communication_data_type"] = "fp32" if plan.zero.reduces_in_fp32 else "bf16"
     if plan.zero.accumulates_in_fp32:
         config["data_types"] = config.get("data_types", {}) | {"grad_accum_dtype": "fp32"}
     zero = plan.zero

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 from megavit.config import ModelConfig, Recompute
 from megavit.model.count import forward_flops, repeated_flops, train_flops
-from megavit.scale.communication import tp_elements
+from megavit.scale.communication import tp_bytes
 from megavit.scale.gathers import replay
 from megavit.scale.gpus import Gpu
 from megavit.scale.inventory import inventory
@@ -164,7 +164,7 @@ def _tensor_parallel_s(
     t = layout.tp_size
     if t == 1:
         return 0.0
-    size = tp_elements(model, recompute, layout.micro_batch) * zero.element_bytes
+    size = tp_bytes(model, recompute, layout.micro_batch, zero.element_bytes)
     in_node = min(t, cluster.gpus_per_node)
     calls = model.depth * (2 if model.block == "parallel" else 4)
     reduce_s = 2 * _ring_s(size, in_node, math.ceil(t / in_node), 1, cluster) + calls * _latency(t, cluster)
@@ -185,8 +185,11 @@ def _data_parallel_s(
     nodes = math.ceil(dp / in_node)
     groups = min(layout.tp_size, cluster.gpus_per_node)
 
-    def ring_s(elements: float) -> float:
+    def gather_s(elements: float) -> float:
         return _ring_s(elements * zero.element_bytes, in_node, nodes, groups, cluster)
+
+    def scatter_s(elements: float) -> float:
+        return _ring_s(elements * zero.reduced_bytes, in_node, nodes, groups, cluster)
 
     update_s = _update_s(share, zero, cluster)
     if dp == 1:
@@ -194,21 +197,24 @@ def _data_parallel_s(
     latency_s = _latency(dp, cluster)
     whole = tree.numel()
     if zero.stage < 3:
-        reduce_s = 2 * ring_s(whole) + latency_s * max(1, whole / zero.reduce_bucket)
+        reduce_s = 2 * scatter_s(whole) + latency_s * max(1, whole / zero.reduce_bucket)
         exposed, tax = _overlap(reduce_s, passes.backward_s)
         every = layout.grad_accum if zero.stage == 2 else 1
-        return every * (exposed + tax) + (ring_s(whole) if zero.stage else 0.0), update_s
+        return every * (exposed + tax) + (gather_s(whole) if zero.stage else 0.0), update_s
     trace = replay(tree, dp, zero.gathers)
     calls = model.depth + len(tree.children)
-    forward_s = ring_s(trace.gathered_forward) + calls * latency_s
+    forward_s = gather_s(trace.gathered_forward) + calls * latency_s
     backward_s = (
-        ring_s(trace.gathered - trace.gathered_forward + tree.shared(dp) * dp) + 2 * calls * latency_s
+        gather_s(trace.gathered - trace.gathered_forward)
+        + scatter_s(tree.shared(dp) * dp)
+        + 2 * calls * latency_s
     )
     sums = [_overlap(forward_s, passes.forward_s), _overlap(backward_s, passes.backward_s)]
     # Nothing runs yet while the first weights come, and nothing any more while the last gradients go.
-    ends_s = ring_s(max(unit.numel() for unit in tree.children)) * 2
+    largest = max(unit.numel() for unit in tree.children)
+    ends_s = gather_s(largest) + scatter_s(largest)
     per_micro_step = sum(exposed + tax for exposed, tax in sums) + ends_s
-    return per_micro_step * layout.grad_accum + ring_s(trace.padded_persistent), update_s
+    return per_micro_step * layout.grad_accum + gather_s(trace.padded_persistent), update_s
 
 
 def _overlap(communication_s: float, compute_s: float) -> tuple[float, float]:

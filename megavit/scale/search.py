@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from megavit.config import ModelConfig, Recompute, RunConfig, nearest
+from megavit.config import ModelConfig, Recompute, RunConfig
+from megavit.fields import nearest
 from megavit.model.count import train_flops
 from megavit.scale.gathers import GatherLimits
 from megavit.scale.gpus import GPUS

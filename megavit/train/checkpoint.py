@@ -1,6 +1,6 @@
-"""Checkpoints on disk: what is in one, when it counts, and how any layout reads its share of it.
+"""Checkpoints on disk: what is in one, which of them count, and how any layout reads its share of one.
 
-    checkpoints/latest                             name of the newest committed checkpoint
+    checkpoints/latest                             name of the checkpoint that a new start goes on from
     checkpoints/step_00001000/manifest.json        everything but the tensors; written last
     checkpoints/step_00001000/rank_00000.safetensors   what rank 0 owned, and so on
 
@@ -8,48 +8,40 @@ A rank's file holds flat slices of its TP shards: the fp32 weights and the optim
 them. The manifest says which slice of which logical tensor each is, so that a run of any (tp, dp, ZeRO stage)
 reads just the boxes it needs, and one process reads whole tensors. A folder counts once it has its name and a
 manifest; until then it is called `.partial`. Nothing here needs ranks, a GPU or DeepSpeed.
+
+The run's past is the checkpoint that `latest` names and those of earlier steps. Only these are pruned, the
+oldest first, so what `latest` names is never deleted. Checkpoints of later steps are a future that the run
+has left: it was rolled back, or somebody has written an older name into `latest`. When the run goes on from
+there they are set aside under the name `.abandoned`, which nothing resumes from, and they are deleted once
+the run has saved a step as late as theirs. A damaged checkpoint is set aside as `.damaged`, and stays.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
+import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 
-from megavit.config import model_config
 from megavit.parallel.layout import Box, Layout
-from megavit.train.tensorfile import TensorFile, checksum_of
+from megavit.train.manifest import WEIGHT as WEIGHT
+from megavit.train.manifest import CheckpointError, RankFile, read_manifest, seal
+from megavit.train.tensorfile import Entry, TensorFile, checksum_of
 
 MANIFEST_FILE = "manifest.json"
 POINTER_FILE = "latest"
-WEIGHT = "weight"  # the other kinds are the optimizer's own names: exp_avg, exp_avg_sq
-_FORMAT = "megavit-checkpoint-2"
-_PARTIAL, _DAMAGED = ".partial", ".damaged"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
-
-
-@dataclass(frozen=True)
-class RankFile:
-    """One rank's file, and the slice [start, stop) of the flattened shard that it holds of each tensor
-    (all kinds alike)."""
-
-    name: str
-    bytes: int
-    crc32: int
-    tp_rank: int
-    slices: dict[str, tuple[int, int]]
+_NAME = re.compile(r"step_(\d{8,})")
+_PARTIAL, _DAMAGED, _ABANDONED = ".partial", ".damaged", ".abandoned"
 
 
 @dataclass(frozen=True)
@@ -75,33 +67,14 @@ class Checkpoint:
 
     @staticmethod
     def open(folder: Path) -> Checkpoint:
-        """Read the manifest. CheckpointError if there is none or it is damaged or of another version."""
-        path = folder / MANIFEST_FILE
-        if not path.is_file():
-            raise CheckpointError(f"{folder} is not a committed checkpoint: {MANIFEST_FILE} is missing")
-        try:
-            fields = json.loads(path.read_text())
-            found = fields.pop("format", None)
-            if found != _FORMAT:
-                raise CheckpointError(f"{path}: its format is {found!r}, this version reads {_FORMAT!r}")
-            if fields.pop("checksum") != _digest(fields):
-                raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{path} is damaged: {error}") from error
-        layouts = {
-            name: Layout(tuple(item["shape"]), item["dim"], tuple(item["parts"]))
-            for name, item in fields.pop("tensors").items()
-        }
-        names = list(layouts)
-        files = tuple(
-            RankFile(**item | {"slices": {names[i]: (start, stop) for i, start, stop in item["slices"]}})
-            for item in fields.pop("files")
-        )
-        model_config(fields["run"]["model"])  # names a field that this version does not know, before any work
-        kinds = tuple(fields.pop("kinds"))
-        return Checkpoint(folder=folder, layouts=layouts, files=files, kinds=kinds, **fields)
+        """Read and check the manifest. CheckpointError if there is none or it is damaged, or of another
+        version."""
+        opened = Checkpoint(folder=folder, **read_manifest(folder / MANIFEST_FILE))
+        named = _NAME.match(folder.name)
+        if named and int(named[1]) != opened.step:
+            raise CheckpointError(f"{folder} holds the checkpoint of step {opened.step}; was it renamed?")
+        opened.check_tiling()
+        return opened
 
     def manifest(self) -> dict[str, Any]:
         """The JSON object that `open` reads back."""
@@ -112,18 +85,18 @@ class Checkpoint:
         for item in fields["files"]:
             item["slices"] = [[numbers[name], *ends] for name, ends in item["slices"].items()]
         fields = json.loads(json.dumps(fields))  # tuples become lists before they are hashed
-        return {"format": _FORMAT, "checksum": _digest(fields), **fields}
+        return seal(fields)
 
     def check_tiling(self) -> None:
         """CheckpointError unless the slices of all ranks fill every shard exactly: no hole, no overlap."""
+        found: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
+        for file in self.files:
+            for name, slice_ in file.slices.items():
+                found[name, file.tp_rank].append(slice_)
         for name, layout in self.layouts.items():
-            numel = int(np.prod(layout.local_shape(self.tp_size)))
+            numel = math.prod(layout.local_shape(self.tp_size))
             for tp_rank in range(self.tp_size if layout.dim is not None else 1):
-                slices = sorted(
-                    file.slices[name]
-                    for file in self.files
-                    if file.tp_rank == tp_rank and name in file.slices
-                )
+                slices = sorted(found[name, tp_rank])
                 ends = [0, *(stop for _, stop in slices)]
                 if [start for start, _ in slices] != ends[:-1] or ends[-1] != numel:
                     raise CheckpointError(
@@ -132,7 +105,8 @@ class Checkpoint:
                     )
 
     def damage(self, files: Iterable[RankFile], progress: Callable[[int], None] | None = None) -> list[str]:
-        """Re-read every byte of `files`; a sentence for each that is missing, truncated or altered."""
+        """Re-read every byte of `files`; a sentence for each that is missing, truncated or altered, or does
+        not hold what the manifest says."""
         problems = []
         for file in files:
             path = self.folder / file.name
@@ -145,6 +119,11 @@ class Checkpoint:
                 problems.append(f"{path} is truncated or altered: {size:,} bytes instead of {file.bytes:,}")
             elif checksum != file.crc32:
                 problems.append(f"{path} is damaged: checksum {checksum:08x} instead of {file.crc32:08x}")
+            else:
+                try:
+                    self._mapped(file)
+                except CheckpointError as error:
+                    problems.append(str(error))
         return problems
 
     def read(self, name: str, boxes: Sequence[Box], out: dict[str, np.ndarray]) -> None:
@@ -170,10 +149,12 @@ class Checkpoint:
         self.read(name, layout.boxes(0, 1, 0, whole.size), {kind: whole.reshape(-1)})
         return whole
 
-    def rank_state(self, file: RankFile, name: str) -> np.ndarray | None:
+    def rank_state(self, file: RankFile, name: str) -> np.ndarray:
         """Bytes that a rank saved beside its slices (random generators)."""
         content = self._open(file)
-        return content[name] if name in content else None  # noqa: SIM401
+        if name not in content.entries:
+            raise CheckpointError(f"{self.folder / file.name} lacks {name!r}")
+        return content[name]
 
     def close(self) -> None:
         """Unmap the files."""
@@ -185,8 +166,23 @@ class Checkpoint:
 
     def _open(self, file: RankFile) -> TensorFile:
         if file.name not in self._opened:
-            self._opened[file.name] = TensorFile(self.folder / file.name)
+            self._opened[file.name] = self._mapped(file)
         return self._opened[file.name]
+
+    def _mapped(self, file: RankFile) -> TensorFile:
+        """The file in memory; CheckpointError unless it holds the tensors that the manifest says."""
+        path = self.folder / file.name
+        try:
+            content = TensorFile(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        for kind, (name, (start, stop)) in itertools.product(self.kinds, file.slices.items()):
+            found, expected = content.entries.get(f"{kind}/{name}"), Entry("F32", (stop - start,))
+            if found != expected:
+                raise CheckpointError(f"{path} holds {found} as {kind}/{name}, the manifest says {expected}")
+        return content
 
     def _copy_overlap(
         self, file: RankFile, name: str, mine: Box, other: Box, out: dict[str, np.ndarray]
@@ -211,10 +207,6 @@ def _view(flat: np.ndarray, box: Box, rows: slice, columns: slice) -> np.ndarray
     ]
 
 
-def _digest(fields: dict[str, Any]) -> str:
-    return f"{crc32(json.dumps(fields, sort_keys=True).encode()):08x}"
-
-
 # The folder of a run's checkpoints.
 
 
@@ -227,32 +219,91 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step that the folder's name says, whether it counts or was set aside."""
+    named = _NAME.match(folder.name)
+    assert named, folder
+    return int(named[1])
+
+
 def committed(folder: Path) -> list[Path]:
-    """The checkpoints in `folder` that have a manifest, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{MANIFEST_FILE}") if path.parent.suffix == "")
+    """The checkpoints in `folder` that have a manifest, oldest first. OSError if it cannot be searched."""
+    return [path for path in _named(folder) if _exists(path / MANIFEST_FILE)]
+
+
+def _named(folder: Path, suffix: str = "") -> list[Path]:
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    found = [name for name in names if _NAME.fullmatch(name.removesuffix(suffix)) and name.endswith(suffix)]
+    return sorted((folder / name for name in found), key=step_of)
+
+
+def _exists(path: Path) -> bool:
+    """As `Path.exists`, but a folder that may not be entered is an error, not an absent file."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def find_latest(run_dir: Path) -> Path | None:
     """The checkpoint that the pointer names, or without a pointer the newest committed one; None if there is
     none.
 
-    CheckpointError if the pointer names one that is not there.
+    CheckpointError if the pointer cannot be read or names one that is not there.
     """
-    folder = checkpoints_of(run_dir)
+    return _latest_in(checkpoints_of(run_dir))
+
+
+def _latest_in(folder: Path) -> Path | None:
     found = committed(folder)
-    pointer = folder / POINTER_FILE
-    if not pointer.is_file():
+    named = _pointed_to(folder)
+    if named is None:
         return found[-1] if found else None
-    named = folder / pointer.read_text().strip()
     if named not in found:
-        raise CheckpointError(f"{pointer} names {named.name!r}, which is missing or has no {MANIFEST_FILE}")
+        raise CheckpointError(
+            f"{folder / POINTER_FILE} names {named.name!r}, which is missing or has no {MANIFEST_FILE}; "
+            f"{_advice(found)}"
+        )
     return named
+
+
+def _pointed_to(folder: Path) -> Path | None:
+    """What the pointer names; None without a pointer."""
+    pointer = folder / POINTER_FILE
+    try:
+        text = pointer.read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except UnicodeDecodeError:
+        text = "\ufffd"
+    except OSError as error:
+        raise CheckpointError(
+            f"{pointer} cannot be read: {error.strerror or error}; {_advice(committed(folder))}"
+        ) from error
+    if not _NAME.fullmatch(text):
+        raise CheckpointError(
+            f"{pointer} names {text!r:.60}, which is no checkpoint; {_advice(committed(folder))}"
+        )
+    return folder / text
+
+
+def _advice(found: list[Path]) -> str:
+    if not found:
+        return "there are none; remove it to start anew"
+    names = ", ".join(path.name for path in found)
+    return f"there are: {names}; write one of these into it, or remove it to go on from the last of them"
 
 
 def open_step(run_dir: Path, step: int | None = None) -> Checkpoint:
     """The run's checkpoint of `step`, or its newest. CheckpointError, naming those there are, if it has
     none."""
     folder = checkpoints_of(run_dir)
+    if not _exists(run_dir):
+        raise CheckpointError(f"the run folder {run_dir} does not exist")
     path = find_latest(run_dir) if step is None else folder / folder_name(step)
     found = committed(folder)
     if path is None or path not in found:
@@ -265,13 +316,26 @@ def _of(step: int | None) -> str:
     return "" if step is None else f" of step {step}"
 
 
+def committed_before(run_dir: Path, step: int) -> int | None:
+    """The step of the newest checkpoint in the run's past that is of `step` or an earlier one; None if there
+    is none."""
+    steps = [step_of(path) for path in _past(checkpoints_of(run_dir)) if step_of(path) <= step]
+    return steps[-1] if steps else None
+
+
+def _past(folder: Path) -> list[Path]:
+    """The checkpoint that the pointer names, and those of earlier steps, oldest first."""
+    latest = _latest_in(folder)
+    return [path for path in committed(folder) if step_of(path) <= step_of(latest)] if latest else []
+
+
 def commit(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Give the finished folder `partial` its manifest, its name `final`, and the pointer; each is on the disk
     before the next begins."""
     _write_durably(partial / MANIFEST_FILE, json.dumps(manifest, separators=(",", ":")) + "\n")
     _flush_folder(partial)
-    if final.exists():
-        discard(final)
+    if _exists(final):
+        _set_aside(final, _ABANDONED)
     os.rename(partial, final)
     _flush_folder(final.parent)
     point_to(final)
@@ -286,23 +350,48 @@ def point_to(checkpoint: Path) -> None:
     _flush_folder(checkpoint.parent)
 
 
+def go_back(run_dir: Path, step: int) -> None:
+    """Make the checkpoint of `step` the one that the run goes on from, now and at a new start; those of later
+    steps are abandoned."""
+    folder = checkpoints_of(run_dir)
+    point_to(folder / folder_name(step))
+    abandon_later(folder, step)
+
+
+def abandon_later(folder: Path, step: int) -> list[str]:
+    """Set aside the checkpoints of later steps than `step`, which the run goes on from; their names."""
+    later = [path for path in committed(folder) if step_of(path) > step]
+    for path in later:
+        _set_aside(path, _ABANDONED)
+    return [path.name for path in later]
+
+
 def set_aside_latest(run_dir: Path) -> str:
-    """Rename the newest checkpoint to `*.damaged` and point to the one before it, whose name is returned.
+    """Rename the newest checkpoint to `*.damaged` and point to the one before it, whose name is returned. If
+    it is the pointer that is damaged, only that is mended: it then names the newest one.
 
     CheckpointError if there is none before it; then nothing is changed.
     """
     folder = checkpoints_of(run_dir)
-    pointer = folder / POINTER_FILE
     found = committed(folder)
-    latest = folder / pointer.read_text().strip() if pointer.is_file() else found[-1]
-    before = [path for path in found if path.name < latest.name]
+    try:
+        latest = _pointed_to(folder) or (found[-1] if found else None)
+    except CheckpointError:
+        latest = None
+    before = [path for path in found if latest is None or step_of(path) < step_of(latest)]
     if not before:
-        raise CheckpointError(f"{folder} holds no checkpoint before {latest.name}; nothing to go on from")
-    for path in (path for path in found if path.name >= latest.name):
-        shutil.rmtree(path.with_name(path.name + _DAMAGED), ignore_errors=True)
-        os.rename(path, path.with_name(path.name + _DAMAGED))
-    point_to(before[-1])
+        name = f" before {latest.name}" if latest else ""
+        raise CheckpointError(f"{folder} holds no checkpoint{name}; nothing to go on from")
+    point_to(before[-1])  # first: a kill in between leaves a pointer that can be followed
+    if latest in found:
+        _set_aside(latest, _DAMAGED)
     return before[-1].name
+
+
+def _set_aside(checkpoint: Path, suffix: str) -> None:
+    aside = checkpoint.with_name(checkpoint.name + suffix)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(checkpoint, aside)
 
 
 def discard(checkpoint: Path) -> None:
@@ -313,10 +402,13 @@ def discard(checkpoint: Path) -> None:
 
 
 def prune(folder: Path, keep: int, keep_every: int) -> None:
-    """Delete all but the newest `keep` checkpoints and, with `keep_every`, those of its multiples."""
-    for path in committed(folder)[:-keep]:
-        if not keep_every or int(path.name.removeprefix("step_")) % keep_every:
-            discard(path)
+    """Delete all of the run's past but the newest `keep` checkpoints and, with `keep_every`, those of its
+    multiples; and the abandoned ones that the run has overtaken."""
+    past = _past(folder)
+    surplus = [path for path in past[:-keep] if not keep_every or step_of(path) % keep_every]
+    overtaken = [path for path in _named(folder, _ABANDONED) if past and step_of(path) <= step_of(past[-1])]
+    for path in [*surplus, *overtaken]:
+        discard(path)
 
 
 def clean(folder: Path) -> None:

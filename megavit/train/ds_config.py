@@ -1,9 +1,9 @@
-"""The DeepSpeed JSON: read, checked early, and resolved for the ranks at hand. Imports neither torch nor
-deepspeed.
+"""The DeepSpeed JSON: read, checked before anything heavy is imported, and resolved for the ranks at hand.
+Imports neither torch nor deepspeed.
 
-It stays a plain DeepSpeed file. Three things are ours: an unknown key at the top level is an error (DeepSpeed
-0.19 ignores it), `"bf16": {"enabled": "auto"}` follows the device, and accumulation is derived from the
-global batch.
+It stays a plain DeepSpeed file. Four things are ours: a key that the trainer is not tested with is an error
+(`ds_keys`), `"bf16": {"enabled": "auto"}` follows the device, accumulation is derived from the global batch,
+and gradients are reduced over the data-parallel ranks in float32 unless the file says otherwise.
 """
 
 from __future__ import annotations
@@ -12,95 +12,100 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megavit.config import nearest
-
-# Top-level keys that DeepSpeed 0.19.8 reads.
-_KNOWN_KEYS = frozenset(
-    """
-    aio autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type compile csv_monitor comet
-    data_efficiency data_types dataloader_drop_last disable_allgather disable_python_gc dump_state
-    flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
-    gradient_predivide_factor keep_in_fp32_modules log_level memory_breakdown optimizer prescale_gradients
-    scheduler steps_per_print tensorboard timers torch_autocast train_batch_size
-    train_micro_batch_size_per_gpu wall_clock_breakdown wandb zero_allow_untested_optimizer
-    zero_force_ds_cpu_optimizer zero_optimization activation_checkpointing pipeline hybrid_engine
-    expert_parallel sequence_parallel_size seq_parallel_communication_data_type sparse_gradients
-    tensor_parallel weight_quantization use_data_before_expert_parallelism zenflow
-    managed_gradient_accumulation
-    """.split()
-)
-
-# Keys that another owner has; two owners of one number would drift apart silently.
-_OWNED_ELSEWHERE = {
-    "gradient_accumulation_steps": "it is derived: train_batch_size / (micro-batch x data-parallel ranks)",
-    "scheduler": "the schedule is set with --schedule.name and --schedule.*_steps",
-    "activation_checkpointing": "use --recompute none|full|selective",
-    "tensor_parallel": "use --tensor_parallel_size",
-    "sequence_parallel_size": "sequence parallelism is not supported",
-    "pipeline": "pipeline parallelism is not supported",
-    "bfloat16": "call it bf16",
-    "fp16": "use bf16: ViT-22B trains in bfloat16, which needs no loss scale",
-}
+from megavit.train.ds_keys import KEYS, SWITCHED_OFF
+from megavit.train.ds_rules import shown
 
 
 def load_ds_config(path: str | Path) -> dict[str, Any]:
-    """Read and check a DeepSpeed JSON. Raises ValueError naming the file, the key and the fix."""
+    """Read and check a DeepSpeed JSON. Raises ValueError with a line for each mistake: the file, the key, the
+    value that it has, and the fix."""
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"--deepspeed_config {path}: no such file")
+    repeated: list[str] = []
+
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            for key in found:
+                values = [shown(value) for name, value in pairs if name == key]
+                if len(values) > 1:
+                    repeated.append(
+                        f"{shown(key)} is given {len(values)} times ({', '.join(values)}); keep one"
+                    )
+        return found
+
     try:
-        raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        raw: Any = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=build)
+    except OSError as error:
+        raise ValueError(f"--deepspeed_config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file: {error}; save it as UTF-8") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply; a DeepSpeed JSON has four levels at most") from error
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(raw).__name__}")
-    for key in raw:
-        if key not in _KNOWN_KEYS:
-            raise ValueError(f"{path}: unknown key {key!r}{nearest(key, _KNOWN_KEYS)}")
-        if key in _OWNED_ELSEWHERE:
-            raise ValueError(f"{path}: remove {key!r}: {_OWNED_ELSEWHERE[key]}")
-    for block in ("bf16", "zero_optimization", "optimizer", "data_types"):
-        if not isinstance(raw.get(block, {}), dict):
-            raise ValueError(f"{path}: {block!r} must be a JSON object, got {json.dumps(raw[block])}")
-    _require_count(path, raw, "train_batch_size", required=True)
-    _require_count(path, raw, "train_micro_batch_size_per_gpu", required=False)
-    parameters = raw.get("optimizer", {}).get("params", {})
-    if not isinstance(parameters.get("lr"), int | float) or not parameters["lr"] > 0:
-        raise ValueError(f'{path}: "optimizer": {{"params": {{"lr": ...}}}} must give the peak learning rate')
-    optimizer = raw["optimizer"].get("type", "")
-    if str(optimizer).lower() not in ("adam", "adamw"):
-        raise ValueError(f"{path}: optimizer.type must be Adam or AdamW, got {optimizer!r}")
-    stage = raw.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise ValueError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
-    for part in ("offload_optimizer", "offload_param"):
-        offload = raw.get("zero_optimization", {}).get(part) or {}
-        if offload.get("device", "none") not in ("none", "cpu"):
-            raise ValueError(
-                f"{path}: zero_optimization.{part}.device must be none or cpu, got {offload['device']!r}: "
-                f"checkpoints hold what is in memory"
-            )
-        if offload.get("ratio", 1) != 1:
-            raise ValueError(
-                f"{path}: zero_optimization.{part}.ratio must be 1: DeepSpeed splits the optimizer"
-            )
-    for feature in ("zero_hpz_partition_size", "zero_quantized_gradients"):
-        if raw.get("zero_optimization", {}).get(feature, 1) not in (1, False):
-            raise ValueError(
-                f"{path}: zero_optimization.{feature} groups ranks without regard to tensor parallelism"
-            )
+        raise ValueError(f"{path} must hold a JSON object, not {shown(raw)}")
+    if problems := [*repeated, *ds_config_problems(raw)]:
+        raise ValueError("\n".join(f"{path}: {problem}" for problem in problems))
     return raw
 
 
-def _require_count(path: Path, raw: dict[str, Any], key: str, *, required: bool) -> None:
-    if key not in raw and not required:
-        return
-    value = raw.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{path}: {key} must be a whole number of at least 1, got {value!r}")
+def ds_config_problems(raw: dict[str, Any]) -> list[str]:
+    """What is wrong with a plain DeepSpeed configuration, one line each: the key, its value and the fix."""
+    return [*KEYS.problems("", raw), *_conflicts(raw)]
+
+
+def _conflicts(raw: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with keys that are each fine by themselves. The values may have any type."""
+    stage = _get(raw, "zero_optimization.stage", 0)
+    for part, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+        device = f"zero_optimization.{part}.device"
+        if _get(raw, device) == "cpu" and stage in (0, 1, 2, 3) and stage not in stages:
+            wanted = " or ".join(str(number) for number in stages)
+            yield f'{device} is "cpu" with stage {stage}, which ignores it; use stage {wanted}'
+    if _get(raw, "optimizer.params.fused") and not _get(raw, "optimizer.params.torch_adam"):
+        yield "optimizer.params.fused is true without torch_adam; add torch_adam: true, or remove fused"
+    enabled = _get(raw, "bf16.enabled", False)
+    if isinstance(enabled, bool):  # "auto" is not decided yet
+        yield from _precision_conflicts(raw, bf16=enabled)
+
+
+def _precision_conflicts(config: dict[str, Any], *, bf16: bool) -> Iterator[str]:
+    stage = _get(config, "zero_optimization.stage", 0)
+    accumulates_in = _get(config, "data_types.grad_accum_dtype")
+    if bf16 and stage == 0:
+        # DeepSpeed's wrapper for it refuses float32 accumulation, keeps no readable master weights and clips
+        # by a norm that misses the other TP ranks.
+        yield "bf16 is on with zero_optimization.stage 0, which is for float32; use stage 1, 2 or 3"
+    if bf16 and stage == 1 and accumulates_in == "fp32":
+        # DeepSpeed takes another optimizer class for it, with buffers that zero_state does not know.
+        yield (
+            'data_types.grad_accum_dtype is "fp32" with bf16 and zero_optimization.stage 1, which is not '
+            "supported; use stage 2, which needs less memory and sends no more"
+        )
+    if bf16 and stage in (1, 2) and _get(config, "zero_optimization.reduce_scatter"):
+        # DeepSpeed 0.19.8 then divides by the number of ranks before it converts to communication_data_type
+        # (stage_1_and_2.py, average_tensor), and yet sends what an all-reduce sends.
+        yield (
+            f"zero_optimization.reduce_scatter is true with bf16 and stage {stage}, where gradients would be "
+            f"divided in bfloat16; use false, which sends the same bytes"
+        )
+    if not bf16 and accumulates_in == "bf16":
+        yield 'data_types.grad_accum_dtype is "bf16" with bf16 off; use "fp32", or remove it'
+
+
+def _get(config: dict[str, Any], name: str, default: Any = None) -> Any:
+    """The value at a dotted name, whatever the values on the way are."""
+    found: Any = config
+    for key in name.split("."):
+        if not isinstance(found, dict) or key not in found:
+            return default
+        found = found[key]
+    return found
 
 
 def split_batch(global_batch: int, dp_size: int, largest_micro_batch: int | None) -> tuple[int, int]:
@@ -122,30 +127,47 @@ def split_batch(global_batch: int, dp_size: int, largest_micro_batch: int | None
     return micro_batch, share // micro_batch
 
 
-def resolve_ds_config(raw: dict[str, Any], dp_size: int, device_type: str) -> dict[str, Any]:
+def batch_advice(resolved: dict[str, Any], raw: dict[str, Any]) -> str:
+    """A line of advice when the micro-batch came out at less than half of what the file allows, because a
+    rank's share of the global batch has no better divisor; else ''."""
+    micro_batch: int = resolved["train_micro_batch_size_per_gpu"]
+    grad_accum: int = resolved["gradient_accumulation_steps"]
+    share = micro_batch * grad_accum
+    limit = min(share, raw.get("train_micro_batch_size_per_gpu") or share)
+    if 2 * micro_batch >= limit:
+        return ""
+    dp_size = resolved["train_batch_size"] // share
+    times = max(1, round(share / limit))
+    return (
+        f"train_batch_size {resolved['train_batch_size']} over {dp_size} data-parallel ranks makes "
+        f"{grad_accum} micro-batches of {micro_batch}, far below train_micro_batch_size_per_gpu {limit} and "
+        f"slow; train_batch_size {limit * times * dp_size} would make {times} of {limit}"
+    )
+
+
+def resolve_ds_config(
+    raw: dict[str, Any], dp_size: int, device_type: str, *, has_compiler: bool = False
+) -> dict[str, Any]:
     """The dictionary handed to DeepSpeed: batch split, precision and Adam's implementation decided for this
-    launch."""
-    config = copy.deepcopy(raw)
+    launch.
+
+    Depends on its arguments only, so that all ranks that pass the same ones agree. `has_compiler` says
+    whether every rank can compile DeepSpeed's fused Adam for a GPU (`has_cuda_compiler`); without it torch's
+    is used.
+    """
+    config = copy.deepcopy({key: value for key, value in raw.items() if key not in SWITCHED_OFF})
     micro_batch, grad_accum = split_batch(
         raw["train_batch_size"], dp_size, raw.get("train_micro_batch_size_per_gpu")
     )
     config["train_micro_batch_size_per_gpu"] = micro_batch
     config["gradient_accumulation_steps"] = grad_accum
-    bf16 = config.get("bf16", {})
-    if bf16.get("enabled") == "auto":
-        bf16["enabled"] = device_type == "cuda"
-    if bf16.get("enabled") and config.get("zero_optimization", {}).get("stage", 0) == 0:
-        # DeepSpeed's wrapper for it refuses float32 accumulation, keeps no readable master weights and clips
-        # by a norm that misses the other TP ranks.
-        raise ValueError("bf16 needs zero_optimization.stage 1 or higher; stage 0 is for float32")
-    accumulates_in_fp32 = config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
-    if bf16.get("enabled") and config["zero_optimization"]["stage"] == 1 and accumulates_in_fp32:
-        # DeepSpeed takes another optimizer class for it, with buffers that zero_state does not know.
-        raise ValueError(
-            "bf16 with zero_optimization.stage 1 and data_types.grad_accum_dtype fp32 is not supported; use "
-            "stage 2, which needs less memory and sends no more"
-        )
-    if not _offloads_optimizer(config) and (device_type == "cpu" or not _has_cuda_compiler()):
+    if _get(config, "bf16.enabled") == "auto":
+        config["bf16"]["enabled"] = device_type == "cuda"
+    if problems := list(_precision_conflicts(config, bf16=uses_bf16(config))):
+        raise ValueError("\n".join(problems))
+    if uses_bf16(config):
+        _reduce_in_float32(config)
+    if not _offloads_optimizer(config) and (device_type == "cpu" or not has_compiler):
         # DeepSpeed's fused Adam would have to be compiled first: not worth it on a CPU, impossible without
         # nvcc.
         params = config["optimizer"].setdefault("params", {})
@@ -156,14 +178,26 @@ def resolve_ds_config(raw: dict[str, Any], dp_size: int, device_type: str) -> di
     return config
 
 
+def _reduce_in_float32(config: dict[str, Any]) -> None:
+    """Fill in what it takes to divide and add the ranks' bfloat16 gradients in float32."""
+    zero = config["zero_optimization"]
+    config.setdefault("communication_data_type", "fp32")
+    if zero["stage"] in (1, 2):  # DeepSpeed's default is true, see _precision_conflicts
+        zero["reduce_scatter"] = False
+    if zero["stage"] in (2, 3):
+        # By default the sums are rounded to the weights' own bfloat16 at once.
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+
+
 def _offloads_optimizer(config: dict[str, Any]) -> bool:
-    return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    return bool(_get(config, "zero_optimization.offload_optimizer.device", "none") != "none")
 
 
 def uses_bf16(config: dict[str, Any]) -> bool:
-    return bool(config.get("bf16", {}).get("enabled", False))
+    return bool(_get(config, "bf16.enabled", False))
 
 
-def _has_cuda_compiler() -> bool:
+def has_cuda_compiler() -> bool:
+    """Whether this host can compile DeepSpeed's ops for GPUs."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which("nvcc") is not None or (Path(home) / "bin" / "nvcc").is_file()

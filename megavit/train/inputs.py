@@ -4,6 +4,7 @@ TP, augment on the device, dense targets)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -16,7 +17,7 @@ from megavit.data.cache import ShardCache
 from megavit.data.device import blend, to_model_input
 from megavit.data.lanes import DataState
 from megavit.data.loader import Batch, EvalLoader, Share, TrainLoader
-from megavit.data.manifest import Manifest, open_shards
+from megavit.data.manifest import DATA_FILE, Manifest, open_shards
 from megavit.parallel.collectives import gather_from_tp, max_over_tp, sum_over_world
 from megavit.parallel.mesh import Mesh
 from megavit.train.loss import local_targets
@@ -36,13 +37,15 @@ class Inputs(NamedTuple):
 def share_of(run: RunConfig, mesh: Mesh) -> Share:
     """Which part of every batch this rank decodes."""
     if run.data.tp == "replicate":
-        return Share(mesh.dp_rank, mesh.dp_size)
-    return Share(mesh.dp_rank, mesh.dp_size, mesh.tp_rank, mesh.tp_size)
+        return Share(mesh.dp_rank, mesh.dp_size, local_size=mesh.local_size)
+    return Share(mesh.dp_rank, mesh.dp_size, mesh.tp_rank, mesh.tp_size, mesh.local_size)
 
 
 def open_data(shards: str, run: RunConfig, mesh: Mesh) -> Manifest:
     """The shards that a pattern or manifest names, read by the main rank. Collective over the world."""
-    return mesh.on_main(lambda: open_shards(shards, _cache(run), progress=True))
+    return mesh.on_main(
+        lambda: open_shards(shards, _cache(run), progress=True, allow_pipe=run.data.allow_pipe)
+    )
 
 
 def train_loader(
@@ -65,6 +68,7 @@ def train_loader(
         cache=_cache(run),
         allow_unlabelled=run.loss == "sigmoid",
         state=state,
+        data_file=Path(run.run_dir) / DATA_FILE if run.run_dir else None,
         left_out=left_out,
     )
 

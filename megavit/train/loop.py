@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from megavit.data.loader import Batch
 from megavit.data.manifest import DATA_FILE
 from megavit.parallel.mesh import Mesh
 from megavit.train.checkpoint import Checkpoint, open_step
-from megavit.train.ds_config import resolve_ds_config
+from megavit.train.ds_config import batch_advice, has_cuda_compiler, resolve_ds_config
 from megavit.train.engine import Engine, StepResult
 from megavit.train.evaluation import evaluate
 from megavit.train.export import export_weights, load_exported
@@ -31,18 +31,17 @@ from megavit.train.inputs import (
     to_inputs,
     train_loader,
 )
+from megavit.train.log_file import LogFile
 from megavit.train.monitor import LOG_FILE, Monitor, choose_run_dir, reference_results, say
 from megavit.train.preempt import PREEMPTED_FILE, StopRequest, children_spared
 from megavit.train.resume import check_resumable, describe_changes
-from megavit.train.saver import Saver, open_latest, restore
+from megavit.train.run_lock import RunLock
+from megavit.train.saver import SaveError, Saver, open_latest, restore
 from megavit.train.schedule import lr_at
+from megavit.train.shared_io import run_together
 from megavit.train.watchdog import Watchdog
 
 _MAX_ROLLBACKS = 3  # to one checkpoint
-
-
-class SaveError(RuntimeError):
-    """The run has ended, but its last state could not be saved."""
 
 
 class UselessRun(RuntimeError):
@@ -58,7 +57,7 @@ def train(run: RunConfig, raw_ds_config: dict[str, Any], mesh: Mesh, stop: StopR
     trainer = Trainer(run, raw_ds_config, mesh)
     try:
         trainer.build()
-        return trainer.train(stop)
+        top1 = trainer.train(stop)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -69,6 +68,8 @@ def train(run: RunConfig, raw_ds_config: dict[str, Any], mesh: Mesh, stop: StopR
         ) from error
     finally:
         trainer.close()
+    trainer.lock.release()  # after an error, with a save under way perhaps, the end of the process does it
+    return top1
 
 
 class Trainer:
@@ -80,11 +81,19 @@ class Trainer:
 
     def __init__(self, run: RunConfig, raw_ds_config: dict[str, Any], mesh: Mesh):
         self.run, self.mesh = run, mesh
-        self.ds_config = resolve_ds_config(raw_ds_config, mesh.dp_size, mesh.device.type)
+        # Hosts may differ in what is installed: all ranks take the same optimizer.
+        has_compiler = not mesh.any(not has_cuda_compiler())
+        self.ds_config = resolve_ds_config(
+            raw_ds_config, mesh.dp_size, mesh.device.type, has_compiler=has_compiler
+        )
+        if advice := batch_advice(self.ds_config, raw_ds_config):
+            self._say(f"warning: {advice}")
         self.global_batch: int = self.ds_config["train_batch_size"]
         self.peak_lr: float = self.ds_config["optimizer"]["params"]["lr"]
         self.run_dir = choose_run_dir(run, mesh)
         self.last_step = run.stop_at_step or run.max_steps
+        self.lock = RunLock(self.run_dir, self._say)
+        mesh.on_main(self.lock.acquire)
         self.saved = open_latest(self.run_dir, run.checkpoint.on_damage, mesh, self._say)
         if self.saved:
             check_resumable(self.saved, run)
@@ -249,6 +258,7 @@ class Trainer:
             )
 
     def _save(self) -> None:
+        self._wait_for_saves()
         self.watchdog.at(f"saving step {self.step}")
         state = {
             "data": self.loader.state_at(self.step),
@@ -259,14 +269,21 @@ class Trainer:
         self.saver.save(
             self.step, {"state": state, "run": plain_config(self.run), "ds_config": self.ds_config}
         )
+        if not self.run.checkpoint.async_save:
+            self._wait_for_saves()
+        self._log_saves()
+
+    def _wait_for_saves(self) -> None:
+        """Until the save under way has ended. The watchdog sees whether bytes move on any rank."""
+        self.watchdog.at("waiting for a checkpoint to be written")
+        while not self.saver.wait(1.0):
+            self._log_saves()
         self._log_saves()
 
     def _save_and_wait(self) -> None:
         """Save, and raise SaveError unless this step's checkpoint is committed."""
         self._save()
-        while not self.saver.wait(1.0):
-            self._log_saves()
-        self._log_saves()
+        self._wait_for_saves()
         if self.saver.committed_step != self.step:
             raise SaveError(
                 f"the state after step {self.step} could not be saved; the newest checkpoint is that of step "
@@ -275,8 +292,8 @@ class Trainer:
 
     def _log_saves(self) -> None:
         if progress := self.saver.progress():
-            if progress.bytes != self._saved_bytes:
-                self._saved_bytes = progress.bytes
+            if progress.moved_bytes != self._saved_bytes:
+                self._saved_bytes = progress.moved_bytes
                 self.watchdog.at(f"saving, after step {self.step}")
             self.monitor.show_progress(progress)
         for saved in self.saver.finished():
@@ -306,20 +323,15 @@ class Trainer:
                 f"{message}; see --guard.max_skipped, --guard.rollback and --data.skip_steps "
                 f"{first}:{self.step}"
             )
-        self.saver.wait()
-        self._log_saves()
-        back_to = self.saver.committed_step
-        self._rollbacks[back_to] += 1
-        if not back_to or self._rollbacks[back_to] > _MAX_ROLLBACKS:
-            why = (
-                f"{_MAX_ROLLBACKS} rollbacks to step {back_to} did not help"
-                if back_to
-                else "nothing was saved"
-            )
-            raise TooManySkipped(f"{message}; {why}")
-        saved = self.mesh.on_main(lambda: open_step(self.run_dir, back_to))
+        self._wait_for_saves()
+        # A checkpoint saved after the first refusal has the same weights, and would leave out too little.
+        saved = self.saver.go_back(first)
+        if saved is None:
+            raise TooManySkipped(f"{message}; nothing was saved before the first of them")
+        self._rollbacks[saved.step] += 1
+        if self._rollbacks[saved.step] > _MAX_ROLLBACKS:
+            raise TooManySkipped(f"{message}; {_MAX_ROLLBACKS} rollbacks to step {saved.step} did not help")
         restore(saved, self.engine.state, self.mesh)
-        first = max(first, back_to)
         longer = max((b for a, b in self._left_out if a == first), default=first) + self.step - first
         left_out = [skip for skip in self._left_out if skip[0] != first] + [(first, longer)]
         self._take_position(saved, left_out)
@@ -338,7 +350,8 @@ class Trainer:
         self.bad_samples = BadSamples(
             self.run.data.max_bad_fraction,
             self.run.data.max_bad_shards,
-            self.run_dir / BAD_SAMPLES_FILE if self.mesh.is_main else None,
+            self._shards.num_samples,
+            LogFile(self.run_dir / BAD_SAMPLES_FILE, self._say).write if self.mesh.is_main else None,
             state.get("bad_samples"),
         )
         data = DataState.from_json(state["data"]) if saved else None
@@ -346,11 +359,17 @@ class Trainer:
         self._batches = self.loader.batches(self.step, self.run.max_steps)
 
     def _export(self) -> None:
+        out = Path(self.run.export_dir) if self.run.export_dir else self.run_dir / "export"
+
+        def export(count: Callable[[int], None]) -> None:
+            if self.mesh.is_main:
+                source = open_step(self.run_dir, self.step)
+                export_weights(source, out, verify=False, progress=count)
+
+        # The other ranks stay: a launcher may take the first one that ends for the end of the job.
         self.watchdog.at("exporting the weights")
-        if self.mesh.is_main:
-            out = Path(self.run.export_dir) if self.run.export_dir else self.run_dir / "export"
-            export_weights(open_step(self.run_dir, self.step), out, verify=False)
-            self._say(f"exported the weights to {out} (MegaVit.from_pretrained loads them)")
+        run_together(self.mesh, export, lambda _: self.watchdog.at("exporting the weights"))
+        self._say(f"exported the weights to {out} (MegaVit.from_pretrained loads them)")
 
     def _say(self, text: str) -> None:
         say(self.mesh, text)

@@ -73,8 +73,9 @@ class Monitor:
         (run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
         (run_dir / "environment.json").write_text(json.dumps(environment(mesh), indent=2) + "\n")
         self._purge_step = first_step + 1 if first_step else None
-        discard_rows(run_dir / BAD_SAMPLES_FILE, first_step)
-        self._log = LogFile(run_dir / LOG_FILE, first_step, self.say)
+        discard_rows(run_dir / BAD_SAMPLES_FILE, first_step, self.say)
+        self._log = LogFile(run_dir / LOG_FILE, self.say)
+        self._log.rewind(first_step)
         if not first_step:
             self._on_board(lambda board: board.add_text("config/run", f"```yaml\n{resolved}```"))
             text = f"```json\n{json.dumps(ds_config, indent=2)}\n```"
@@ -215,6 +216,8 @@ class Monitor:
             f"{saved.bytes / 2**30:.3g} GiB; training held up {saved.stall_s:.2g} s, "
             f"written in {saved.write_s:.2g} s"
         )
+        if saved.note:
+            self.say(f"note: {saved.note}")
 
     def show_progress(self, progress: Progress) -> None:
         """A line now and then about a save that takes long."""
@@ -233,7 +236,7 @@ class Monitor:
     def rewind(self, step: int) -> None:
         """The run goes back to `step`: what was logged after it is set aside."""
         if self._enabled:
-            discard_rows(self._run_dir / BAD_SAMPLES_FILE, step)
+            discard_rows(self._run_dir / BAD_SAMPLES_FILE, step, self.say)
             self._log.rewind(step)
             self._on_board(lambda board: board.close())
             self._board, self._purge_step = None, step + 1

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from megavit.config import ModelConfig, RunConfig, flat_config, plain_config
-from megavit.train.checkpoint import Checkpoint
+from megavit.config import LAUNCH_FIELDS, ModelConfig, RunConfig, flat_config, plain_config
+from megavit.data.json_data import json_field
+from megavit.data.lanes import DataState, ranges_from_json
+from megavit.train.checkpoint import MANIFEST_FILE, Checkpoint, CheckpointError
 
 # Expected to differ from one start of a run to the next.
 _OF_THE_START = {
-    *("run_dir", "init_from", "stop_at_step"),
+    *LAUNCH_FIELDS,
     *(f"deepspeed.{key}" for key in ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu")),
 }
 
 
 def check_resumable(saved: Checkpoint, run: RunConfig) -> None:
-    """ValueError, naming the fields, when `run` is another run than the one that was saved."""
+    """ValueError, naming the fields, when `run` is another run than the one that was saved, and
+    CheckpointError when the saved state is none that a run can go on from."""
     before, after = flat_config(saved.run), flat_config(plain_config(run))
     fixed = ["seed", *(f"model.{field.name}" for field in dataclasses.fields(ModelConfig))]
     changed = [
@@ -31,12 +34,29 @@ def check_resumable(saved: Checkpoint, run: RunConfig) -> None:
         raise ValueError(
             f"{saved.folder} is beyond --max_steps {run.max_steps}; raise it or choose another --run_dir"
         )
+    try:
+        _check_state(saved.state)
+    except ValueError as error:
+        raise CheckpointError(f"{saved.folder / MANIFEST_FILE}: its state cannot be used: {error}") from error
+
+
+def _check_state(state: dict[str, Any]) -> None:
+    """The loop reads these: ValueError unless they are there and of the right kind."""
+    DataState.from_json(json_field(state, "data", dict))
+    ranges_from_json(json_field(state, "left_out", list))
+    for name in ("guard", "bad_samples"):
+        json_field(state, name, dict)
 
 
 def describe_changes(saved: Checkpoint, run: RunConfig, ds_config: dict[str, Any]) -> list[str]:
-    """What this start has otherwise than the one that saved."""
+    """What this start has otherwise than the one that saved: fields, keys of the DeepSpeed JSON, and the
+    number of data-parallel ranks."""
     before = flat_config(saved.run) | flat_config(saved.ds_config, "deepspeed.")
     after = flat_config(plain_config(run)) | flat_config(ds_config, "deepspeed.")
+    before["data-parallel ranks"] = saved.dp_size
+    after["data-parallel ranks"] = ds_config["train_batch_size"] // (
+        ds_config["train_micro_batch_size_per_gpu"] * ds_config["gradient_accumulation_steps"]
+    )
     return [
         f"{key} {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
         for key in sorted(before.keys() | after.keys())

@@ -2,8 +2,10 @@
 
 A save copies the rank's state to host memory, which is all that the training waits for; a thread then writes,
 flushes and checksums it, and agrees with the other ranks over a process group of its own. The main rank
-commits: manifest, name, pointer. If any rank fails (disk full), nothing counts and the former checkpoint
-stays.
+commits: manifest, name, pointer. Whatever goes wrong on any rank before (the disk or the memory is full)
+becomes a failed save that every rank reports: nothing counts and the former checkpoint stays. Only when the
+ranks can no longer agree, because one is lost, there is no way on: the next call raises SaveError, and since
+a rank that ends closes its connections, the others' calls do so too.
 """
 
 from __future__ import annotations
@@ -23,16 +25,21 @@ from megavit.config import CheckpointConfig
 from megavit.parallel.layout import Layout, layout_of
 from megavit.parallel.mesh import Mesh
 from megavit.train import checkpoint
-from megavit.train.checkpoint import WEIGHT, Checkpoint, CheckpointError, RankFile
+from megavit.train.checkpoint import MANIFEST_FILE, WEIGHT, Checkpoint, CheckpointError, RankFile
+from megavit.train.shared_io import run_together
 from megavit.train.tensorfile import Entry, write_tensors
 from megavit.train.zero_state import MOMENTS, Slice, ZeroState
 
 _RNG = "rng"
 
 
+class SaveError(RuntimeError):
+    """The run cannot go on, because its state could not be saved; the message says why."""
+
+
 class Saved(NamedTuple):
-    """The end of one save. `error` is empty if it was committed; `stall_s` is how long training was held
-    up."""
+    """The end of one save. `error` is empty if it was committed; `stall_s` is how long training was held up;
+    `note` says what went wrong afterwards, on the main rank only."""
 
     step: int
     folder: Path
@@ -40,14 +47,27 @@ class Saved(NamedTuple):
     bytes: int
     stall_s: float
     write_s: float
+    note: str = ""
 
 
 class Progress(NamedTuple):
-    """Of this rank's file: bytes written, bytes in all, seconds since training went on."""
+    """Of this rank's file: bytes written, bytes in all, seconds since training went on. `moved_bytes` are
+    written by all ranks so far; while it grows, nobody hangs."""
 
     bytes: int
     total_bytes: int
     elapsed_s: float
+    moved_bytes: int
+
+
+class _Copy(NamedTuple):
+    """The state of this rank as it will be written, and what the manifest says of it."""
+
+    slices: list[Slice]
+    entries: dict[str, Entry]
+    data: list[np.ndarray]
+    optimizer: dict[str, Any]
+    layouts: dict[str, Layout]
 
 
 class _Report(NamedTuple):
@@ -69,11 +89,12 @@ class Saver:
         self, run_dir: Path, config: CheckpointConfig, mesh: Mesh, state: ZeroState, committed_step: int = 0
     ):
         self.folder = checkpoint.checkpoints_of(run_dir)
-        self._config, self._mesh, self._state = config, mesh, state
+        self._run_dir, self._config, self._mesh, self._state = run_dir, config, mesh, state
         self._thread: threading.Thread | None = None
         self._finished: list[Saved] = []
+        self._lost = ""
         self._buffer = torch.empty(0)
-        self._total_bytes = self._written_bytes = 0
+        self._total_bytes = self._written_bytes = self._moved_bytes = 0
         self._started = 0.0
         self.committed_step = committed_step  # of the newest checkpoint
 
@@ -81,33 +102,31 @@ class Saver:
         """Begin to save the state after `step` updates; `fields` are the manifest's state, run and ds_config.
 
         Waits for an earlier save first. Returns once training may go on; `finished` tells the end. Does
-        nothing if this step has been saved.
+        nothing if this step has been saved. SaveError if the ranks cannot agree any more.
         """
         started = time.perf_counter()
         self.wait()
+        self._check_agreement()
         if step == self.committed_step:
             return
-        # One slice after the other in memory, kind by kind, as they will lie in the file.
-        slices = list(self._state.owned())
-        entries, tensors = _arrange(slices)
-        buffer = self._copy_to_host(tensors)
-        generators = _generator_state(self._mesh.device)
-        entries[_RNG] = Entry("U8", generators.shape)  # last: the numbers before it stay aligned
-        optimizer = self._state.optimizer_state()
-        layouts = {name: layout_of(parameter) for name, parameter in self._state.named_parameters()}
-        self._total_bytes, self._written_bytes = sum(entry.num_bytes for entry in entries.values()), 0
+        self._total_bytes = self._written_bytes = self._moved_bytes = 0
+        copy: _Copy | str
+        try:
+            copy = self._copy()
+            self._total_bytes = sum(entry.num_bytes for entry in copy.entries.values())
+        except Exception as error:  # raised here, it would leave the others waiting for this rank
+            copy = _describe(error)
         self._started = time.perf_counter()
-        stall_s = self._started - started
-        arguments = (step, fields, slices, entries, [buffer, generators], optimizer, layouts, stall_s)
+        arguments = (step, fields, copy, self._started - started)
         # A daemon: a rank that ends with an error must not wait for the others' files.
-        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
-        if not self._config.async_save:
-            self.wait()
 
     def finished(self) -> list[Saved]:
-        """The saves that have ended since the last call."""
-        done, self._finished = self._finished, []
+        """The saves that have ended since the last call. SaveError if the ranks cannot agree any more."""
+        self._check_agreement()
+        done = self._finished[:]
+        del self._finished[: len(done)]
         return done
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -120,7 +139,44 @@ class Saver:
         """How far this rank's part of the save under way is; None when there is none."""
         if self._thread is None or not self._thread.is_alive():
             return None
-        return Progress(self._written_bytes, self._total_bytes, time.perf_counter() - self._started)
+        elapsed_s = time.perf_counter() - self._started
+        return Progress(self._written_bytes, self._total_bytes, elapsed_s, self._moved_bytes)
+
+    def go_back(self, step: int) -> Checkpoint | None:
+        """Make the newest checkpoint of `step` or before the one that the run goes on from, and open it;
+        later ones are abandoned. None, and nothing is changed, if there is none. Waits for a save under way.
+        Collective."""
+        self.wait()
+        found = self._mesh.on_main(lambda: self._go_back(step))
+        if found:
+            self.committed_step = found.step
+        return found
+
+    def _go_back(self, step: int) -> Checkpoint | None:
+        before = checkpoint.committed_before(self._run_dir, step)
+        if before is None:
+            return None
+        found = checkpoint.open_step(self._run_dir, before)
+        checkpoint.go_back(self._run_dir, before)
+        return found
+
+    def _check_agreement(self) -> None:
+        if self._lost:
+            raise SaveError(
+                f"the ranks can no longer agree on a checkpoint, so this one ends: {self._lost}; the newest "
+                f"checkpoint is that of step {self.committed_step}"
+            )
+
+    def _copy(self) -> _Copy:
+        """The rank's state in host memory. May fail for want of it."""
+        # One slice after the other in memory, kind by kind, as they will lie in the file.
+        slices = list(self._state.owned())
+        entries, tensors = _arrange(slices)
+        buffer = self._copy_to_host(tensors)
+        generators = _generator_state(self._mesh.device)
+        entries[_RNG] = Entry("U8", generators.shape)  # last: the numbers before it stay aligned
+        layouts = {name: layout_of(parameter) for name, parameter in self._state.named_parameters()}
+        return _Copy(slices, entries, [buffer, generators], self._state.optimizer_state(), layouts)
 
     def _copy_to_host(self, tensors: list[Tensor]) -> np.ndarray:
         size = sum(tensor.numel() for tensor in tensors)
@@ -135,88 +191,107 @@ class Saver:
             torch.cuda.synchronize()
         return self._buffer.numpy()
 
-    def _write(
-        self,
-        step: int,
-        fields: dict[str, Any],
-        slices: list[Slice],
-        entries: dict[str, Entry],
-        data: list[np.ndarray],
-        optimizer: dict[str, Any],
-        layouts: dict[str, Layout],
-        stall_s: float,
-    ) -> None:
-        """In the thread: write this rank's file, agree, commit."""
+    def _run(self, step: int, fields: dict[str, Any], copy: _Copy | str, stall_s: float) -> None:
+        """In the thread: write this rank's file, agree, commit, and delete what is no longer kept."""
+        final = self.folder / checkpoint.folder_name(step)
+        try:
+            error, size = self._write_and_agree(step, fields, copy)
+        except Exception as caught:  # of the agreement: it is raised in the main thread
+            self._lost = _describe(caught)
+            return
+        write_s, note = time.perf_counter() - self._started, ""
+        if not error:
+            self.committed_step = step
+            if self._mesh.is_main:
+                note = self._prune()
+        self._finished.append(Saved(step, final, error, size, stall_s, write_s, note))
+
+    def _write_and_agree(self, step: int, fields: dict[str, Any], copy: _Copy | str) -> tuple[str, int]:
+        """What went wrong, on whichever rank, or nothing; and the size of the checkpoint."""
         mesh = self._mesh
         partial = checkpoint.partial_folder(self.folder, step)
-        name = f"rank_{mesh.global_rank:05d}.safetensors"
-        report = _Report(None, optimizer["steps"], "")
-        try:
-            partial.mkdir(parents=True, exist_ok=True)
-            metadata = {"step": str(step), "tp_rank": str(mesh.tp_rank), "tp_size": str(mesh.tp_size)}
-            written = write_tensors(partial / name, entries, data, metadata, self._count)
-            places = {part.name: (part.start, part.stop) for part in slices}
-            report = report._replace(file=RankFile(name, *written, mesh.tp_rank, places))
-        except OSError as error:
-            report = report._replace(error=f"rank {mesh.global_rank}: {error}")
+        report = run_together(mesh, lambda count: self._write(partial, step, copy, count), self._note_moved)
         reports: list[_Report] = mesh.gather_for_io(report)
         error, size = "", 0
         if mesh.is_main:
             error = "; ".join(report.error for report in reports if report.error)
-            files = [report.file for report in reports if report.file]
-            size = sum(file.bytes for file in files)
-            steps = {name: count for report in reports for name, count in report.steps.items()}
-            optimizer |= {"steps": steps}
-            error = error or self._commit(step, partial, files, optimizer, layouts, fields)
+            size = sum(report.file.bytes for report in reports if report.file)
+            if not error:
+                assert not isinstance(copy, str)  # its error would have been reported
+                error = self._commit(step, partial, reports, copy, fields)
             if error:
                 shutil.rmtree(partial, ignore_errors=True)
         error, size = mesh.broadcast_for_io((error, size))
-        if not error:
-            self.committed_step = step
-        final = self.folder / checkpoint.folder_name(step)
-        self._finished.append(Saved(step, final, error, size, stall_s, time.perf_counter() - self._started))
+        return error, size
 
-    def _count(self, num_bytes: int) -> None:
-        self._written_bytes += num_bytes
+    def _write(self, partial: Path, step: int, copy: _Copy | str, count: Callable[[int], None]) -> _Report:
+        """This rank's file, or why there is none: of any kind, for all ranks wait for this report."""
+        mesh = self._mesh
+        name = f"rank_{mesh.global_rank:05d}.safetensors"
+        metadata = {"step": str(step), "tp_rank": str(mesh.tp_rank), "tp_size": str(mesh.tp_size)}
+
+        def written_here(num_bytes: int) -> None:
+            self._written_bytes += num_bytes
+            count(num_bytes)
+
+        if isinstance(copy, str):
+            return _Report(None, {}, f"rank {mesh.global_rank}: {copy}")
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            written = write_tensors(partial / name, copy.entries, copy.data, metadata, written_here)
+        except Exception as error:
+            return _Report(None, {}, f"rank {mesh.global_rank}: {_describe(error)}")
+        places = {part.name: (part.start, part.stop) for part in copy.slices}
+        return _Report(RankFile(name, *written, mesh.tp_rank, places), copy.optimizer["steps"], "")
+
+    def _note_moved(self, num_bytes: int) -> None:
+        self._moved_bytes = num_bytes
 
     def _commit(
-        self,
-        step: int,
-        partial: Path,
-        files: list[RankFile],
-        optimizer: dict[str, Any],
-        layouts: dict[str, Layout],
-        fields: dict[str, Any],
+        self, step: int, partial: Path, reports: list[_Report], copy: _Copy, fields: dict[str, Any]
     ) -> str:
-        """On the main rank: make the checkpoint count, and delete those that are no longer kept. An error's
-        text, or nothing."""
+        """On the main rank: make the checkpoint count. An error's text, or nothing."""
         final = self.folder / checkpoint.folder_name(step)
-        described = Checkpoint(
-            folder=final,
-            step=step,
-            tp_size=self._mesh.tp_size,
-            dp_size=self._mesh.dp_size,
-            kinds=(WEIGHT, *MOMENTS),
-            layouts=layouts,
-            files=tuple(files),
-            optimizer=optimizer,
-            saved_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            **fields,
-        )
-        described.check_tiling()
         try:
+            steps = {name: count for report in reports for name, count in report.steps.items()}
+            described = Checkpoint(
+                folder=final,
+                step=step,
+                tp_size=self._mesh.tp_size,
+                dp_size=self._mesh.dp_size,
+                kinds=(WEIGHT, *MOMENTS),
+                layouts=copy.layouts,
+                files=tuple(report.file for report in reports if report.file),
+                optimizer=copy.optimizer | {"steps": steps},
+                saved_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                **fields,
+            )
+            described.check_tiling()
             checkpoint.commit(partial, final, described.manifest())
-            checkpoint.prune(self.folder, self._config.keep, self._config.keep_every)
-        except OSError as error:
-            return f"main rank: {error}"
+        except Exception as error:  # of any kind: all ranks wait for the answer
+            return f"main rank: {_describe(error)}"
         return ""
+
+    def _prune(self) -> str:
+        """Delete the checkpoints that are no longer kept. The saved one counts, whatever comes of it: a note,
+        or nothing."""
+        try:
+            checkpoint.prune(self.folder, self._config.keep, self._config.keep_every)
+        except Exception as error:  # of any kind: the thread has to report the save
+            return f"older checkpoints could not be deleted: {_describe(error)}"
+        return ""
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def open_latest(run_dir: Path, on_damage: str, mesh: Mesh, say: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint to go on from, every byte of it verified by some rank; None in a new run folder.
 
     With `on_damage` "previous" a damaged one is set aside (renamed to *.damaged) and the one before it is
-    taken. Raises CheckpointError, naming the damaged files, on every rank. Collective over the world.
+    taken. Those of later steps are abandoned. Raises CheckpointError, naming the damaged files, on every
+    rank. Collective over the world; no other job may use the run folder.
     """
     mesh.on_main(lambda: checkpoint.clean(checkpoint.checkpoints_of(run_dir)))
     while True:
@@ -225,14 +300,19 @@ def open_latest(run_dir: Path, on_damage: str, mesh: Mesh, say: Callable[[str], 
             mine = found.files[mesh.global_rank :: mesh.world_size]
             problems = [problem for some in mesh.gather(found.damage(mine)) for problem in some]
         if not problems:
-            return found
+            break
         if on_damage == "stop":
             advice = "restore it, or go on from the one before it with --checkpoint.on_damage previous"
             raise CheckpointError("\n".join([*problems, advice]))
         for problem in problems:
             say(f"note: {problem}")
         named = mesh.on_main(lambda: checkpoint.set_aside_latest(run_dir))
-        say(f"note: going on from the checkpoint before it, {named}")
+        say(f"note: going on from {named}")
+    if found:
+        folder, step = found.folder.parent, found.step
+        for name in mesh.on_main(lambda: checkpoint.abandon_later(folder, step)):
+            say(f"note: {name} is set aside as {name}.abandoned; the run goes on from {found.folder.name}")
+    return found
 
 
 def _open(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -246,13 +326,31 @@ def _open(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def restore(source: Checkpoint, state: ZeroState, mesh: Mesh) -> None:
     """Copy weights, moments and update counts into the engine's own buffers, reading this rank's boxes only.
-    Collective over DP."""
+    CheckpointError if it holds other tensors than the engine. Collective over DP."""
+    _check_fits(source, {name: layout_of(parameter).shape for name, parameter in state.named_parameters()})
     state.load(source.read, moments=True)
     state.set_steps(source.optimizer["steps"])
     if (source.tp_size, source.dp_size) == (mesh.tp_size, mesh.dp_size):
-        saved = source.rank_state(source.files[mesh.global_rank], _RNG)
-        _set_generator_state(saved, mesh.device)
+        file = source.files[mesh.global_rank]
+        try:
+            _set_generator_state(source.rank_state(file, _RNG), mesh.device)
+        except RuntimeError as error:
+            raise CheckpointError(f"{source.folder / file.name}: {_RNG!r} is unusable: {error}") from error
     source.close()
+
+
+def _check_fits(source: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
+    saved = {name: layout.shape for name, layout in source.layouts.items()}
+    problems = [
+        f"{name} has shape {saved.get(name)}, this model's is {shapes.get(name)}"
+        for name in sorted(saved.keys() | shapes.keys())
+        if saved.get(name) != shapes.get(name)
+    ]
+    problems += [f"optimizer.steps lacks {name}" for name in shapes if name not in source.optimizer["steps"]]
+    if lacking := sorted({*MOMENTS} - {*source.kinds}):
+        problems.append(f"kinds lacks {lacking[0]}")
+    if problems:
+        raise CheckpointError(f"{source.folder / MANIFEST_FILE} does not fit this run: {problems[0]}")
 
 
 def _arrange(slices: list[Slice]) -> tuple[dict[str, Entry], list[Tensor]]:

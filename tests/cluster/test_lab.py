@@ -220,7 +220,7 @@ def test_22b_script_is_train_sbatch_with_other_defaults(slurm: SlurmLab, checkou
     job = submit(slurm, checkout, "done", *flags, script="train_22b.sbatch", options=options)
     assert slurm.wait(job)["JobState"] == "COMPLETED", slurm.output(job)
     output = slurm.output(job)
-    assert "--model.name vit_22b" in output and "run folder runs/mine" in output
+    assert "--config launch/recipes/vit_22b_jft.yaml" in output and "run folder runs/mine" in output
     assert output.index("--run_dir runs/vit_22b") < output.index(f"--mode done {' '.join(flags)}")
 
 

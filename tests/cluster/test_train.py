@@ -29,6 +29,7 @@ def flags(digits: Path, run_dir: Path, *more: str) -> list[str]:
     """A run of `STEPS` steps whose losses do not depend on the layout."""
     return [
         *("--deepspeed_config", str(ROOT / "ds_configs" / "zero3.json"), "--run_dir", str(run_dir)),
+        *("--config", str(ROOT / "launch" / "recipes" / "digits.yaml")),
         *("--data.shards", f"{digits}/train-*.tar", "--data.val_shards=", "--eval_every", "0"),
         *("--max_steps", str(STEPS), "--log_every", "1", "--schedule.warmup_steps", "5", *more),
     ]
@@ -218,8 +219,8 @@ def test_a_plan_is_ready_to_submit(
             *(
                 sys.executable,
                 "launch/plan.py",
-                "--model.name",
-                "vit_tiny",
+                "--config",
+                "launch/recipes/digits.yaml",
                 "--gpu",
                 "cpu",
                 "--out",
@@ -234,6 +235,7 @@ def test_a_plan_is_ready_to_submit(
     )
     assert done.returncode == 0, done.stderr
     own = flags(digits, run_dir)[2:]  # the JSON is the plan's
+    del own[own.index("--config") : own.index("--config") + 2]  # and so is the recipe
     job = slurm.sbatch(out / "train.sbatch", *own, options=[f"--output={tmp_path}/%j.log"], cwd=ROOT)
     ended = slurm.wait(job, timeout_s=180)
     assert ended["JobState"] == "COMPLETED", slurm.output(job)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import http.server
 import io
 import json
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import webdataset as wds
 from PIL import Image
 
+from megavit.data.cache import ShardCache
 from megavit.data.manifest import Manifest, open_shards, write_index
 
 
@@ -39,6 +48,46 @@ def write_shards(
     if indexed:
         manifest.save(folder / "x.manifest.json")
     return manifest
+
+
+@contextmanager
+def reading_hangs(paths: Iterable[Path]) -> Iterator[None]:
+    """Whoever opens one of the files waits, as for a file server that is gone: for up to 45 s the kernel lets
+    this process keep its lease on them."""
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # the kernel's request to give it up
+    with ExitStack() as files:
+        for path in paths:
+            fcntl.fcntl(files.enter_context(open(path, "r+b")), fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        yield
+    signal.signal(signal.SIGIO, before)
+
+
+def cache_in(folder: Path, max_bytes: int = 10**9) -> ShardCache:
+    return ShardCache(folder / "cache", max_bytes)
+
+
+def fetched(cache: ShardCache, url: str, size: int | None = None) -> bytes:
+    """A shard's bytes, through the cache."""
+    with os.fdopen(cache.open(url, size), "rb") as file:
+        return file.read()
+
+
+@contextmanager
+def folder_server(folder: Path) -> Iterator[str]:
+    """The url at which the files of a folder are served."""
+    handler = functools.partial(_Silent, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+
+
+class _Silent(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def flip_bit(path: Path, offset: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import multiprocessing
 import os
@@ -10,13 +11,20 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from megavit.config import DataConfig
+from megavit.data.audit import verify
 from megavit.data.cache import ShardCache
+from megavit.data.manifest import index_pattern, open_shards, read_manifest
+from megavit.data.reader import ShardReader
 from megavit.data.sources import SourceError
+from megavit.data.tar import ShardError
+from tests.data.shards import cache_in, fetched, flip_bit, folder_server, picture, write_shards
 from tests.lab.shard_server import BODY, Server
 
 pytestmark = pytest.mark.slow  # real servers, time-outs and processes
@@ -32,11 +40,9 @@ def test_local_shards_are_left_alone(tmp_path: Path, cache: ShardCache) -> None:
     """Catches copies of what lies on disk, `file:` urls passed on as paths, and missing files not named."""
     path = tmp_path / "a b.tar"
     path.write_bytes(BODY)
-    assert cache.get(str(path)) == path
-    assert cache.get(f"file://{tmp_path}/a%20b.tar", size=3) == path
+    for url in (str(path), f"file://{tmp_path}/a%20b.tar"):
+        assert fetched(cache, url, size=3) == BODY
     assert not cache.folder.exists()
-    with os.fdopen(cache.open(path.as_uri()), "rb") as file:
-        assert file.read() == BODY
     with pytest.raises(SourceError, match=r"nowhere\.tar: FileNotFoundError"):
         cache.open("nowhere.tar")
 
@@ -44,38 +50,36 @@ def test_local_shards_are_left_alone(tmp_path: Path, cache: ShardCache) -> None:
 def test_shard_is_fetched_once_and_then_found(server: Server, cache: ShardCache) -> None:
     """Catches a second download of a cached shard, and temporary files that stay behind."""
     url = server.url("/good/0/a.tar?x=1")
-    path = cache.get(url, len(BODY))
-    assert path.read_bytes() == BODY
-    assert path.name.endswith("-a.tar")
-    assert cache.get(url) == path
+    assert fetched(cache, url, len(BODY)) == BODY
+    assert cache.place(url).name.endswith("-a.tar")
+    assert fetched(cache, url) == BODY
     assert len(server.requests) == 1
-    assert files(cache) == [path]
+    assert files(cache) == [cache.place(url)]
 
 
 def test_stored_bytes_are_kept(server: Server, cache: ShardCache) -> None:
     """Catches a client that unpacks on the way: a file of neither the announced nor the indexed size."""
-    assert gzip.decompress(cache.get(server.url("/gzip/1/a.tar")).read_bytes()) == BODY
+    assert gzip.decompress(fetched(cache, server.url("/gzip/1/a.tar"))) == BODY
 
 
 @pytest.mark.parametrize("behaviour", ["503", "drop", "short", "hang", "stall", "short_unnoticed"])
 def test_transient_failures_are_retried(server: Server, cache: ShardCache, behaviour: str) -> None:
     """Catches half a shard taken for a whole one, a hung server that stops training, and no second try."""
-    path = cache.get(server.url(f"/{behaviour}/2/a.tar"), len(BODY))
-    assert path.read_bytes() == BODY
+    assert fetched(cache, server.url(f"/{behaviour}/2/a.tar"), len(BODY)) == BODY
     assert len(server.requests) == 3
 
 
 @pytest.mark.parametrize("behaviour", ["503", "drop", "short", "404"])
 def test_failures_are_noticed_without_a_known_size(server: Server, cache: ShardCache, behaviour: str) -> None:
     """Catches a check that works only for shards whose size the manifest tells."""
-    assert cache.get(server.url(f"/{behaviour}/1/a.tar")).read_bytes() == BODY
+    assert fetched(cache, server.url(f"/{behaviour}/1/a.tar")) == BODY
     assert len(server.requests) == 2
 
 
 def test_slow_is_not_hung(server: Server, tmp_path: Path) -> None:
     """Catches a time limit for the whole shard where one for standing still is meant."""
     cache = ShardCache(tmp_path, 10 << 20, tries=1, timeout_s=0.4)
-    assert cache.get(server.url("/slow/1/a.tar")).read_bytes() == BODY
+    assert fetched(cache, server.url("/slow/1/a.tar")) == BODY
 
 
 @pytest.mark.parametrize(
@@ -94,7 +98,7 @@ def test_lasting_failures_name_url_reason_and_tries(
     """Catches endless retries, five tries of a shard that does not exist, and errors nobody can act on."""
     url = server.url(f"/{behaviour}/99/a.tar")
     with pytest.raises(SourceError) as caught:
-        cache.get(url, len(BODY))
+        fetched(cache, url, len(BODY))
     assert url in str(caught.value)
     assert reason in str(caught.value)
     assert f"in {tries} tries" in str(caught.value)
@@ -107,32 +111,34 @@ def test_failed_shard_is_remembered(server: Server, cache: ShardCache) -> None:
     """Catches every sample of a missing shard waiting for its own retries."""
     url = server.url("/404/99/a.tar")
     with pytest.raises(SourceError) as first:
-        cache.get(url)
+        fetched(cache, url)
     started = time.monotonic()
     for _ in range(1000):
         with pytest.raises(SourceError) as again:
-            cache.get(url)
+            fetched(cache, url)
     assert time.monotonic() - started < 0.5
     assert str(again.value) == str(first.value)
     assert len(server.requests) == 2
     with pytest.raises(SourceError):
-        pickle.loads(pickle.dumps(cache)).get(url)  # a worker process starts afresh
+        fetched(pickle.loads(pickle.dumps(cache)), url)  # a worker process starts afresh
     assert len(server.requests) == 4
 
 
 def test_same_basename_is_another_shard(server: Server, cache: ShardCache) -> None:
     """Catches webdataset's cache, where /a/000.tar is served for /b/000.tar."""
-    paths = {cache.get(server.url(f"/good/0/{folder}/000.tar")) for folder in "ab"}
-    paths |= {cache.get(server.url(f"/good/0/a/000.tar?version={version}")) for version in (1, 2)}
-    assert len(paths) == 4
+    names = ("a/000.tar", "b/000.tar", "a/000.tar?version=1", "a/000.tar?version=2")
+    for name in names:
+        assert fetched(cache, server.url(f"/good/0/{name}")) == BODY
+    assert files(cache) == sorted(cache.place(server.url(f"/good/0/{name}")) for name in names)
+    assert len(server.requests) == 4
 
 
 def test_cached_file_of_another_size_is_fetched_again(server: Server, cache: ShardCache) -> None:
     """Catches training on a shard that was rewritten, or cut off by a full disk."""
     url = server.url("/good/0/a.tar")
-    path = cache.get(url)
-    path.write_bytes(b"old")
-    assert cache.get(url, len(BODY)).read_bytes() == BODY
+    fetched(cache, url)
+    cache.place(url).write_bytes(b"old")
+    assert fetched(cache, url, len(BODY)) == BODY
     assert len(server.requests) == 2
 
 
@@ -142,16 +148,18 @@ def test_disk_is_bounded(server: Server, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_bytes(BODY * 4)
     paths = []
     for i in range(5):
-        paths.append(cache.get(server.url(f"/good/0/{i}.tar"), len(BODY)))
+        url = server.url(f"/good/0/{i}.tar")
+        fetched(cache, url, len(BODY))
+        paths.append(cache.place(url))
         time.sleep(0.02)
-        cache.get(server.url("/good/0/0.tar"))  # used all the time
+        fetched(cache, server.url("/good/0/0.tar"))  # used all the time
         time.sleep(0.02)
         assert sum(path.stat().st_size for path in files(cache) if path.suffix == ".tar") <= cache.max_bytes
     assert [path.exists() for path in paths] == [True, False, False, True, True]
     assert server.requests.count("/good/0/0.tar") == 1
     assert (tmp_path / "thesis.tex").exists()
     small = ShardCache(tmp_path, max_bytes=10)
-    assert small.get(server.url("/good/0/big.tar")).read_bytes() == BODY
+    assert fetched(small, server.url("/good/0/big.tar")) == BODY
     assert not paths[0].exists()
 
 
@@ -172,9 +180,9 @@ def test_prefetch_and_get_fetch_once(server: Server, cache: ShardCache) -> None:
     started = time.monotonic()
     cache.prefetch([(url, len(BODY)) for url in [*urls, *urls]] + [("/local.tar", 1), (missing, None)])
     assert time.monotonic() - started < 0.2
-    assert [cache.get(url, len(BODY)).read_bytes() for url in urls] == [BODY] * 3
+    assert [fetched(cache, url, len(BODY)) for url in urls] == [BODY] * 3
     with pytest.raises(SourceError, match="/404/99"):
-        cache.get(missing)
+        fetched(cache, missing)
     assert sorted(server.requests) == ["/404/99/a.tar"] * 2 + [f"/slow/1/{i}.tar" for i in range(3)]
     deadline = time.monotonic() + 5
     while cache._running and time.monotonic() < deadline:
@@ -186,7 +194,7 @@ def test_cache_travels_to_workers(server: Server, cache: ShardCache) -> None:
     """Catches threads and locks in the pickle of a dataset."""
     cache.prefetch([(server.url("/good/0/a.tar"), None)])
     copy = pickle.loads(pickle.dumps(cache))
-    assert copy.get(server.url("/good/0/a.tar")) == cache.get(server.url("/good/0/a.tar"))
+    assert fetched(copy, server.url("/good/0/a.tar")) == fetched(cache, server.url("/good/0/a.tar"))
     assert (copy.folder, copy.max_bytes, copy.tries) == (cache.folder, cache.max_bytes, cache.tries)
     assert len(server.requests) == 1
 
@@ -194,7 +202,7 @@ def test_cache_travels_to_workers(server: Server, cache: ShardCache) -> None:
 def _get(cache: ShardCache, url: str, barrier: object, results: object) -> None:
     barrier.wait()  # type: ignore[attr-defined]
     try:
-        results.put(cache.get(url).read_bytes() == BODY)  # type: ignore[attr-defined]
+        results.put(fetched(cache, url) == BODY)  # type: ignore[attr-defined]
     except SourceError as error:
         results.put(error)  # type: ignore[attr-defined]
 
@@ -208,6 +216,130 @@ def get_in_processes(count: int, cache: ShardCache, url: str) -> list[object]:
     for process in processes:
         process.join(10)
     return found
+
+
+def _open_and_read(pattern: str, cache: ShardCache, barrier: object, results: object) -> None:
+    barrier.wait()  # type: ignore[attr-defined]
+    try:
+        for _ in range(2):
+            manifest = open_shards(pattern, cache)
+            reader = ShardReader(manifest, cache)
+            reader.fetch(range(len(manifest)))
+            for shard in range(len(manifest)):
+                (image,) = reader.read(shard, 1, [reader.members(shard, 1)["png"]])
+                assert image == picture(8 * shard + 1)
+            reader.close()
+        results.put("")  # type: ignore[attr-defined]
+    except Exception as error:
+        results.put(f"{type(error).__name__}: {error}")  # type: ignore[attr-defined]
+
+
+@pytest.mark.dist
+def test_a_cache_smaller_than_two_shards_is_slow_and_right(tmp_path: Path) -> None:
+    """Catches a path of a shard that other threads and processes have evicted before it is opened."""
+    size = int(write_shards(tmp_path / "data", shards=5, samples=8, indexed=False).shard_bytes[0])
+    cache = ShardCache(tmp_path / "cache", size * 3 // 2)
+    barrier, results = _context.Barrier(3), _context.Queue()
+    with folder_server(tmp_path / "data") as url:
+        pattern = f"{url}/x-{{000..004}}.tar"
+        processes = [
+            _context.Process(target=_open_and_read, args=(pattern, cache, barrier, results)) for _ in range(3)
+        ]
+        for process in processes:
+            process.start()
+        assert [results.get(timeout=120) for _ in processes] == [""] * 3
+        for process in processes:
+            process.join(10)
+        assert sum(path.stat().st_size for path in files(cache)) <= max(cache.max_bytes, size)
+        assert not list(verify(index_pattern(pattern, tmp_path / "index", 1, cache), cache, 1))
+
+
+def test_what_is_fetched_and_held_open_is_not_fetched_again(tmp_path: Path) -> None:
+    """Catches a shard that is downloaded for every batch because the cache is too small for it."""
+    write_shards(tmp_path / "data", shards=4, samples=4)
+    local = read_manifest(tmp_path / "data" / "x.manifest.json")
+    with folder_server(tmp_path / "data") as url:
+        urls = tuple(f"{url}/{Path(path).name}" for path in local.urls)
+        reader = ShardReader(dataclasses.replace(local, urls=urls), ShardCache(tmp_path / "cache", 10))
+        reader.fetch({0, 1, 2, 3})
+    for _ in range(3):  # the server is gone
+        reader.fetch({0, 1, 2, 3})
+        for shard in range(4):
+            assert reader.read(shard, 2, [reader.members(shard, 2)["png"]]) == [picture(4 * shard + 2)]
+
+
+def test_what_is_no_shard_does_not_stay(tmp_path: Path) -> None:
+    """Catches a login page, sent with status 200, that is found in the cache for ever."""
+    write_shards(tmp_path / "data", shards=1, samples=4, indexed=False)
+    good = (tmp_path / "data" / "x-000.tar").read_bytes()
+    (tmp_path / "data" / "x-000.tar").write_bytes(b"<!DOCTYPE html><title>Log in</title>" * 40)
+    cache = cache_in(tmp_path)
+    with folder_server(tmp_path / "data") as url:
+        words = (
+            rf"x-000\.tar is damaged.*begins with b'<!DOCTYPE html>.*{cache.place(url + '/x-000.tar')}, now"
+        )
+        for _ in range(2):
+            with pytest.raises(ShardError, match=words):
+                open_shards(f"{url}/x-000.tar", cache)
+            with pytest.raises(ShardError, match=words):
+                index_pattern(f"{url}/x-000.tar", tmp_path / "index", 1, cache)
+            assert files(cache) == []
+        (tmp_path / "data" / "x-000.tar").write_bytes(good)
+        assert open_shards(f"{url}/x-000.tar", cache).num_samples == 4
+
+
+def test_damage_in_a_fetched_copy_names_the_copy(tmp_path: Path) -> None:
+    """Catches a search for damage in a shard that is good: only its copy on this node is not."""
+    write_shards(tmp_path / "data", shards=1, samples=4)
+    cache = cache_in(tmp_path)
+    with folder_server(tmp_path / "data") as url:
+        manifest = index_pattern(f"{url}/x-000.tar", tmp_path / "index", 1, cache)
+    copy = cache.place(manifest.urls[0])
+    flip_bit(copy, manifest.index(0).sample(1)["png"].offset + 30)
+    (line,) = verify(manifest, cache, 1)
+    assert (
+        f"x-000.tar: sample '000001': the checksum of its png differs: it is damaged (in the copy {copy})"
+        in line
+    )
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files, as $TMPDIR names it."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # where the first answer is kept
+    return tmp_path / f"megavit-shards-{os.getuid()}"
+
+
+def test_the_default_folder_is_the_users_own(temporary: Path) -> None:
+    """Catches a folder that all users of a machine share: one fills it, another chooses the images."""
+    before = os.umask(0)
+    try:
+        cache = ShardCache("", 10)
+        assert cache.folder == temporary and temporary.stat().st_mode & 0o777 == 0o700
+        temporary.chmod(0o755)
+        assert ShardCache("", 10).folder.stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+    assert pickle.loads(pickle.dumps(cache)).folder == temporary
+    assert DataConfig().cache_dir == ""  # what a run folder records fits every machine
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "owner"])
+def test_a_default_folder_of_somebody_else_is_refused(temporary: Path, kind: str) -> None:
+    """Catches shards read from where another user has put them before."""
+    if kind == "link":
+        (temporary.parent / "elsewhere").mkdir()
+        temporary.symlink_to(temporary.parent / "elsewhere")
+    elif kind == "file":
+        temporary.write_text("")
+    elif os.getuid():
+        pytest.skip("only root can give a folder away")
+    else:
+        temporary.mkdir()
+        os.chown(temporary, 12345, 12345)
+    with pytest.raises(SourceError, match=rf"default cache folder {temporary} .*--data\.cache_dir"):
+        ShardCache("", 10)
 
 
 @pytest.mark.dist
@@ -242,9 +374,8 @@ def test_killed_process_holds_nobody_up(server: Server, cache: ShardCache) -> No
         os.kill(process.pid, signal.SIGKILL)
         process.join()
     assert [path.suffix for path in files(cache)] == [".part", ".part"]
-    path = cache.get(urls[0])
-    assert path.read_bytes() == BODY
-    assert files(cache) == [path]  # b's half is gone as well
+    assert fetched(cache, urls[0]) == BODY
+    assert files(cache) == [cache.place(urls[0])]  # b's half is gone as well
 
 
 def test_full_disk_is_explained(server: Server, tmp_path: Path) -> None:
@@ -260,7 +391,7 @@ from megavit.data.cache import ShardCache
 from megavit.data.sources import SourceError
 for url in {urls}:
     try:
-        ShardCache({str(small)!r}, 1 << 30).get(url)
+        ShardCache({str(small)!r}, 1 << 30).open(url)
     except SourceError as error:
         print(error)
 """

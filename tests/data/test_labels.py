@@ -39,6 +39,10 @@ def test_labels(extension: str, data: bytes, labels: list[int]) -> None:
         ("json", b"3", "neither a list"),
         ("json", b"[]", "only the sigmoid loss"),
         ("json", b"null", "neither a list"),
+        ("json", b"[" * 200_000, "cannot be parsed: it is nested too deeply"),
+        ("json", b'{"labels":' * 200_000, "cannot be parsed: it is nested too deeply"),
+        ("json", b"[" + b"9" * 5000 + b"]", "cannot be parsed"),
+        ("cls", b"9" * 5000, "is not a class number"),
     ],
 )
 def test_nonsense_is_refused(extension: str, data: bytes, words: str) -> None:

@@ -148,7 +148,7 @@ def state(order: Order, step: int) -> DataState:
     epoch, position = order.place(step)
     skipped = tuple(skip for skip in order.skips if skip[0] <= step)
     lanes = order.lanes
-    return DataState(step, epoch, position, lanes.num_lanes, lanes.block, lanes.seed, skipped, "", 0, 0)
+    return DataState(step, epoch, position, lanes.num_lanes, lanes.block, lanes.seed, skipped, "", "", 0, 0)
 
 
 @pytest.mark.parametrize("step", [0, 5, 23, 24, 25, 60])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,14 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megavit.data.cache import ShardCache
+from megavit.data.identity import difference
 from megavit.data.index import ShardError
 from megavit.data.manifest import expand_shards, index_pattern, open_shards, read_manifest
-from tests.data.shards import truncate, write_shards
-
-
-def cache(folder: Path) -> ShardCache:
-    return ShardCache(folder / "cache", 10**9)
+from megavit.data.reader import ShardReader
+from tests.data.shards import cache_in, picture, truncate, write_shards
 
 
 def test_patterns_expand_in_order(digits: Path) -> None:
@@ -52,7 +50,7 @@ def test_a_manifest_moves_with_its_data(tmp_path: Path) -> None:
     before = write_shards(tmp_path / "a")
     shutil.move(tmp_path / "a", tmp_path / "b")
     after = read_manifest(tmp_path / "b" / "x.manifest.json")
-    assert after.digest == before.digest and not after.difference(before)
+    assert after.digest == before.digest and not difference(after.rows(), before.rows())
     assert after.index(2).key(0) == "000080"
 
 
@@ -76,7 +74,8 @@ def test_shards_without_index_are_walked_in_memory(tmp_path: Path) -> None:
 def test_differences_are_named(tmp_path: Path, shards: int, samples: int, words: str) -> None:
     """Catches a refusal that does not say what changed."""
     before = write_shards(tmp_path / "a")
-    found = write_shards(tmp_path / "b", shards=shards, samples=samples).difference(before)
+    after = write_shards(tmp_path / "b", shards=shards, samples=samples)
+    found = difference(after.rows(), before.rows())
     assert words in found and bool(found) == bool(words)
 
 
@@ -88,15 +87,15 @@ def test_indexing_names_every_bad_shard_and_keeps_the_good_ones(tmp_path: Path) 
     for name in ("x-001.tar", "x-003.tar"):
         truncate(tmp_path / name, 30_000)
     with pytest.raises(ShardError, match=r"(?s)2 of 4 shards.*x-001\.tar.*x-003\.tar"):
-        index_pattern(f"{tmp_path}/x-*.tar", tmp_path / "out", 2, cache(tmp_path))
+        index_pattern(f"{tmp_path}/x-*.tar", tmp_path / "out", 2, cache_in(tmp_path))
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.idx")}
     assert len(kept) == 2
     for name in ("x-001.tar", "x-003.tar"):
         (tmp_path / name).write_bytes(good)
-    manifest = index_pattern(f"{tmp_path}/x-*.tar", tmp_path / "out", 1, cache(tmp_path))
+    manifest = index_pattern(f"{tmp_path}/x-*.tar", tmp_path / "out", 1, cache_in(tmp_path))
     assert len(manifest) == 4 and all(path.stat().st_mtime_ns == time for path, time in kept.items())
     os.utime(tmp_path / "x-000.tar", (2e9, 2e9))  # a shard newer than its index
-    index_pattern(f"{tmp_path}/x-*.tar", tmp_path / "out", 1, cache(tmp_path))
+    index_pattern(f"{tmp_path}/x-*.tar", tmp_path / "out", 1, cache_in(tmp_path))
     assert sum(path.stat().st_mtime_ns != time for path, time in kept.items()) == 1
 
 
@@ -104,7 +103,7 @@ def test_shards_of_one_name_keep_their_own_indexes(tmp_path: Path) -> None:
     """Catches a/x.tar and b/x.tar sharing one index file."""
     write_shards(tmp_path / "a", shards=1, indexed=False)
     write_shards(tmp_path / "b", shards=1, samples=7, indexed=False)
-    manifest = index_pattern(f"{tmp_path}/{{a,b}}/x-000.tar", tmp_path / "out", 1, cache(tmp_path))
+    manifest = index_pattern(f"{tmp_path}/{{a,b}}/x-000.tar", tmp_path / "out", 1, cache_in(tmp_path))
     assert manifest.samples.tolist() == [40, 7] and len(set(manifest.indexes)) == 2
     assert [len(manifest.index(shard)) for shard in (0, 1)] == [40, 7]
 
@@ -126,6 +125,26 @@ def test_unusable_manifests_are_named(tmp_path: Path, change: str) -> None:
         path.unlink()
     with pytest.raises(ShardError, match=r"x\.manifest\.json"):
         open_shards(str(path))
+
+
+def test_commands_of_a_manifest_need_permission(tmp_path: Path) -> None:
+    """Catches a data file that runs programs on every machine that reads it."""
+    made = write_shards(tmp_path, shards=2)
+    ran = tmp_path / "ran"
+    command = f"pipe:touch {ran}; cat {tmp_path}/x-001.tar"
+    path = tmp_path / "commands.manifest.json"
+    dataclasses.replace(made, urls=(made.urls[0], command)).save(path)
+    words = rf"manifest {path}: shard 1 is the shell command '{command}'.*--data\.allow_pipe .*--allow_pipe"
+    with pytest.raises(ShardError, match=words):
+        open_shards(str(path), cache_in(tmp_path))
+    assert not ran.exists()
+    reader = ShardReader(open_shards(str(path), cache_in(tmp_path), allow_pipe=True), cache_in(tmp_path))
+    reader.fetch({0, 1})
+    assert ran.exists() and reader.read(1, 0, [reader.members(1, 0)["png"]]) == [picture(40)]
+    # What is typed is meant.
+    assert open_shards(f"pipe:cat {tmp_path}/x-001.tar", cache_in(tmp_path)).num_samples == 40
+    pattern = f"pipe:cat {tmp_path}/x-{{000..001}}.tar"
+    assert index_pattern(pattern, tmp_path / "out", 1, cache_in(tmp_path)).num_samples == 80
 
 
 def test_an_exchanged_index_is_noticed(tmp_path: Path) -> None:

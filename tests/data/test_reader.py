@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import webdataset as wds
 
+from megavit.data.audit import verify
 from megavit.data.bad import SampleError
+from megavit.data.index import ShardError
 from megavit.data.manifest import open_shards, read_manifest
 from megavit.data.reader import ShardReader
-from tests.data.shards import flip_bit, picture, truncate, write_shards
+from tests.data.shards import cache_in, flip_bit, picture, truncate, write_shards
+from tests.data.tars import alarm
 
 
 def read(reader: ShardReader, shard: int, index: int) -> list[bytes]:
@@ -74,6 +77,37 @@ def test_a_changed_shard_without_checksums_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x-000.tar").write_bytes((tmp_path / "x-000.tar").read_bytes() + bytes(512))
     with pytest.raises(SampleError, match="bytes, its index says"):
         read(ShardReader(manifest), 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_only_regular_files_are_read(tmp_path: Path, kind: str) -> None:
+    """Catches a run, or `verify`, that waits for ever for a named pipe or reads a device to its end."""
+    write_shards(tmp_path, shards=2)
+    path = tmp_path / "x-000.tar"
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    manifest = read_manifest(tmp_path / "x.manifest.json")
+    with alarm():
+        with pytest.raises(SampleError, match="cannot be opened: it is not a regular file") as error:
+            read(ShardReader(manifest), 0, 0)
+        assert error.value.bad.whole_shard
+        assert list(verify(manifest, cache_in(tmp_path), 1)) == [
+            f"{path}: it is not a regular file (40 samples)"
+        ]
+        with pytest.raises(ShardError, match=r"x-000\.tar"):
+            open_shards(f"{tmp_path}/x-{{000..001}}.tar")
+    (tmp_path / "x-001.tar.idx").unlink()
+    os.mkfifo(tmp_path / "x-001.tar.idx")
+    with (
+        alarm(),
+        pytest.raises(SampleError, match=r"x-001\.tar\.idx cannot be read: it is not a regular file"),
+    ):
+        read(ShardReader(manifest), 1, 0)
 
 
 def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

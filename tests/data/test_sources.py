@@ -17,6 +17,7 @@ from webdataset.gopen import gopen_schemes
 
 from megavit.data.cache import ShardCache
 from megavit.data.sources import SourceError, is_local
+from tests.data.shards import fetched
 from tests.lab.shard_server import BODY, Server
 
 pytestmark = pytest.mark.slow  # real servers and time-outs
@@ -47,7 +48,7 @@ def test_pipe_is_read(tmp_path: Path, cache: ShardCache) -> None:
     """Catches output lost at the end of a pipe, and a pipeline run without a shell."""
     (tmp_path / "a.tar").write_bytes(BODY)
     url = f"pipe:cat {shlex.quote(str(tmp_path / 'a.tar'))} | cat"
-    assert cache.get(url, len(BODY)).read_bytes() == BODY
+    assert fetched(cache, url, len(BODY)) == BODY
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_failing_pipe_is_no_shard(tmp_path: Path, command: str, reason: str) -> 
     (tmp_path / "a.tar").write_bytes(BODY)
     cache = ShardCache(tmp_path / "cache", 10 << 20, tries=2, timeout_s=0.3)
     with pytest.raises(SourceError, match=reason):
-        cache.get("pipe:" + command.format(tmp_path / "a.tar"))
+        fetched(cache, "pipe:" + command.format(tmp_path / "a.tar"))
     assert not any(path.is_file() for path in cache.folder.iterdir())
     deadline = time.monotonic() + 2
     while {"sleep 61", "sleep 62"} & set(
@@ -78,26 +79,26 @@ def test_pipes_are_refused_under_wds_secure(cache: ShardCache, monkeypatch: pyte
     """Catches a manifest that runs commands although webdataset was told to be secure."""
     monkeypatch.setenv("WDS_SECURE", "1")
     with pytest.raises(SourceError, match="WDS_SECURE"):
-        cache.get("pipe:echo")
+        fetched(cache, "pipe:echo")
 
 
 def test_unknown_scheme_is_named(cache: ShardCache) -> None:
     """Catches a typing error that is retried for a minute and then says nothing useful."""
     with pytest.raises(SourceError, match=r"s4://b/a\.tar: unknown scheme 's4'.* https.* s3,"):
-        cache.get("s4://b/a.tar")
+        fetched(cache, "s4://b/a.tar")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed")
 def test_missing_package_is_named(cache: ShardCache) -> None:
     """Catches an ImportError from deep inside that does not say what to install."""
     with pytest.raises(SourceError, match="gs://b/a.tar.*gcsfs"):
-        cache.get("gs://b/a.tar")
+        fetched(cache, "gs://b/a.tar")
 
 
 def test_users_own_scheme_is_used(cache: ShardCache, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches handlers that users registered with webdataset and that only plain webdataset would see."""
     monkeypatch.setitem(gopen_schemes, "mine", lambda url, mode, bufsize: io.BytesIO(url.encode() + BODY))
-    assert cache.get("mine://x").read_bytes() == b"mine://x" + BODY
+    assert fetched(cache, "mine://x") == b"mine://x" + BODY
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +141,11 @@ def test_s3_is_read(tmp_path: Path) -> None:
     """Catches an endpoint in the environment that is not honoured, and s3 errors not understood."""
     data = _small_tar()
     cache = ShardCache(tmp_path, 10 << 20, tries=3)
-    assert cache.get("s3://shards/train/a.tar", len(data)).read_bytes() == data
+    assert fetched(cache, "s3://shards/train/a.tar", len(data)) == data
     with pytest.raises(SourceError, match=r"in 2 tries.*FileNotFoundError"):
-        cache.get("s3://shards/train/none.tar")
+        fetched(cache, "s3://shards/train/none.tar")
     with pytest.raises(SourceError, match="received 10240 bytes instead of 5"):
-        cache.get("s3://shards/train/a.tar", 5)
+        fetched(cache, "s3://shards/train/a.tar", 5)
 
 
 @pytest.mark.usefixtures("s3")
@@ -167,6 +168,6 @@ def test_s3_is_tried_as_often_as_http(
     )
     started = time.monotonic()
     with pytest.raises(SourceError, match="in 3 tries"):
-        cache.get("s3://shards/a.tar")
+        fetched(cache, "s3://shards/a.tar")
     assert time.monotonic() - started < 10
     assert len(server.requests) == 3

@@ -76,17 +76,22 @@ def cifar_fixture(root: Path, classes: int) -> np.ndarray:
         }
         batch |= {b"labels": labels} if classes == 10 else {b"fine_labels": labels, b"coarse_labels": [0] * 4}
         (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    name, key = ("batches.meta", b"label_names") if classes == 10 else ("meta", b"fine_label_names")
+    meta = {key: [b"class %d" % i for i in range(classes)], b"coarse_label_names": [b"coarse"]}
+    (folder / name).write_bytes(pickle.dumps(meta, protocol=2))
     return rows
 
 
 @pytest.mark.parametrize("classes", [10, 100])
 def test_cifar(tmp_path: Path, classes: int) -> None:
-    """Catches CHW rows read as HWC, coarse labels taken for fine ones, and batches out of order."""
+    """Catches CHW rows read as HWC, coarse labels (and their names) taken for fine ones, and batches out of
+    order."""
     rows = cifar_fixture(tmp_path, classes)
     paths = write.write_splits(
         write.cifar_splits(tmp_path, classes), tmp_path / "out", shard_size=8, workers=2
     )
     train, test = contents(f"{tmp_path}/out/train-*.tar"), contents(f"{tmp_path}/out/test-*.tar")
+    assert write.cifar_class_names(tmp_path, classes) == [f"class {i}" for i in range(classes)]
     assert len(paths) == (4 if classes == 10 else 2)
     assert [label for _, label in train + test] == [i % classes for i in range(len(train) + len(test))]
     expected = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megavit.cli import parse_run
+from megavit.recipe import RECIPES, read_recipe
 from megavit.train.ds_config import load_ds_config
 
 pytestmark = pytest.mark.slow  # whole searches by the command
@@ -28,7 +29,7 @@ def test_table_json_plot_and_files(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     out, facts_file, image = tmp_path / "plan", tmp_path / "plan.json", tmp_path / "plan.png"
     done = plan(
-        *("--model.name", "vit_22b", "--nodes", "16", "--gpu", "h100", "--out", str(out)),
+        *("--config", "launch/recipes/vit_22b_jft.yaml", "--nodes", "16", "--gpu", "h100", "--out", str(out)),
         *("--json", str(facts_file), "--plot", str(image), "--data.shards", "x.tar"),
     )
     assert done.returncode == 0, done.stderr
@@ -37,14 +38,18 @@ def test_table_json_plot_and_files(tmp_path: Path) -> None:
     best = json.loads(facts_file.read_text())["plans"][0]
     assert best["fits"] and best["layout"]["tp_size"] == 1
     ds_config = load_ds_config(out / "ds_config.json")
-    run, _ = parse_run(["--deepspeed_config", str(out / "ds_config.json"), "--config", str(out / "run.yaml")])
+    run, recipe = read_recipe(out / "run.yaml"), read_recipe(RECIPES / "vit_22b_jft.yaml")
+    data = dataclasses.replace(recipe.data, shards="x.tar")
+    assert run == dataclasses.replace(recipe, data=data, recompute=best["recompute"])
     assert run.recompute == best["recompute"] and run.model.name == "vit_22b" and run.model.depth == 48
     assert run.tensor_parallel_size == 1 and run.data.shards == "x.tar"
     assert ds_config["train_batch_size"] == 65_536
     assert ds_config["train_micro_batch_size_per_gpu"] == best["layout"]["micro_batch"]
     assert yaml.safe_load((out / "run.yaml").read_text())["model"] == {"name": "vit_22b"}
     printed = plan("--model.name", "vit_l16", "--json", "-")
-    assert json.loads(printed.stdout)["model"]["name"] == "vit_l16" and "| best |" in printed.stderr
+    facts = json.loads(printed.stdout)
+    assert facts["model"]["name"] == "vit_l16" and facts["plans"][0]["days"] is None
+    assert "| best |" in printed.stderr and "days and GPU-hours need --max_steps" in printed.stderr
     script = (out / "train.sbatch").read_text()
     assert "#SBATCH --nodes=16" in script and "/ds_config.json" in script
     subprocess.run(["bash", "-n", str(out / "train.sbatch")], check=True)

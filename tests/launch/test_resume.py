@@ -14,7 +14,7 @@ import torch
 
 from megavit.train.checkpoint import checkpoints_of, committed
 from tests.data.shards import flip_bit
-from tests.launch.test_train import BIN, ROOT, SHORT, TRAIN, Run, launch
+from tests.launch.test_train import BIN, DEMO, ROOT, SHORT, TRAIN, Run, launch
 from tests.processes import command_of, descendants
 from tests.ranks import free_port
 
@@ -99,7 +99,7 @@ def start(run_dir: Path, digits: Path, *flags: str, ranks: int = 1) -> subproces
         "--run_dir",
         str(run_dir),
     ]
-    command += ["--data.shards", f"{digits}/train-*.tar", "--data.val_shards=", *flags]
+    command += ["--config", DEMO, "--data.shards", f"{digits}/train-*.tar", "--data.val_shards=", *flags]
     environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command,

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from launch import shards
+from megavit.data.class_names import class_names_beside
 from tests.data.shards import flip_bit, truncate, write_shards
+from tests.data.test_write import cifar_fixture
 
 SHARDS = str(Path(__file__).parents[2] / "launch" / "shards.py")
 
@@ -47,14 +50,10 @@ def test_index_verify_stats(tmp_path: Path) -> None:
     assert code == 0 and "unusable        41" in text  # shard 0, and one sample of shard 2
 
 
-@pytest.mark.slow
-def test_mistakes_are_named(tmp_path: Path) -> None:
-    """Catches tracebacks."""
-    for words, message in (
-        (("index", f"{tmp_path}/none-*.tar", "--out", str(tmp_path)), "none-*.tar does not exist"),
-        (("verify", f"{tmp_path}/none.manifest.json"), "none.manifest.json does not exist"),
-        (("which", "--run_dir", str(tmp_path), "--step", "3"), "is no run folder"),
-        (("which", "--run_dir", str(tmp_path), "--step", "0"), "counts from 1"),
-    ):
-        code, text = call(*words)
-        assert code == 1 and message in text, text
+@pytest.mark.parametrize("classes", [10, 100])
+def test_the_names_of_the_classes_lie_beside_the_shards(tmp_path: Path, classes: int) -> None:
+    """Catches a data set whose model has a number of classes that somebody must know by heart."""
+    cifar_fixture(tmp_path, classes)
+    words = [f"cifar{classes}", "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert shards.main(words) == 0
+    assert class_names_beside(f"{tmp_path}/out/train-*.tar") == [f"class {i}" for i in range(classes)]

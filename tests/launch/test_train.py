@@ -16,16 +16,17 @@ import webdataset as wds
 from safetensors.torch import load_file
 
 from megavit import MegaVit
-from megavit.config import run_preset
 from megavit.data.device import to_model_input
 from megavit.data.lanes import Lanes, Order
 from megavit.data.loader import EvalLoader
 from megavit.data.manifest import open_shards
+from megavit.recipe import RECIPES, read_recipe
 from tests.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "launch" / "train.py")
 BIN = Path(sys.executable).parent
+DEMO = str(RECIPES / "digits.yaml")
 
 
 @dataclass
@@ -60,7 +61,8 @@ def launch(
     start += [] if ranks is None else ["--master_port", str(free_port())]
     config = str(ROOT / "ds_configs" / json_file) if "/" not in json_file else json_file
     shards = ["--data.shards", f"{data}/train-*.tar", "--data.val_shards", f"{data}/test-*.tar"]
-    command = [*start, TRAIN, "--deepspeed_config", config, "--run_dir", str(folder), *shards, *flags]
+    command = [*start, TRAIN, "--deepspeed_config", config, "--run_dir", str(folder), "--config", DEMO]
+    command += [*shards, *flags]
     environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command,
@@ -156,8 +158,8 @@ def test_every_layout_gives_the_same_run(
 
 def check_export(run: Run, digits: Path) -> None:
     """The exported model, in this one process, classifies the test set as the run's last evaluation did."""
-    preset = run_preset("vit_tiny")
-    loader = EvalLoader(open_shards(f"{digits}/test-*.tar"), preset.model, preset.data, batch=360)
+    demo = read_recipe(DEMO)
+    loader = EvalLoader(open_shards(f"{digits}/test-*.tar"), demo.model, demo.data, batch=360)
     (batch,) = list(loader)
     with torch.no_grad():
         predicted = MegaVit.from_pretrained(run.folder / "export")(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megavit.config import ModelConfig, RunConfig, run_preset
+from megavit.config import ModelConfig, RunConfig
 from megavit.parallel.mesh import Mesh
 from megavit.scale.communication import CollectiveCounter, step_traffic
 from megavit.scale.gathers import GatherLimits, replay
@@ -28,8 +28,8 @@ def case(tp: int = 1, accum: int = 1, model: dict[str, Any] | None = None, **zer
     recompute, bf16 = zero.pop("recompute", "none"), zero.pop("bf16", False)
     return {
         "tp": tp,
-        "run": dataclasses.replace(
-            run_preset("vit_tiny"), model=dataclasses.replace(SMALL, **(model or {})), recompute=recompute
+        "run": RunConfig(
+            model=dataclasses.replace(SMALL, **(model or {})), loss="sigmoid", recompute=recompute
         ),
         "accum": accum,
         "ds": {

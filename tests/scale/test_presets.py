@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import math
 
 import pytest
 import torch
 
-from megavit.config import PRESETS, run_preset
+from megavit.config import PRESETS, RunConfig, model_preset
 from megavit.parallel.mesh import Mesh
 from megavit.train.ds_config import resolve_ds_config
 from megavit.train.inputs import Inputs
@@ -31,8 +30,7 @@ def two_steps() -> dict[str, list[float]]:
     for name in PRESETS:
         if name == "vit_22b":  # one block, pooling and classifier are 22 GB with Adam; see launch/plan.py
             continue
-        run = run_preset(name)
-        run = dataclasses.replace(run, model=dataclasses.replace(run.model, depth=1))
+        run = RunConfig(model=model_preset(name, depth=1), loss="sigmoid")
         engine = Engine(run, resolve_ds_config(DS_CONFIG, 1, "cpu"), mesh)
         model = run.model
         torch.manual_seed(0)

@@ -7,12 +7,12 @@ from itertools import pairwise
 
 import pytest
 
-from megavit.config import run_preset
+from megavit.recipe import RECIPES, read_recipe
 from megavit.scale.gpus import gpu_named, peak_flops
 from megavit.scale.roofline import Cluster
 from megavit.scale.search import Only, Plan, advice, reason, scaling, search
 
-RUN = run_preset("vit_22b")
+RUN = read_recipe(RECIPES / "vit_22b_jft.yaml")
 BATCH = 65_536
 
 

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
-from megavit.config import CheckpointConfig, run_preset
+from megavit.config import CheckpointConfig
 from megavit.model.count import num_params
 from megavit.parallel.mesh import Mesh
+from megavit.recipe import RECIPES, read_recipe
 from megavit.scale.job import Layout
 from megavit.scale.storage import checkpoint_cost
 from megavit.train.ds_config import resolve_ds_config
 from tests.ranks import run_ranks
 
-RUN = run_preset("vit_tiny")
+RUN = read_recipe(RECIPES / "digits.yaml")
 
 
 def save(folder: Path, tp_size: int, ds_config: dict[str, Any]) -> None:
@@ -58,7 +59,7 @@ def test_ranks_write_what_is_planned(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("tp", "dp"), [(8, 8), (1, 64), (8, 64)])
 def test_22b_is_written_in_equal_shares(tp: int, dp: int) -> None:
     """Catches a layout that makes one rank write for others, or a manifest that grows out of hand."""
-    run = run_preset("vit_22b")
+    run = read_recipe(RECIPES / "vit_22b_jft.yaml")
     cost = checkpoint_cost(run, Layout(tp, dp, 1))
     assert 1 <= cost.total_bytes / (12 * num_params(run.model)) < 1.00001  # classes are padded
     assert cost.most_bytes < 1.01 * cost.total_bytes / (tp * dp)

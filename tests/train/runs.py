@@ -8,9 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megavit.config import RunConfig, run_preset
+from megavit.config import RunConfig
+from megavit.recipe import RECIPES, read_recipe
 
-PRESET = run_preset("vit_tiny")
+DEMO = read_recipe(RECIPES / "digits.yaml")
 
 
 def small_run(data: Path, run_dir: Path, **changes: Any) -> RunConfig:
@@ -24,8 +25,8 @@ def small_run(data: Path, run_dir: Path, **changes: Any) -> RunConfig:
             nested[part][field] = value
         else:
             flat[key] = value
-    parts = {name: dataclasses.replace(getattr(PRESET, name), **fields) for name, fields in nested.items()}
-    return dataclasses.replace(PRESET, **parts, **flat)
+    parts = {name: dataclasses.replace(getattr(DEMO, name), **fields) for name, fields in nested.items()}
+    return dataclasses.replace(DEMO, **parts, **flat)
 
 
 def ds_config(stage: int, batch: int = 48, micro_batch: int = 48, **zero: Any) -> dict[str, Any]:

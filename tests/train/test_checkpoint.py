@@ -5,18 +5,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 
-from megavit.config import plain_config, run_preset
+from megavit.config import RunConfig, plain_config
 from megavit.parallel.layout import Layout
+from megavit.parallel.mesh import Mesh
 from megavit.train import checkpoint
 from megavit.train.checkpoint import Checkpoint, CheckpointError, RankFile
+from megavit.train.saver import open_latest
 from megavit.train.tensorfile import Entry, write_tensors
 from tests.data.shards import flip_bit, truncate
+from tests.train.saving import RUN as MODEL_RUN
+from tests.train.saving import fields_of, save_steps, saver_of
 
 LAYOUTS = {
     "plain": Layout((6, 4)),
@@ -27,7 +32,7 @@ LAYOUTS = {
     "head": Layout((7, 3), 0),  # padded when sharded
 }
 KINDS = ("weight", "exp_avg")
-RUN = plain_config(run_preset("vit_tiny"))
+RUN = plain_config(RunConfig())
 
 
 def logical(name: str, kind: str) -> np.ndarray:
@@ -210,3 +215,83 @@ def test_a_damaged_checkpoint_is_set_aside_not_deleted(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no checkpoint before step_00000010"):
         checkpoint.set_aside_latest(tmp_path)
     assert checkpoint.open_step(tmp_path).step == 10
+
+
+def test_what_latest_names_is_never_deleted(tmp_path: Path) -> None:
+    """Catches pruning by the highest number: it deleted the checkpoint that a new start would go on from."""
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step, 1, 1)
+    folder = checkpoint.checkpoints_of(tmp_path)
+    checkpoint.point_to(folder / "step_00000020")
+    checkpoint.prune(folder, keep=1, keep_every=0)
+    assert [path.name[-2:] for path in checkpoint.committed(folder)] == ["20", "30", "40"]
+    assert checkpoint.open_step(tmp_path).step == 20
+
+
+def test_a_run_that_went_back_never_meets_its_other_future(tmp_path: Path) -> None:
+    """Catches a save that is reported and then deleted, and a later start that goes on from what was left."""
+    run_dir = tmp_path / "run"
+    save_steps(run_dir, 4, 8, 12)
+    folder = checkpoint.checkpoints_of(run_dir)
+    checkpoint.point_to(folder / "step_00000004")
+    said: list[str] = []
+    found = open_latest(run_dir, "stop", Mesh.single(), said.append)
+    assert found is not None and found.step == 4
+    assert [line.split()[1] for line in said] == ["step_00000008", "step_00000012"]
+    assert names_in(folder) == "04 08.abandoned 12.abandoned latest"
+    (folder / "latest").unlink()  # the newest by number must not come back
+    assert checkpoint.open_step(run_dir).step == 4
+    saver = saver_of(run_dir, keep=1)
+    saver.committed_step = 4
+    save_steps(run_dir, 8, saver=saver)
+    assert checkpoint.open_step(run_dir).step == 8 and names_in(folder) == "08 12.abandoned latest"
+    save_steps(run_dir, 16, saver=saver)
+    assert checkpoint.open_step(run_dir).step == 16 and names_in(folder) == "16 latest"
+
+
+def names_in(folder: Path) -> str:
+    return " ".join(sorted(path.name.removeprefix("step_000000") for path in folder.iterdir()))
+
+
+def test_going_back_to_before_a_streak(tmp_path: Path) -> None:
+    """Catches a rollback to a checkpoint of the refused streak, and one that a new start undoes."""
+    run_dir = tmp_path / "run"
+    assert checkpoint.committed_before(run_dir, 100) is None
+    saver = save_steps(run_dir, 4, 8, 12, keep=9)
+    folder = checkpoint.checkpoints_of(run_dir)
+    assert [checkpoint.committed_before(run_dir, step) for step in (3, 4, 7, 8, 99)] == [None, 4, 4, 8, 12]
+    assert saver.go_back(3) is None and saver.committed_step == 12
+    found = saver.go_back(11)
+    assert found is not None and found.step == saver.committed_step == 8
+    assert checkpoint.open_step(run_dir).step == 8 and names_in(folder) == "04 08 12.abandoned latest"
+    assert checkpoint.committed_before(run_dir, 99) == 8
+    checkpoint.point_to(folder / "step_00000004")
+    assert checkpoint.committed_before(run_dir, 99) == 4  # the one of step 8 is no longer in the run's past
+
+
+def test_a_kill_while_a_checkpoint_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a pointer to a checkpoint that has just been renamed."""
+    for step in (10, 20, 30):
+        save(tmp_path, step, 1, 1)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.set_aside_latest(tmp_path)
+    assert checkpoint.open_step(tmp_path).step == 20
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.go_back(tmp_path, 10)
+    assert checkpoint.open_step(tmp_path).step == 10
+
+
+def test_a_checkpoint_that_cannot_be_deleted_does_not_undo_the_save(tmp_path: Path) -> None:
+    """Catches a committed checkpoint that is reported as not saved."""
+    saver = save_steps(tmp_path, 4, keep=1)
+    (saver.folder / "step_00000004.old.partial" / "in the way").mkdir(parents=True)
+    saver.save(8, fields_of(MODEL_RUN, 8))
+    assert saver.wait(60)
+    (saved,) = saver.finished()
+    assert saved.error == "" and saver.committed_step == 8 and checkpoint.open_step(tmp_path).step == 8
+    assert "older checkpoints could not be deleted: OSError: " in saved.note and "step_00000004" in saved.note

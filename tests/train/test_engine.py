@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megavit.config import RunConfig, run_preset
+from megavit.config import RunConfig
 from megavit.model.vit import MegaVit
 from megavit.parallel.layout import layout_of
 from megavit.parallel.mesh import Mesh
@@ -19,11 +19,10 @@ from megavit.train.inputs import Inputs
 from megavit.train.loss import image_losses, local_targets
 from megavit.train.optim import parameter_groups
 from tests.ranks import run_ranks
+from tests.train.runs import DEMO
 
 STEPS, BATCH, LR = 4, 8, 3e-3
-RUN = dataclasses.replace(
-    run_preset("vit_tiny"), model=dataclasses.replace(run_preset("vit_tiny").model, depth=2, num_classes=7)
-)
+RUN = dataclasses.replace(DEMO, model=dataclasses.replace(DEMO.model, depth=2, num_classes=7))
 
 
 def ds_config(stage: int, micro_batch: int = BATCH, **more: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import webdataset as wds
 from PIL import Image
 
 from megavit.config import RunConfig
+from megavit.train.run_lock import LOCK_FILE
 from tests.ranks import run_ranks
 from tests.train.runs import ds_config, log_of, small_run, steps_of, train_here
 
@@ -52,7 +53,7 @@ def evaluate_once(run: RunConfig) -> tuple[Any, int]:
                 most = max(most, sum(found() is not None for found in alive))
                 yield batch
 
-    found = evaluate(Engine(run, resolved, mesh), Watched(), BadSamples(1, 1), 0, watchdog)  # type: ignore[arg-type]
+    found = evaluate(Engine(run, resolved, mesh), Watched(), BadSamples(1, 1, 48), 0, watchdog)  # type: ignore[arg-type]
     watchdog.stop()
     return tuple(found), most
 
@@ -198,18 +199,23 @@ def fail_to_build(run: RunConfig, raw: dict[str, Any], error: str) -> str:
     raise AssertionError("built")
 
 
+def contents(run_dir: Path) -> dict[Path, bytes]:
+    """The run's own files; the lock tells of the last start, failed or not."""
+    return {path: path.read_bytes() for path in run_dir.glob("*.*") if path.name != LOCK_FILE}
+
+
 @pytest.mark.slow
 def test_a_failed_start_leaves_the_run_folder_as_it_was(digits: Path, tmp_path: Path) -> None:
     """Catches flags of a start that failed in the configuration of the run, and a traceback for want of
     memory."""
     run = small_run(digits, tmp_path / "run", max_steps=4)
     assert run_ranks(1, train_here, run, ds_config(3)) == [""]
-    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
+    before = contents(tmp_path / "run")
     longer = dataclasses.replace(run, max_steps=9)
     no_memory = "[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"
     (found,) = run_ranks(1, fail_to_build, longer, ds_config(3), no_memory)
     assert "out of memory while building the engine" in found and "launch/plan.py" in found
     (found,) = run_ranks(1, fail_to_build, longer, ds_config(3), "something else")
     assert found == "other: something else"
-    assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")} == before
+    assert contents(tmp_path / "run") == before
     assert json.loads((tmp_path / "run" / "ds_config.json").read_text())["train_batch_size"] == 48

@@ -109,6 +109,22 @@ def test_rollback_leaves_out_the_data_that_led_there(digits: Path, tmp_path: Pat
 
 @pytest.mark.dist
 @pytest.mark.slow
+def test_rollback_goes_behind_what_was_saved_while_updates_were_refused(
+    digits: Path, tmp_path: Path, keys: list[str]
+) -> None:
+    """Catches a rollback to a checkpoint from inside the bad range, which leaves the first bad data in."""
+    run = small_run(digits, tmp_path / "run", guard__max_skipped=3, guard__rollback=True, checkpoint__every=1)
+    assert run_ranks(1, train_with_poison, run, ds_config(3), keys[4:7]) == [""]
+    told = small_run(digits, tmp_path / "told", data__skip_steps="4:7")
+    assert run_ranks(1, train_here, told, ds_config(3)) == [""]
+    found, expected = steps_of(tmp_path / "run"), steps_of(tmp_path / "told")
+    assert [(row["step"], row["loss"]) for row in found] == [(row["step"], row["loss"]) for row in expected]
+    back = [row for row in log_of(tmp_path / "run") if row.get("event") == "rolled back"]
+    assert [(row["step"], row["left_out"]) for row in back] == [(4, "4:7")]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
 def test_rollback_without_a_checkpoint_or_effect_ends_the_run(
     digits: Path, tmp_path: Path, keys: list[str]
 ) -> None:
@@ -116,7 +132,7 @@ def test_rollback_without_a_checkpoint_or_effect_ends_the_run(
     rules = {"guard__max_skipped": 2, "guard__rollback": True}
     run = small_run(digits, tmp_path / "none", checkpoint__every=0, **rules)
     (error,) = run_ranks(1, train_with_poison, run, ds_config(3), keys[4:9])
-    assert "nothing was saved" in error
+    assert "nothing was saved before the first of them" in error
     run = small_run(digits, tmp_path / "circles", checkpoint__every=4, **rules)
     (error,) = run_ranks(1, train_with_poison, run, ds_config(3), keys[4:])
     assert "3 rollbacks to step 4 did not help" in error

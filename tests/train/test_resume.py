@@ -77,9 +77,9 @@ def test_resume_at_another_layout(whole: Path, digits: Path, tmp_path: Path, bef
     assert set(manifest["optimizer"]["steps"].values()) == {20}
     (resumed_at,) = (row for row in log_of(folder) if row.get("event") == "resumed")
     assert resumed_at["step"] == 8
-    if LAYOUTS[before][:2] != LAYOUTS[after][:2] and LAYOUTS[before][0] != LAYOUTS[after][0]:
-        sizes = f"tensor_parallel_size {LAYOUTS[before][0]} -> {LAYOUTS[after][0]}"
-        assert sizes in resumed_at["changes"]
+    for number, name in enumerate(["tensor_parallel_size", "data-parallel ranks"]):
+        was, is_now = LAYOUTS[before][number], LAYOUTS[after][number]
+        assert (f"{name} {was} -> {is_now}" in resumed_at["changes"]) == (was != is_now)
 
 
 def test_shipped_loss_stays_readable(whole: Path) -> None:

@@ -1,0 +1,105 @@
+"""An exported model on disk, opened: its configuration, and its weights, which are checked to belong to it.
+
+Only the weights' header is read for that, so a folder that is damaged, or whose two files are of different
+models, is refused before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megavit.config import ModelConfig, model_config
+from megavit.model.vit import CONFIG_FILE, POSITION, WEIGHTS_FILE, MegaVit
+from megavit.parallel.layout import layout_of
+
+_TYPES = ("F64", "F32", "F16", "BF16")
+
+
+@contextmanager
+def open_export(folder: Path, **overrides: Any) -> Iterator[tuple[ModelConfig, Any]]:
+    """The configuration of an export, its fields replaced by `overrides`, and the open safetensors file.
+
+    Raises ValueError, naming the file, when one is missing or damaged and when the weights are not those of
+    the configuration; the position embedding alone may be of another square grid.
+    """
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder} is not an exported model: {file} is missing (see launch/export.py)")
+    config = _read_config(folder / CONFIG_FILE, overrides)
+    path = folder / WEIGHTS_FILE
+    try:
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                if (found := weights.get_slice(name).get_dtype()) not in _TYPES:
+                    raise ValueError(f"{path}: {name} has the type {found}, not {' or '.join(_TYPES)}")
+            _check_shapes(path, config, stored_shapes(weights))
+            yield config, weights
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def stored_shapes(weights: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes in an open safetensors file, from its header."""
+    return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+
+
+def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a model's weights at tp_size 1. Allocates no memory for them. ValueError for
+    sizes that no memory could have."""
+    try:
+        with torch.device("meta"):
+            model = MegaVit.from_config(config, deferred_init=True)
+    except (RuntimeError, TypeError) as error:  # torch cannot count the bytes
+        raise ValueError(f"there can be no such model: {str(error).splitlines()[0]}") from error
+    return {name: layout_of(parameter).shape for name, parameter in model.named_parameters()}
+
+
+def check_depth(config: ModelConfig, names: Mapping[str, Any]) -> None:
+    """ValueError unless the weights called `names` are those of as many blocks as `config` has. Comes before
+    `logical_shapes`, which takes minutes for a million blocks."""
+    blocks = {match[1] for name in names if (match := re.match(r"blocks\.(\d+)\.", name))}
+    if len(blocks) != config.depth:
+        raise ValueError(f"model.depth is {config.depth}, but there are the weights of {len(blocks)} blocks")
+
+
+def _read_config(path: Path, overrides: dict[str, Any]) -> ModelConfig:
+    try:
+        saved = json.loads(path.read_bytes())
+        if type(saved) is not dict:
+            raise ValueError("it is no JSON object")
+        saved_config = model_config(saved)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no model's configuration: {error}") from error
+    return model_config(saved | overrides) if overrides else saved_config
+
+
+def _check_shapes(path: Path, config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
+    try:
+        check_depth(config, found)
+        expected = logical_shapes(config)
+        missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+        if missing or unknown:
+            raise ValueError(f"missing {_some(missing)}, unknown {_some(unknown)}")
+        for name, shape in expected.items():
+            fits = found[name] == shape or (name == POSITION and _is_grid(found[name], config.dim))
+            if not fits:
+                raise ValueError(f"{name} has shape {found[name]}, the model needs {shape}")
+    except ValueError as error:
+        raise ValueError(f"{path} does not hold the weights of its {CONFIG_FILE}: {error}") from error
+
+
+def _is_grid(shape: tuple[int, ...], dim: int) -> bool:
+    return len(shape) == 2 and shape[1] == dim and round(shape[0] ** 0.5) ** 2 == shape[0]
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{names[:most]}{more}" if names else "none"
