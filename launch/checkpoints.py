@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from megavit.cli import Parser
 
 if TYPE_CHECKING:
-    from megavit.train.checkpoint import Checkpoint
+    from megavit.train.checkpoint.checkpoint import Checkpoint
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,9 +39,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def list_(arguments: argparse.Namespace) -> int:
-    from megavit.train import checkpoint
+    from megavit.train.checkpoint.checkpoint import Checkpoint
+    from megavit.train.checkpoint.folder import checkpoints_of
+    from megavit.train.checkpoint.manifest import CheckpointError
 
-    folder = checkpoint.checkpoints_of(arguments.run_dir)
+    folder = checkpoints_of(arguments.run_dir)
     paths = sorted(path for path in folder.glob("step_*") if path.is_dir())
     if not paths:
         raise ValueError(f"{folder} holds no checkpoints")
@@ -50,8 +52,8 @@ def list_(arguments: argparse.Namespace) -> int:
     for path in paths:
         mark = "* " if path == latest else "  "
         try:
-            found = checkpoint.Checkpoint.open(path)
-        except checkpoint.CheckpointError as error:
+            found = Checkpoint.open(path)
+        except CheckpointError as error:
             print(f"{mark}{path.name:<26}not usable: {error}")
             continue
         gib = sum(file.bytes for file in found.files) / 2**30
@@ -63,25 +65,27 @@ def list_(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    from megavit.train import checkpoint
-    from megavit.train.tensorfile import progress_bar
+    from megavit.train.checkpoint.checkpoint import Checkpoint
+    from megavit.train.checkpoint.folder import checkpoints_of, committed, open_step
+    from megavit.train.checkpoint.manifest import CheckpointError
+    from megavit.train.checkpoint.tensorfile import progress_bar
 
     run_dir = arguments.run_dir
     if arguments.step is not None:
-        paths, problem = [checkpoint.open_step(run_dir, arguments.step).folder], ""
+        paths, problem = [open_step(run_dir, arguments.step).folder], ""
     else:
-        paths = checkpoint.committed(checkpoint.checkpoints_of(run_dir))
+        paths = committed(checkpoints_of(run_dir))
         _, problem = _latest(run_dir)
     if not paths:
         raise ValueError(problem or f"{run_dir} holds no committed checkpoint")
     damaged = 0
     for path in paths:
         try:
-            found = checkpoint.Checkpoint.open(path)
+            found = Checkpoint.open(path)
             size = sum(file.bytes for file in found.files)
             with progress_bar(size, path.name) as bar:
                 problems = found.damage(found.files, bar.update)
-        except checkpoint.CheckpointError as error:
+        except CheckpointError as error:
             problems = [str(error)]
         print(f"{path.name}: {'; '.join(problems) or f'{len(found.files)} files, {size:,} bytes, all well'}")
         damaged += bool(problems)
@@ -92,7 +96,8 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def _latest(run_dir: Path) -> tuple[Path | None, str]:
     """The checkpoint that a new start goes on from, or why none can be told."""
-    from megavit.train.checkpoint import CheckpointError, find_latest
+    from megavit.train.checkpoint.folder import find_latest
+    from megavit.train.checkpoint.manifest import CheckpointError
 
     try:
         return find_latest(run_dir), ""
@@ -129,7 +134,7 @@ def diff(arguments: argparse.Namespace) -> int:
 
 
 def _pair(arguments: argparse.Namespace) -> tuple[Checkpoint, Checkpoint]:
-    from megavit.train.checkpoint import checkpoints_of, committed, open_step, step_of
+    from megavit.train.checkpoint.folder import checkpoints_of, committed, open_step, step_of
 
     run_dir: Path = arguments.run_dir
     first, second = arguments.steps or (None, None)

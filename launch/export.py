@@ -20,8 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder for the exported model")
     parser.add_argument("--step", type=int, help="the checkpoint of this step (the newest)")
     arguments = parser.parse_args(argv)
-    from megavit.train.checkpoint import open_step
-    from megavit.train.export import export_weights
+    from megavit.train.checkpoint.export import export_weights
+    from megavit.train.checkpoint.folder import open_step
 
     try:
         checkpoint = open_step(arguments.run_dir, arguments.step)

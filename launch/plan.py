@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from megavit.cli import PROJECT_ROOT, make_parser, parse
 from megavit.fields import check_types
-from megavit.scale.gpus import GPUS, gpu_named
+from megavit.gpus import GPUS, gpu_named
 from megavit.train.ds_config import load_ds_config
 
 if TYPE_CHECKING:
-    from megavit.config import RunConfig
     from megavit.scale.search import Plan
+    from megavit.train.config import RunConfig
 
 _BASE = "ds_configs/zero3_vit22b.json"
 _NEEDS = {

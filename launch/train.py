@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from megavit.parallel.mesh import Mesh
     from megavit.train.guard import TooManySkipped
+    from megavit.train.logging.monitor import say
     from megavit.train.loop import OutOfMemory, SaveError, UselessRun, train
-    from megavit.train.monitor import say
     from megavit.train.preempt import children_spared
 
     try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from megavit.config import PRESETS, ModelConfig, RunConfig
+from megavit.model.config import PRESETS, ModelConfig
+from megavit.train.config import RunConfig
 
 if TYPE_CHECKING:
     from megavit.model.vit import MegaVit

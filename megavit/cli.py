@@ -1,4 +1,4 @@
-"""The command line of a run: flags and YAML files onto the dataclasses of `megavit.config`.
+"""The command line of a run: flags and YAML files onto the dataclasses of `*/config.py`.
 
 Precedence: defaults < `--config` files, in their order < flags. A run folder that holds a run has its own
 `config.yaml`, which takes the place of a recipe: `--config` files and flags win over it. A command for
@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from megavit.config import PRESET_FIELDS, PRESETS, RunConfig
 from megavit.data.class_names import CLASSES_FILE, class_names_beside
 from megavit.fields import Field, as_type, describe, fields_of, groups_of, nearest
+from megavit.model.config import PRESET_FIELDS, PRESETS
 from megavit.recipe import (
     OTHER_NAMES,
     PROJECT_ROOT,
@@ -32,6 +32,7 @@ from megavit.recipe import (
     read_fields,
     saved_fields,
 )
+from megavit.train.config import RunConfig
 
 DEMO_RECIPE = RECIPES / "digits.yaml"
 _TRAINING_NEEDS = {

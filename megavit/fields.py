@@ -146,3 +146,10 @@ def _is_finite(value: numbers.Real) -> bool:
 @functools.cache
 def _hints(config: type) -> dict[str, Any]:
     return get_type_hints(config)
+
+
+def require_positive(owner: str, config: Any, *names: str) -> None:
+    """ValueError, naming `owner` and the field, unless each of the fields is at least 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{owner}{name} must be at least 1, got {getattr(config, name)}")

@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
-from megavit.config import LAUNCH_FIELDS, RunConfig, model_preset
 from megavit.fields import as_type, fields_of, groups_of, nearest, shown
+from megavit.model.config import model_preset
+from megavit.train.config import LAUNCH_FIELDS, RunConfig
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 RECIPES = PROJECT_ROOT / "launch" / "recipes"

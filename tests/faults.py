@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megavit.data.write import digits_splits, write_splits
-from megavit.train.checkpoint import checkpoints_of, committed, find_latest
+from megavit.train.checkpoint.folder import checkpoints_of, committed, find_latest
 from tests.data.shards import flip_bit, reading_hangs, truncate
 from tests.disks import fill, small_disk
 from tests.jobs import EVERY, RANKS, STEPS, TIMEOUT_S, HostsJob, Job

@@ -10,9 +10,11 @@ import pytest
 import yaml
 
 from megavit.cli import PROJECT_ROOT, Command, make_parser, parse_run
-from megavit.config import DataConfig, ModelConfig, RunConfig, ScheduleConfig, model_preset, plain_config
 from megavit.data.class_names import class_names_beside, write_class_names
+from megavit.data.config import DataConfig
+from megavit.model.config import ModelConfig, model_preset
 from megavit.recipe import RECIPES, read_fields, read_recipe
+from megavit.train.config import RunConfig, ScheduleConfig, plain_config
 
 JSON = ["--deepspeed_config", "ds_configs/zero3.json"]
 OWN = ["--model.name", "vit_s16", "--data.shards", "/d/x.tar", "--max_steps", "100"]

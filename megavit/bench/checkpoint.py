@@ -21,11 +21,11 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from megavit.bench.rounds import rounds
-from megavit.config import CheckpointConfig, RunConfig, plain_config
 from megavit.parallel.layout import Layout
 from megavit.parallel.mesh import Mesh
-from megavit.train.checkpoint import Checkpoint
-from megavit.train.saver import Saver
+from megavit.train.checkpoint.checkpoint import Checkpoint
+from megavit.train.checkpoint.saver import Saver
+from megavit.train.config import CheckpointConfig, RunConfig, plain_config
 from megavit.train.zero_state import Slice
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")

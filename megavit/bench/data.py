@@ -78,10 +78,11 @@ def data_ways(folder: Path, photos: list[bytes], images: int) -> dict[str, Calla
     import simplejpeg
     import webdataset as wds
 
-    from megavit.config import DataConfig, ModelConfig
+    from megavit.data.config import DataConfig
     from megavit.data.loader import TrainLoader
     from megavit.data.manifest import open_shards
     from megavit.data.reader import ShardReader
+    from megavit.model.config import ModelConfig
 
     manifest = open_shards(str(folder / "photo.manifest.json"))
     model = ModelConfig(patch_size=16)

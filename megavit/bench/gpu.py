@@ -23,13 +23,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megavit.bench.counters import BlockMatmuls, memory_of_step
 from megavit.bench.model import clock_of
 from megavit.bench.rounds import markdown_table
-from megavit.config import ModelConfig, Recompute
 from megavit.model import norm
 from megavit.model.block import make_block
+from megavit.model.config import ModelConfig, Recompute
 from megavit.model.count import forward_flops
 from megavit.parallel.init import Initializer
 from megavit.parallel.mesh import Mesh
-from megavit.train.meters import nominal_peak
+from megavit.train.logging.meters import nominal_peak
 
 # What a block keeps for backward, in units of D per token: see `model.recompute`.
 HELD: dict[Recompute, int] = {"none": 16, "selective": 9, "full": 1}

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from megavit.config import Recompute
 from megavit.fields import nearest
+from megavit.model.config import Recompute
 
 
 @dataclass(frozen=True)

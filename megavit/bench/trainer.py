@@ -16,9 +16,10 @@ import torch
 from megavit.bench.model import clock_of
 from megavit.bench.peers import Shape
 from megavit.bench.rounds import Spread, markdown_table, rounds, speed_ratio, spread
-from megavit.config import RunConfig, model_config
+from megavit.model.config import model_config
 from megavit.model.vit import MegaVit
 from megavit.parallel.mesh import Mesh
+from megavit.train.config import RunConfig
 from megavit.train.ds_config import has_cuda_compiler, resolve_ds_config
 from megavit.train.inputs import Inputs
 from megavit.train.loss import image_losses, local_targets

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megavit.config import DataConfig
 from megavit.data.bad import SampleError
 from megavit.data.cache import ShardCache
+from megavit.data.config import DataConfig
 from megavit.data.identity import difference, rows_of_run
 from megavit.data.images import open_image
 from megavit.data.index import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, ShardError, walk_tar

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from megavit.config import DataConfig, ModelConfig
 from megavit.data import transforms
 from megavit.data.bad import BadSample, SampleError
 from megavit.data.cache import ShardCache
+from megavit.data.config import DataConfig
 from megavit.data.decode import DecodeError, Decoder
 from megavit.data.identity import ShardRow, difference, rows_of_run
 from megavit.data.index import IMAGE_EXTENSIONS, LABEL_EXTENSIONS
@@ -36,6 +36,7 @@ from megavit.data.manifest import Manifest
 from megavit.data.reader import ShardReader
 from megavit.data.sources import is_local
 from megavit.data.worker import CHECK_S, WorkerLog, start_forkserver, watched
+from megavit.model.config import ModelConfig
 
 _MAX_WORKERS = 4  # processes cost memory: more of them only for whom decoding is too slow
 

@@ -12,7 +12,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from megavit.config import DataConfig
+from megavit.data.config import DataConfig
 
 NUM_RANDOM = 9  # uniforms that one training image consumes
 NUM_MIX_RANDOM = 4  # and one pair of slots, for mixup and cutmix

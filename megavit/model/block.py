@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megavit.config import ModelConfig, Recompute
+from megavit.model.config import ModelConfig, Recompute
 from megavit.model.norm import normalize
 from megavit.model.recompute import recompute_with
 from megavit.parallel.collectives import dropout, gather_from_tp

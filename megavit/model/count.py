@@ -7,7 +7,7 @@ recomputation never counts.
 
 from __future__ import annotations
 
-from megavit.config import ModelConfig
+from megavit.model.config import ModelConfig
 
 
 def block_matrices(config: ModelConfig) -> int:

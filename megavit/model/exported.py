@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megavit.config import ModelConfig, model_config
+from megavit.model.config import ModelConfig, model_config
 from megavit.model.vit import CONFIG_FILE, POSITION, WEIGHTS_FILE, MegaVit
 from megavit.parallel.layout import layout_of
 

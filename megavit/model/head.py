@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megavit.config import ModelConfig
 from megavit.model.block import Mlp, Norm
+from megavit.model.config import ModelConfig
 from megavit.parallel.collectives import copy_to_tp, gather_from_tp
 from megavit.parallel.init import Initializer
 from megavit.parallel.layout import Layout

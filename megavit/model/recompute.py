@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from megavit.config import Recompute
+from megavit.model.config import Recompute
 from megavit.parallel.linear import MATMULS, RowParallelLinear
 
 _aten = torch.ops.aten

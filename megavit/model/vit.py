@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from megavit.config import ModelConfig, Recompute, model_config, model_preset
 from megavit.model.block import Norm, make_block
+from megavit.model.config import ModelConfig, Recompute, model_config, model_preset
 from megavit.model.head import Classifier, MapHead, wide
 from megavit.parallel.collectives import dropout
 from megavit.parallel.init import Initializer

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megavit.config import ModelConfig, Recompute
+from megavit.model.config import ModelConfig, Recompute
 from megavit.scale.gathers import replay
 from megavit.scale.inventory import inventory
 from megavit.scale.job import Layout, ZeroSettings

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from megavit.config import ModelConfig
 from megavit.model.block import ParallelBlock, SequentialBlock
+from megavit.model.config import ModelConfig
 from megavit.model.vit import MegaVit
 from megavit.parallel.mesh import Mesh
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megavit.config import ModelConfig, Recompute
+from megavit.model.config import ModelConfig, Recompute
 from megavit.scale.gathers import Moment, replay
 from megavit.scale.inventory import Unit, inventory
 from megavit.scale.job import Layout, ZeroSettings

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from megavit.config import RunConfig
 from megavit.parallel.mesh import Mesh
 from megavit.scale.communication import CollectiveCounter, step_traffic
 from megavit.scale.memory import predict_memory
 from megavit.scale.search import Plan
+from megavit.train.config import RunConfig
 from megavit.train.ds_config import has_cuda_compiler, resolve_ds_config
 from megavit.train.engine import Engine
 from megavit.train.inputs import Inputs

@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
-from megavit.config import LAUNCH_FIELDS, RunConfig, flat_config, model_preset, plain_config
+from megavit.model.config import model_preset
 from megavit.scale.search import Plan, reason
 from megavit.scale.storage import checkpoint_cost
+from megavit.train.config import LAUNCH_FIELDS, RunConfig, flat_config, plain_config
 
 _GIB = 2**30
 _PLOT_GPUS = [8 * 2**n for n in range(10)]  # 8 to 4096

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from megavit.config import ModelConfig, Recompute
+from megavit.gpus import Gpu
+from megavit.model.config import ModelConfig, Recompute
 from megavit.model.count import forward_flops, repeated_flops, train_flops
 from megavit.scale.communication import tp_bytes
 from megavit.scale.gathers import replay
-from megavit.scale.gpus import Gpu
 from megavit.scale.inventory import inventory
 from megavit.scale.job import Layout, ZeroSettings
 

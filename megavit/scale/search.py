@@ -8,15 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from megavit.config import ModelConfig, Recompute, RunConfig
 from megavit.fields import nearest
+from megavit.gpus import GPUS
+from megavit.model.config import ModelConfig, Recompute
 from megavit.model.count import train_flops
 from megavit.scale.gathers import GatherLimits
-from megavit.scale.gpus import GPUS
 from megavit.scale.inventory import inventory
 from megavit.scale.job import Layout, ZeroSettings
 from megavit.scale.memory import Memory, predict_memory
 from megavit.scale.roofline import Cluster, StepTime, predict_step
+from megavit.train.config import RunConfig
 
 _RUNTIME_GIB = 2.0  # CUDA context, NCCL's buffers, cuBLAS's workspaces
 _FRAGMENTATION = 1.05  # of the allocator's peak

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from megavit.config import RunConfig, plain_config
 from megavit.model.vit import MegaVit
 from megavit.parallel.layout import layout_of
 from megavit.parallel.mesh import Mesh
 from megavit.scale.job import Layout
-from megavit.train.checkpoint import WEIGHT, Checkpoint, RankFile
+from megavit.train.checkpoint.checkpoint import Checkpoint
+from megavit.train.checkpoint.manifest import WEIGHT, RankFile
+from megavit.train.config import RunConfig, plain_config
 from megavit.train.zero_state import MOMENTS
 
 _KINDS = (WEIGHT, *MOMENTS)  # float32 each

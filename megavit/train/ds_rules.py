@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megavit.config import nearest
+from megavit.fields import nearest
 
 _SHOWN_CHARACTERS = 60
 

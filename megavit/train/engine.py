@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megavit.config import RunConfig
 from megavit.model.block import ParallelBlock, SequentialBlock
 from megavit.model.vit import MegaVit
 from megavit.parallel.collectives import reduce_from_tp, sum_over_dp, sum_over_world
 from megavit.parallel.layout import layout_of
 from megavit.parallel.mesh import Mesh
+from megavit.train.config import RunConfig
 from megavit.train.ds_config import uses_bf16
 from megavit.train.ds_patches import deepspeed, safe_get_full_fp32_param, set_z3_leaf_modules
 from megavit.train.inputs import Inputs

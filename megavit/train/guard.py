@@ -7,7 +7,7 @@ import statistics
 from collections import deque
 from typing import Any
 
-from megavit.config import GuardConfig
+from megavit.train.config import GuardConfig
 
 _WINDOW = 128  # accepted norms that the median is taken of
 _ENOUGH = 32  # before, no norm is called unusual

@@ -11,7 +11,6 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from megavit.config import RunConfig
 from megavit.data.bad import BadSample
 from megavit.data.cache import ShardCache
 from megavit.data.device import blend, to_model_input
@@ -20,6 +19,7 @@ from megavit.data.loader import Batch, EvalLoader, Share, TrainLoader
 from megavit.data.manifest import DATA_FILE, Manifest, open_shards
 from megavit.parallel.collectives import gather_from_tp, max_over_tp, sum_over_world
 from megavit.parallel.mesh import Mesh
+from megavit.train.config import RunConfig
 from megavit.train.loss import local_targets
 
 

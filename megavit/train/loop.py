@@ -10,17 +10,22 @@ from typing import Any
 
 import torch
 
-from megavit.config import RunConfig, plain_config
 from megavit.data.bad import BAD_SAMPLES_FILE, BadSamples, TooManyBadSamples
 from megavit.data.lanes import DataState, mix
 from megavit.data.loader import Batch
 from megavit.data.manifest import DATA_FILE
 from megavit.parallel.mesh import Mesh
-from megavit.train.checkpoint import Checkpoint, open_step
+from megavit.train.checkpoint.checkpoint import Checkpoint
+from megavit.train.checkpoint.export import export_weights, load_exported
+from megavit.train.checkpoint.folder import open_step
+from megavit.train.checkpoint.resume import check_resumable, describe_changes
+from megavit.train.checkpoint.run_lock import RunLock
+from megavit.train.checkpoint.saver import SaveError, Saver, open_latest, restore
+from megavit.train.checkpoint.shared_io import run_together
+from megavit.train.config import RunConfig, plain_config
 from megavit.train.ds_config import batch_advice, has_cuda_compiler, resolve_ds_config
 from megavit.train.engine import Engine, StepResult
 from megavit.train.evaluation import evaluate
-from megavit.train.export import export_weights, load_exported
 from megavit.train.guard import Guard, TooManySkipped
 from megavit.train.inputs import (
     check_replicas,
@@ -31,14 +36,10 @@ from megavit.train.inputs import (
     to_inputs,
     train_loader,
 )
-from megavit.train.log_file import LogFile
-from megavit.train.monitor import LOG_FILE, Monitor, choose_run_dir, reference_results, say
+from megavit.train.logging.log_file import LogFile
+from megavit.train.logging.monitor import LOG_FILE, Monitor, choose_run_dir, reference_results, say
 from megavit.train.preempt import PREEMPTED_FILE, StopRequest, children_spared
-from megavit.train.resume import check_resumable, describe_changes
-from megavit.train.run_lock import RunLock
-from megavit.train.saver import SaveError, Saver, open_latest, restore
 from megavit.train.schedule import lr_at
-from megavit.train.shared_io import run_together
 from megavit.train.watchdog import Watchdog
 
 _MAX_ROLLBACKS = 3  # to one checkpoint

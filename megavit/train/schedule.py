@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megavit.config import ScheduleConfig
+from megavit.train.config import ScheduleConfig
 
 
 def lr_at(step: int, total_steps: int, peak: float, schedule: ScheduleConfig) -> float:

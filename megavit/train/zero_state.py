@@ -19,7 +19,7 @@ from megavit.parallel.collectives import broadcast_over_tp
 from megavit.parallel.init import initial_values_of
 from megavit.parallel.layout import Box, layout_of
 from megavit.parallel.mesh import Mesh
-from megavit.train.checkpoint import WEIGHT
+from megavit.train.checkpoint.manifest import WEIGHT
 
 # (parameter's name, boxes, flat arrays by kind): fills the arrays, see ZeroState.load
 Read = Callable[[str, list[Box], dict[str, np.ndarray]], None]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megavit.data.bad import BadSample, BadSamples, SampleError, TooManyBadSamples
-from megavit.train.log_file import LogFile
+from megavit.train.logging.log_file import LogFile
 from tests.disks import fill, small_disk
 
 MANY = 10**9

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from megavit.config import DataConfig
 from megavit.data.audit import verify
 from megavit.data.cache import ShardCache
+from megavit.data.config import DataConfig
 from megavit.data.manifest import index_pattern, open_shards, read_manifest
 from megavit.data.reader import ShardReader
 from megavit.data.sources import SourceError

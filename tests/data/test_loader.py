@@ -19,12 +19,13 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from megavit.config import DataConfig, ModelConfig
 from megavit.data.cache import ShardCache
+from megavit.data.config import DataConfig
 from megavit.data.lanes import DataState
 from megavit.data.loader import Batch, EvalLoader, Share, TrainLoader
 from megavit.data.manifest import index_pattern, open_shards
 from megavit.data.worker import WorkerError
+from megavit.model.config import ModelConfig
 from megavit.recipe import RECIPES, read_recipe
 from tests.data.shards import flip_bit, picture, reading_hangs, truncate, write_shards
 

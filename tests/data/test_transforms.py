@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megavit.config import DataConfig
 from megavit.data import transforms
+from megavit.data.config import DataConfig
 from megavit.data.transforms import NUM_MIX_RANDOM, NUM_RANDOM
 
 

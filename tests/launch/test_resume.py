@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megavit.train.checkpoint import checkpoints_of, committed
+from megavit.train.checkpoint.folder import checkpoints_of, committed
 from tests.data.shards import flip_bit
 from tests.launch.test_train import BIN, DEMO, ROOT, SHORT, TRAIN, Run, launch
 from tests.processes import command_of, descendants

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from megavit.parallel.mesh import Mesh
-from megavit.train.checkpoint import open_step
-from megavit.train.export import export_weights
-from megavit.train.manifest import seal
-from megavit.train.resume import check_resumable
-from megavit.train.run_lock import RunLock
-from megavit.train.saver import open_latest, restore
-from megavit.train.tensorfile import checksum_of
+from megavit.train.checkpoint.export import export_weights
+from megavit.train.checkpoint.folder import open_step
+from megavit.train.checkpoint.manifest import seal
+from megavit.train.checkpoint.resume import check_resumable
+from megavit.train.checkpoint.run_lock import RunLock
+from megavit.train.checkpoint.saver import open_latest, restore
+from megavit.train.checkpoint.tensorfile import checksum_of
 from tests.data.shards import truncate
 from tests.train.saving import RUN, ModelState, save_steps
 

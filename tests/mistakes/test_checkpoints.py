@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megavit.train.log_file import discard_rows
+from megavit.train.logging.log_file import discard_rows
 from tests.data.shards import flip_bit
 from tests.mistakes.harm import (
     DEEP,

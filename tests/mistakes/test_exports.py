@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megavit.model.vit import MegaVit
 from megavit.parallel.mesh import Mesh
-from megavit.train.export import load_exported
+from megavit.train.checkpoint.export import load_exported
 from tests.mistakes.harm import (
     CONFIG,
     DEEP,

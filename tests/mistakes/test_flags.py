@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from megavit.cli import parse_run
-from megavit.config import model_config, plain_config
+from megavit.model.config import model_config
 from megavit.recipe import RECIPES, read_recipe
+from megavit.train.config import plain_config
 
 JSON = ["--deepspeed_config", "ds_configs/zero3.json"]
 OWN = [*JSON, "--model.name", "vit_s16", "--data.shards", "/d/x.tar", "--max_steps", "100"]

@@ -8,8 +8,8 @@ from timm.layers import RmsNorm
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
-from megavit.config import ModelConfig
 from megavit.model.block import ParallelBlock, attend, make_block
+from megavit.model.config import ModelConfig
 from megavit.parallel.init import Initializer
 from megavit.parallel.mesh import Mesh
 

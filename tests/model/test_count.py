@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megavit.config import PRESETS, ModelConfig, model_preset
+from megavit.model.config import PRESETS, ModelConfig, model_preset
 from megavit.model.count import block_matrices, forward_flops, num_params, train_flops, trunk_flops_per_token
 from megavit.model.vit import MegaVit
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megavit.config import ModelConfig
+from megavit.model.config import ModelConfig
 from megavit.model.vit import MegaVit
 from megavit.parallel.layout import layout_of
 from megavit.parallel.mesh import Mesh

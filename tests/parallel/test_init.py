@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from megavit.config import ModelConfig
+from megavit.model.config import ModelConfig
 from megavit.model.vit import MegaVit
 from megavit.parallel.init import Initializer
 from megavit.parallel.layout import Layout, layout_of

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from megavit.config import ModelConfig, RunConfig
+from megavit.model.config import ModelConfig
 from megavit.parallel.mesh import Mesh
 from megavit.scale.communication import CollectiveCounter, step_traffic
 from megavit.scale.gathers import GatherLimits, replay
 from megavit.scale.inventory import inventory
 from megavit.scale.job import Layout, ZeroSettings
+from megavit.train.config import RunConfig
 from megavit.train.ds_config import resolve_ds_config
 from megavit.train.inputs import Inputs
 from tests.ranks import run_ranks

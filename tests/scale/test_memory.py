@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megavit.config import ModelConfig, Recompute, model_preset
+from megavit.model.config import ModelConfig, Recompute, model_preset
 from megavit.model.count import num_params
 from megavit.model.vit import MegaVit
 from megavit.scale.gathers import GatherLimits

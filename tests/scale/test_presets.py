@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
-from megavit.config import PRESETS, RunConfig, model_preset
+from megavit.model.config import PRESETS, model_preset
 from megavit.parallel.mesh import Mesh
+from megavit.train.config import RunConfig
 from megavit.train.ds_config import resolve_ds_config
 from megavit.train.inputs import Inputs
 from tests.ranks import run_ranks

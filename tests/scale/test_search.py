@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
+from megavit.gpus import gpu_named, peak_flops
 from megavit.recipe import RECIPES, read_recipe
-from megavit.scale.gpus import gpu_named, peak_flops
 from megavit.scale.roofline import Cluster
 from megavit.scale.search import Only, Plan, advice, reason, scaling, search
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from megavit.config import CheckpointConfig
 from megavit.model.count import num_params
 from megavit.parallel.mesh import Mesh
 from megavit.recipe import RECIPES, read_recipe
 from megavit.scale.job import Layout
 from megavit.scale.storage import checkpoint_cost
+from megavit.train.config import CheckpointConfig
 from megavit.train.ds_config import resolve_ds_config
 from tests.ranks import run_ranks
 
@@ -22,9 +22,9 @@ RUN = read_recipe(RECIPES / "digits.yaml")
 
 
 def save(folder: Path, tp_size: int, ds_config: dict[str, Any]) -> None:
-    from megavit.config import plain_config
+    from megavit.train.checkpoint.saver import Saver
+    from megavit.train.config import plain_config
     from megavit.train.engine import Engine
-    from megavit.train.saver import Saver
 
     mesh = Mesh.from_environment(tp_size)
     run = dataclasses.replace(RUN, tensor_parallel_size=tp_size)

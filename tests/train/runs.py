@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megavit.config import RunConfig
 from megavit.recipe import RECIPES, read_recipe
+from megavit.train.config import RunConfig
 
 DEMO = read_recipe(RECIPES / "digits.yaml")
 

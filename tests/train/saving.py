@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megavit.config import CheckpointConfig, RunConfig, plain_config
 from megavit.data.lanes import DataState
 from megavit.model.vit import MegaVit
 from megavit.parallel.layout import layout_of
 from megavit.parallel.mesh import Mesh
-from megavit.train.saver import Saver
+from megavit.train.checkpoint.saver import Saver
+from megavit.train.config import CheckpointConfig, RunConfig, plain_config
 from megavit.train.zero_state import MOMENTS, Slice
 from tests.train.runs import DEMO
 

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from megavit.config import RunConfig, plain_config
 from megavit.parallel.layout import Layout
 from megavit.parallel.mesh import Mesh
-from megavit.train import checkpoint
-from megavit.train.checkpoint import Checkpoint, CheckpointError, RankFile
-from megavit.train.saver import open_latest
-from megavit.train.tensorfile import Entry, write_tensors
+from megavit.train.checkpoint import folder as checkpoint
+from megavit.train.checkpoint.checkpoint import Checkpoint
+from megavit.train.checkpoint.manifest import CheckpointError, RankFile
+from megavit.train.checkpoint.saver import open_latest
+from megavit.train.checkpoint.tensorfile import Entry, write_tensors
+from megavit.train.config import RunConfig, plain_config
 from tests.data.shards import flip_bit, truncate
 from tests.train.saving import RUN as MODEL_RUN
 from tests.train.saving import fields_of, save_steps, saver_of

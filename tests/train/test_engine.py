@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from megavit.config import RunConfig
 from megavit.model.vit import MegaVit
 from megavit.parallel.layout import layout_of
 from megavit.parallel.mesh import Mesh
+from megavit.train.config import RunConfig
 from megavit.train.ds_config import resolve_ds_config
 from megavit.train.inputs import Inputs
 from megavit.train.loss import image_losses, local_targets

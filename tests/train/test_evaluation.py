@@ -16,8 +16,8 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from megavit.config import RunConfig
-from megavit.train.run_lock import LOCK_FILE
+from megavit.train.checkpoint.run_lock import LOCK_FILE
+from megavit.train.config import RunConfig
 from tests.ranks import run_ranks
 from tests.train.runs import ds_config, log_of, small_run, steps_of, train_here
 

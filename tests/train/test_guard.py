@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megavit.config import GuardConfig, RunConfig
+from megavit.train.config import GuardConfig, RunConfig
 from megavit.train.guard import Guard
 from tests.ranks import run_ranks
 from tests.train.runs import ds_config, log_of, small_run, steps_of, train_here

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megavit.train.log_file import LogFile
+from megavit.train.logging.log_file import LogFile
 from tests.disks import fill, small_disk
 
 

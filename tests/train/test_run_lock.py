@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 
 from megavit.parallel.mesh import Mesh
-from megavit.train import run_lock
-from megavit.train.run_lock import RunInUse, RunLock
+from megavit.train.checkpoint import run_lock
+from megavit.train.checkpoint.run_lock import RunInUse, RunLock
 from tests.train.runs import ds_config, small_run
 from tests.train.saving import save_steps
 
 HOLDER = """
 import os, pathlib, subprocess, sys
-from megavit.train.run_lock import RunLock
+from megavit.train.checkpoint.run_lock import RunLock
 lock = RunLock(pathlib.Path(sys.argv[1]), print)
 lock.acquire()
 children = [subprocess.Popen(["sleep", "60"]).pid, os.fork()]

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from megavit.config import RunConfig
-from megavit.train import tensorfile
-from megavit.train.checkpoint import committed, find_latest
-from megavit.train.tensorfile import Entry, write_tensors
+from megavit.train.checkpoint import tensorfile
+from megavit.train.checkpoint.folder import committed, find_latest
+from megavit.train.checkpoint.tensorfile import Entry, write_tensors
+from megavit.train.config import RunConfig
 from megavit.train.watchdog import HANG_EXIT_STATUS
 from tests.ranks import run_ranks
 from tests.train.runs import ds_config, log_of, small_run, train_here
@@ -26,7 +26,7 @@ def fail_in_turn(run_dir: Path) -> list[tuple[int, str, int]]:
     """In a rank: six saves, of which the middle four fail for different reasons; what this rank is told, and
     its newest committed step."""
     from megavit.parallel.mesh import Mesh
-    from megavit.train import saver as module
+    from megavit.train.checkpoint import saver as module
 
     mesh = Mesh.from_environment(1)
     state = ModelState(RUN, mesh)
@@ -79,7 +79,7 @@ def test_whatever_fails_is_a_failed_save_on_every_rank(tmp_path: Path) -> None:
 def lose_a_rank(run_dir: Path) -> str:
     """In a rank: a save during which rank 1 ends; what the other's next call says."""
     from megavit.parallel.mesh import Mesh
-    from megavit.train import saver as module
+    from megavit.train.checkpoint import saver as module
 
     mesh = Mesh.from_environment(1)
     saver = saver_of(run_dir, mesh=mesh)
@@ -110,7 +110,8 @@ def test_a_lost_rank_ends_the_others(tmp_path: Path) -> None:
 def train_on_a_slow_disk(run: RunConfig, raw: dict[str, Any]) -> str:
     """In a rank: a run in which rank 1 writes its part of the checkpoint, and rank 0 the export, for as long
     as the other's watchdog has not heard of it a few times."""
-    from megavit.train import export, loop, saver, shared_io
+    from megavit.train import loop
+    from megavit.train.checkpoint import export, saver, shared_io
 
     rank = int(os.environ["RANK"])
     heard = [Path(run.run_dir).parent / f"heard-{number}" for number in range(2)]
@@ -155,7 +156,8 @@ def test_ranks_that_wait_for_the_slowest_know_that_it_writes(digits: Path, tmp_p
 HANG = """
 import sys, time
 from pathlib import Path
-from megavit.train import loop, saver
+from megavit.train import loop
+from megavit.train.checkpoint import saver
 from tests.train.runs import ds_config, small_run, train_here
 watchdogs = []
 at = loop.Watchdog.at

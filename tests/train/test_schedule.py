@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megavit.config import ScheduleConfig
+from megavit.train.config import ScheduleConfig
 from megavit.train.schedule import lr_at
 
 

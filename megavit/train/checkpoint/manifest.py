@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from megavit.config import model_config
+from megavit.model.config import model_config
 from megavit.parallel.layout import Layout
 
 WEIGHT = "weight"  # the other kinds are the optimizer's own names: exp_avg, exp_avg_sq

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from megavit.config import LAUNCH_FIELDS, ModelConfig, RunConfig, flat_config, plain_config
 from megavit.data.json_data import json_field
 from megavit.data.lanes import DataState, ranges_from_json
-from megavit.train.checkpoint import MANIFEST_FILE, Checkpoint, CheckpointError
+from megavit.model.config import ModelConfig
+from megavit.train.checkpoint.checkpoint import MANIFEST_FILE, Checkpoint
+from megavit.train.checkpoint.manifest import CheckpointError
+from megavit.train.config import LAUNCH_FIELDS, RunConfig, flat_config, plain_config
 
 # Expected to differ from one start of a run to the next.
 _OF_THE_START = {

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from megavit.config import RunConfig, plain_config
 from megavit.data.bad import BAD_SAMPLES_FILE
 from megavit.model.count import num_params, train_flops
 from megavit.parallel.mesh import Mesh
+from megavit.train.checkpoint.saver import Progress, Saved
+from megavit.train.config import RunConfig, plain_config
 from megavit.train.ds_config import uses_bf16
-from megavit.train.environment import environment
 from megavit.train.inputs import Inputs
-from megavit.train.log_file import LogFile, discard_rows, read_rows
-from megavit.train.meters import memory_gib, rank_peak_flops
-from megavit.train.saver import Progress, Saved
+from megavit.train.logging.environment import environment
+from megavit.train.logging.log_file import LogFile, discard_rows, read_rows
+from megavit.train.logging.meters import memory_gib, rank_peak_flops
 from megavit.train.schedule import lr_at
 
 if TYPE_CHECKING:

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megavit.config import CheckpointConfig
 from megavit.parallel.layout import Layout, layout_of
 from megavit.parallel.mesh import Mesh
-from megavit.train import checkpoint
-from megavit.train.checkpoint import MANIFEST_FILE, WEIGHT, Checkpoint, CheckpointError, RankFile
-from megavit.train.shared_io import run_together
-from megavit.train.tensorfile import Entry, write_tensors
+from megavit.train.checkpoint import folder as checkpoint
+from megavit.train.checkpoint.checkpoint import MANIFEST_FILE, Checkpoint
+from megavit.train.checkpoint.manifest import WEIGHT, CheckpointError, RankFile
+from megavit.train.checkpoint.shared_io import run_together
+from megavit.train.checkpoint.tensorfile import Entry, write_tensors
+from megavit.train.config import CheckpointConfig
 from megavit.train.zero_state import MOMENTS, Slice, ZeroState
 
 _RNG = "rng"

@@ -7,8 +7,8 @@ import time
 
 import torch
 
+from megavit.gpus import peak_flops
 from megavit.parallel.mesh import Mesh
-from megavit.scale.gpus import peak_flops
 
 
 def memory_gib(mesh: Mesh) -> float:

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from megavit.config import ModelConfig, model_config
+from megavit.model.config import ModelConfig, model_config
 from megavit.model.exported import check_depth, logical_shapes, open_export, stored_shapes
 from megavit.model.vit import CONFIG_FILE, POSITION, WEIGHTS_FILE, resize_position
 from megavit.parallel.layout import Box, layout_of
 from megavit.parallel.mesh import Mesh
-from megavit.train.checkpoint import MANIFEST_FILE, WEIGHT, Checkpoint, CheckpointError
-from megavit.train.tensorfile import Entry, progress_bar, write_tensors
+from megavit.train.checkpoint.checkpoint import MANIFEST_FILE, Checkpoint
+from megavit.train.checkpoint.manifest import WEIGHT, CheckpointError
+from megavit.train.checkpoint.tensorfile import Entry, progress_bar, write_tensors
 from megavit.train.zero_state import ZeroState
 
 _HEAD = ("head.weight", "head.bias")

@@ -1,0 +1,133 @@
+"""The input of a run: typed, frozen, validated on construction. Imports the standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from megavit.fields import check_types, require_positive
+
+Augment = Literal["inception", "none"]
+_PILLOWS_PIXELS = 178_956_970  # twice PIL.Image.MAX_IMAGE_PIXELS
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from and how they are augmented.
+
+    Args:
+        shards: training shards: a manifest (data/train.manifest.json) or paths and urls with braces or, for
+            local ones, wildcards, e.g. data/train-{000000..000099}.tar; http(s), s3, gs and pipe are fetched
+            whole.
+        val_shards: validation shards, same notation; empty trains without evaluation.
+        workers: decoding processes per rank; 0 decodes in the training process. Not given, there is one for
+            each core that the rank has, and no more than 4.
+        augment: inception (random crop of crop_area of the image, aspect 3/4 to 4/3) or none (the evaluation
+            transform).
+        crop_area: smallest and largest share of the image's area that the inception crop keeps.
+        flip: mirror half of the training images left to right.
+        shift: move training images by up to this share of their side (black border); for tiny images.
+        rotate_degrees: turn training images by up to this angle (black border); for tiny images.
+        zoom: scale training images by 1 - zoom to 1 + zoom (black border); for tiny images.
+        mixup: alpha of mixup's Beta(alpha, alpha) blend of neighbouring slots; 0 leaves it out.
+        cutmix: alpha of cutmix, as mixup; with both, each pair of slots gets one or the other.
+        eval_crop: share of the side kept by the evaluation's centre crop (0.875 is the ImageNet convention).
+        antialias: low-pass before shrinking a crop; without it decoding is faster and images are harsher.
+        decoder: full (libjpeg-turbo) or region (decodes the crop only; needs nvidia-nvimgcodec-cu13).
+        max_labels: most labels of an image; one with more counts as bad.
+        max_pixels: most pixels of an image by its header; one with more counts as bad. Decoding takes up to
+            16 bytes a pixel (WebP; PNG 14, JPEG 3 to 14): 0.8 GB at the default.
+        lanes: parallel streams of the order, fixed for a run; every global batch size it uses must be a
+            multiple. 0 takes the greatest common divisor of the global batch and 1024.
+        shuffle_block: samples that are shuffled among themselves within a lane.
+        skip_steps: data to leave out, e.g. 12000:12100,15000:15050; after step 12000 the data jump ahead by
+            100 steps, so that what steps 12001 to 12100 would have read is left out.
+        allow_changed_manifest: go on with a saved run although its training shards have changed.
+        tp: split (each rank of a TP group decodes its part and the group gathers the batch) or replicate
+            (every rank decodes everything; no communication, compared every check_every steps).
+        check_every: steps between two comparisons of the TP ranks' batches under tp replicate.
+        max_bad_fraction: stop when more than this share of the samples seen was unusable, each counted once
+            however many epochs read it (ten are free; with 0 none is).
+        max_bad_shards: stop when more than so many shards fail as a whole, without a good step in between.
+        allow_pipe: let a manifest name shell commands (pipe:COMMAND) as shards; those in shards and
+            val_shards themselves need no permission.
+        cache_dir: node-local folder for remote shards, shared by the node's ranks; empty takes
+            megavit-shards-UID in $TMPDIR (/tmp), which only this user can open.
+        cache_gb: size that the cache folder may have, in GB.
+        timeout_s: seconds after which a stalled download, or a batch that does not come, is an error.
+    """
+
+    shards: str = ""
+    val_shards: str = ""
+    workers: int | None = None
+    augment: Augment = "inception"
+    crop_area: tuple[float, float] = (0.05, 1.0)
+    flip: bool = True
+    shift: float = 0.0
+    rotate_degrees: float = 0.0
+    zoom: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    eval_crop: float = 0.875
+    antialias: bool = True
+    decoder: Literal["full", "region"] = "full"
+    max_labels: int = 32
+    max_pixels: int = 50_000_000
+    lanes: int = 0
+    shuffle_block: int = 16_384
+    skip_steps: str = ""
+    allow_changed_manifest: bool = False
+    tp: Literal["split", "replicate"] = "split"
+    check_every: int = 100
+    max_bad_fraction: float = 1e-3
+    max_bad_shards: int = 8
+    allow_pipe: bool = False
+    cache_dir: str = ""
+    cache_gb: float = 100.0
+    timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        check_types(self, "data.")
+        low, high = self.crop_area
+        if not 0.0 < low <= high <= 1.0:
+            raise ValueError(f"data.crop_area must satisfy 0 < smallest <= largest <= 1, got [{low}, {high}]")
+        if not 0.0 < self.eval_crop <= 1.0:
+            raise ValueError(f"data.eval_crop must lie in (0, 1], got {self.eval_crop}")
+        for name in "shift rotate_degrees zoom mixup cutmix workers lanes max_bad_shards".split():
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"data.{name} cannot be negative, got {getattr(self, name)}")
+        require_positive("data.", self, "max_labels", "shuffle_block", "check_every")
+        if not 0.0 <= self.max_bad_fraction <= 1.0:
+            raise ValueError(f"data.max_bad_fraction must lie in [0, 1], got {self.max_bad_fraction}")
+        for name in ("cache_gb", "timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"data.{name} must be positive, got {getattr(self, name)}")
+        if not 0 < self.max_pixels <= _PILLOWS_PIXELS:
+            raise ValueError(
+                f"data.max_pixels must lie in 1 to {_PILLOWS_PIXELS}, where Pillow refuses images, got "
+                f"{self.max_pixels}"
+            )
+        _step_ranges(self.skip_steps)
+
+    @property
+    def skips(self) -> tuple[tuple[int, int], ...]:
+        """`skip_steps` as ranges (A, B), ascending."""
+        return _step_ranges(self.skip_steps)
+
+
+def _step_ranges(text: str) -> tuple[tuple[int, int], ...]:
+    """`A:B,C:D` as ranges, ascending. ValueError for anything but A < B, and ranges that overlap."""
+    ranges = []
+    for part in filter(None, text.replace(" ", "").split(",")):
+        first, _, last = part.partition(":")
+        if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+            raise ValueError(
+                f"data.skip_steps must be A:B[,C:D...] with A < B, e.g. 12000:12100, got {part!r}"
+            )
+        ranges.append((int(first), int(last)))
+    ranges.sort()
+    for one, following in pairwise(ranges):
+        if following[0] < one[1]:
+            raise ValueError(f"data.skip_steps: {one[0]}:{one[1]} and {following[0]}:{following[1]} overlap")
+    return tuple(ranges)

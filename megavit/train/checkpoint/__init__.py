@@ -1,0 +1,1 @@
+"""The training state on disk: written by every rank, read by any layout."""
