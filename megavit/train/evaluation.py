@@ -33,12 +33,12 @@ def evaluate(
     A prediction is right if it is one of the image's labels. Bad samples are recorded and left out; an image
     without any label is no part of top-1.
     """
-    run, mesh = engine.run, engine.mesh
+    data, mesh = engine.run.data, engine.mesh
     counts = torch.zeros(3, device=mesh.device, dtype=torch.float64)  # right, labelled, usable
     bad: list[BadSample] = []
     for number, batch in enumerate(loader):
         watchdog.at(f"evaluating batch {number} after step {step}")
-        images, labels, weights = whole_batch(batch, run, mesh)
+        images, labels, weights = whole_batch(batch, data, mesh)
         predicted = engine.predict(to_model_input(images, mesh.device)).argmax(1)
         right = (labels == predicted[:, None]).any(1)
         labelled = (labels >= 0).any(1)
@@ -46,7 +46,7 @@ def evaluate(
         bad += batch.bad
     right_count, labelled_count, usable = sum_over_dp(mesh, counts).tolist()
     if usable < loader.num_samples:
-        bad_samples.record(step, gather_bad(bad, run, mesh))
+        bad_samples.record(step, gather_bad(bad, data, mesh))
     num_labelled, num_unlabelled = int(labelled_count), int(usable - labelled_count)
     top1 = right_count / max(num_labelled, 1)
     return Evaluation(top1, num_labelled, num_unlabelled, loader.num_samples - int(usable))

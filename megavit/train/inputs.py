@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megavit.data.bad import BadSample
 from megavit.data.cache import ShardCache
+from megavit.data.config import DataConfig
 from megavit.data.device import blend, to_model_input
 from megavit.data.lanes import DataState
 from megavit.data.loader import Batch, EvalLoader, Share, TrainLoader
@@ -34,18 +35,16 @@ class Inputs(NamedTuple):
     weights: Tensor  # float32 [b]
 
 
-def share_of(run: RunConfig, mesh: Mesh) -> Share:
+def share_of(data: DataConfig, mesh: Mesh) -> Share:
     """Which part of every batch this rank decodes."""
-    if run.data.tp == "replicate":
+    if data.tp == "replicate":
         return Share(mesh.dp_rank, mesh.dp_size, local_size=mesh.local_size)
     return Share(mesh.dp_rank, mesh.dp_size, mesh.tp_rank, mesh.tp_size, mesh.local_size)
 
 
-def open_data(shards: str, run: RunConfig, mesh: Mesh) -> Manifest:
+def open_data(shards: str, data: DataConfig, mesh: Mesh) -> Manifest:
     """The shards that a pattern or manifest names, read by the main rank. Collective over the world."""
-    return mesh.on_main(
-        lambda: open_shards(shards, _cache(run), progress=True, allow_pipe=run.data.allow_pipe)
-    )
+    return mesh.on_main(lambda: open_shards(shards, _cache(data), progress=True, allow_pipe=data.allow_pipe))
 
 
 def train_loader(
@@ -64,8 +63,8 @@ def train_loader(
         seed=run.seed,
         global_batch=ds_config["train_batch_size"],
         micro_batch=ds_config["train_micro_batch_size_per_gpu"],
-        share=share_of(run, mesh),
-        cache=_cache(run),
+        share=share_of(run.data, mesh),
+        cache=_cache(run.data),
         allow_unlabelled=run.loss == "sigmoid",
         state=state,
         data_file=Path(run.run_dir) / DATA_FILE if run.run_dir else None,
@@ -78,29 +77,29 @@ def eval_loader(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> EvalLo
     if not run.data.val_shards:
         return None
     return EvalLoader(
-        open_data(run.data.val_shards, run, mesh),
+        open_data(run.data.val_shards, run.data, mesh),
         run.model,
         run.data,
         batch=ds_config["train_micro_batch_size_per_gpu"],
-        share=share_of(run, mesh),
-        cache=_cache(run),
+        share=share_of(run.data, mesh),
+        cache=_cache(run.data),
         allow_unlabelled=run.loss == "sigmoid",
     )
 
 
-def _cache(run: RunConfig) -> ShardCache:
-    return ShardCache(run.data.cache_dir, int(run.data.cache_gb * 1e9), timeout_s=run.data.timeout_s)
+def _cache(data: DataConfig) -> ShardCache:
+    return ShardCache(data.cache_dir, int(data.cache_gb * 1e9), timeout_s=data.timeout_s)
 
 
 @torch.no_grad()
-def whole_batch(batch: Batch, run: RunConfig, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
+def whole_batch(batch: Batch, data: DataConfig, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
     """uint8 images [b, S, S, C], labels [b, M] and weights [b] of the whole micro-batch, on the device.
 
     Under `tp: split` three all-gathers over the TP group, 150 kB an image at 224 pixels.
     """
     size = len(batch.flips)
     parts = [part.to(mesh.device, non_blocking=True) for part in (batch.images, batch.labels, batch.weights)]
-    if run.data.tp == "split":
+    if data.tp == "split":
         parts = [gather_from_tp(mesh, part, 0)[:size] for part in parts]
     images, labels, weights = parts
     return images, labels, weights
@@ -109,7 +108,7 @@ def whole_batch(batch: Batch, run: RunConfig, mesh: Mesh) -> tuple[Tensor, Tenso
 @torch.no_grad()
 def to_inputs(batch: Batch, run: RunConfig, mesh: Mesh) -> Inputs:
     """A training micro-batch on the device. Collective over the TP group."""
-    images, labels, weights = whole_batch(batch, run, mesh)
+    images, labels, weights = whole_batch(batch, run.data, mesh)
     targets = local_targets(run.loss, labels, run.model.num_classes, mesh, run.label_smoothing)
     pixels = to_model_input(images, mesh.device, batch.flips)
     if batch.blends is not None:
@@ -118,19 +117,19 @@ def to_inputs(batch: Batch, run: RunConfig, mesh: Mesh) -> Inputs:
 
 
 @torch.no_grad()
-def start_counts(batches: list[Batch], stop: bool, run: RunConfig, mesh: Mesh) -> Tensor:
+def start_counts(batches: list[Batch], stop: bool, data: DataConfig, mesh: Mesh) -> Tensor:
     """The number of usable samples of a step's global batch, and how many ranks were asked to stop: float32
     [2] on the device, the same on all ranks. Nothing waits for it here. One all-reduce over the world."""
     weight = torch.stack([batch.weights.sum() for batch in batches]).sum()
-    if run.data.tp == "replicate" and mesh.tp_rank:
+    if data.tp == "replicate" and mesh.tp_rank:
         weight = torch.zeros_like(weight)
     counts = torch.stack([weight, torch.tensor(float(stop))])
     return sum_over_world(mesh, counts.to(mesh.device, non_blocking=True))
 
 
-def gather_bad(mine: list[BadSample], run: RunConfig, mesh: Mesh) -> list[BadSample]:
+def gather_bad(mine: list[BadSample], data: DataConfig, mesh: Mesh) -> list[BadSample]:
     """The ranks' bad samples of a step or an evaluation, on every rank. Collective over the world."""
-    if run.data.tp == "replicate" and mesh.tp_rank:
+    if data.tp == "replicate" and mesh.tp_rank:
         mine = []
     return [bad for found in mesh.gather(mine) for bad in found]
 

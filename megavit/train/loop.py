@@ -98,7 +98,7 @@ class Trainer:
         self.saved = open_latest(self.run_dir, run.checkpoint.on_damage, mesh, self._say)
         if self.saved:
             check_resumable(self.saved, run)
-        self._shards = open_data(run.data.shards, run, mesh)
+        self._shards = open_data(run.data.shards, run.data, mesh)
         left_out = self.saved.state["left_out"] if self.saved else ()
         self._take_position(self.saved, [(first, last) for first, last in left_out])
         self._rollbacks: Counter[int] = Counter()
@@ -182,7 +182,7 @@ class Trainer:
         self.watchdog.at(f"computing step {step + 1}")
         if self.run.data.tp == "replicate" and step % self.run.data.check_every == 0:
             check_replicas(batches, step, self.mesh)
-        counts = start_counts(batches, bool(stop), self.run, self.mesh)
+        counts = start_counts(batches, bool(stop), self.run.data, self.mesh)
         micro_batches = (to_inputs(batch, self.run, self.mesh) for batch in batches)
         if step == 0:
             micro_batches = self.monitor.show_first(micro_batches)
@@ -224,7 +224,7 @@ class Trainer:
     def _account_for_bad_samples(self, batches: list[Batch], weight: int) -> None:
         # The weight, and so this decision, is the same on every rank.
         mine = [bad for batch in batches for bad in batch.bad]
-        bad = gather_bad(mine, self.run, self.mesh) if weight < self.global_batch else []
+        bad = gather_bad(mine, self.run.data, self.mesh) if weight < self.global_batch else []
         try:
             self.bad_samples.add(self.step, self.global_batch, bad)
         except TooManyBadSamples:
