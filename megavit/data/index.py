@@ -113,7 +113,7 @@ class ShardIndex:
         `check`, only its length is compared."""
         content = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
         header, payload = _split_header(content, name)
-        if check and blake2b(memoryview(payload), digest_size=16).hexdigest() != header["digest"]:
+        if check and blake2b(payload.data, digest_size=16).hexdigest() != header["digest"]:
             raise ShardError(f"index {name} is damaged (its digest differs); {_REINDEX}")
         samples, members = header["samples"], header["members"]
         parts = []

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from megavit.data.cache import ShardCache
 from megavit.data.decode import DecodeError, Decoder
 from megavit.data.identity import ShardRow, difference, rows_of_run
 from megavit.data.index import IMAGE_EXTENSIONS, LABEL_EXTENSIONS
-from megavit.data.json_data import parse_json
+from megavit.data.json_data import json_field, parse_json
 from megavit.data.labels import pad_labels, parse_labels
 from megavit.data.lanes import MAX_LANES, DataState, Lanes, Order, uniforms
 from megavit.data.manifest import Manifest
@@ -262,21 +262,19 @@ class TrainLoader:
         """Where the data stand before `step`, for a checkpoint (JSON); `DataState.from_json` reads it."""
         epoch, position = self.order.place(step)
         lanes = self.order.lanes
-        return asdict(
-            DataState(
-                step=step,
-                epoch=epoch,
-                position=position,
-                num_lanes=lanes.num_lanes,
-                block=lanes.block,
-                seed=lanes.seed,
-                skipped=tuple(skip for skip in self.order.skips if skip[0] <= step),
-                manifest=self._digests[0],
-                checksums=self._digests[1],
-                shards=len(self._manifest),
-                samples=self._manifest.num_samples,
-            )
-        )
+        return DataState(
+            step=step,
+            epoch=epoch,
+            position=position,
+            num_lanes=lanes.num_lanes,
+            block=lanes.block,
+            seed=lanes.seed,
+            skipped=tuple(skip for skip in self.order.skips if skip[0] <= step),
+            manifest=self._digests[0],
+            checksums=self._digests[1],
+            shards=len(self._manifest),
+            samples=self._manifest.num_samples,
+        ).to_json()
 
     def save_order(self, path: Path, step: int) -> None:
         """Write what tells the samples of any step from `step` on (`launch/shards.py which`).
@@ -299,10 +297,10 @@ class TrainLoader:
         """The state in an order file, if that tells of the same order as `fields` and the same shards."""
         try:
             before = parse_json(path.read_bytes())
-            state = DataState.from_json(before["state"])
-            same = all(before[name] == fields[name] for name in ("shards", "global_batch", "skips"))
-        except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or one that tells nothing
+            state = DataState.from_json(json_field(before, "state", dict))
+        except (FileNotFoundError, ValueError):  # none, or one that tells nothing
             return None
+        same = all(before.get(name) == fields[name] for name in ("shards", "global_batch", "skips"))
         return before["state"] if same and self._manifest.is_same(state.manifest, state.checksums) else None
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:

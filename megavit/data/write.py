@@ -230,7 +230,7 @@ def _cifar_arrays(root: Path, files: Iterable[str], label_key: bytes, num_classe
                 raise ValueError(f"it holds no {label_key.decode()}")
             pixels, found = np.asarray(batch[b"data"], np.uint8), np.asarray(batch[label_key], np.int64)
         except Exception as error:  # a damaged pickle raises whatever it runs into
-            raise ValueError(f"{path} is not a CIFAR batch: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{path} is not a CIFAR batch: {error}") from error
         if pixels.ndim != 2 or pixels.shape[1] != 3072 or found.shape != (len(pixels),):
             raise ValueError(
                 f"{path}: data of shape {pixels.shape} with labels of shape {found.shape} is not CIFAR"

@@ -402,6 +402,11 @@ def missing_first_index(folder: Path) -> None:
     (folder / "data" / "x-000.tar.idx").unlink()
 
 
+def commands(folder: Path) -> None:
+    made = write_shards(folder / "data", shards=1, samples=3)
+    dataclasses.replace(made, urls=("pipe:touch ran",)).save(folder / "data" / "x.manifest.json")
+
+
 def cut_off_shard(folder: Path) -> None:
     write_shards(folder / "data", shards=1, samples=3, indexed=False)
     truncate(folder / "data" / "x-000.tar", 600)
@@ -511,6 +516,16 @@ COMMANDS: dict[str, tuple[Callable[[Path], None], str, str]] = {
         cut_off_shard,
         "verify {tmp}/data/x-000.tar",
         r"{tmp}/data/x-000\.tar is truncated: it ends at byte 600",
+    ),
+    "verify: commands": (
+        commands,
+        f"verify {DATA}",
+        r"x\.manifest\.json: shard 0 is the shell command.*--allow_pipe",
+    ),
+    "stats: commands": (
+        commands,
+        f"stats {DATA}",
+        r"x\.manifest\.json: shard 0 is the shell command.*--allow_pipe",
     ),
     "stats: negative": (shards, f"stats {DATA} --shards -1", "--shards -1 cannot be negative"),
     "which: no run": (
