@@ -170,6 +170,8 @@ def _split_header(content: np.ndarray, name: str) -> tuple[dict, np.ndarray]:
             raise ValueError(f"its counts are {numbers}"[:200])
         json_field(header, "checksums", bool)
         json_field(header, "digest", str)
+        if "content" in header:
+            json_field(header, "content", str)
         if not all(isinstance(extension, str) for extension in json_field(header, "extensions", list)):
             raise ValueError("its extensions are no strings")
     except ValueError as error:

@@ -159,6 +159,7 @@ TARS: dict[str, tuple[Way, str]] = {
         header_with(samples="3"),
         r"x-000\.tar\.idx.*'samples' is a string \('3'\), not a wh",
     ),
+    "index: content null": (header_with(content=None), r"x-000\.tar\.idx.*'content' is null, not a string"),
     "index: negative count": (header_with(samples=-3), r"x-000\.tar\.idx is not an index.*counts are .*-3"),
     "index: count too large": (
         header_with(samples=10**6),
