@@ -191,7 +191,8 @@ def order_of_run(run_dir: Path) -> tuple[Manifest, Order]:
         raise ValueError(f"{path} does not tell the order of a run: {error}") from error
     manifest = open_shards(shards, allow_pipe=True)  # from the indexes alone: nothing is fetched
     if not manifest.is_same(state.manifest, state.checksums):
-        what = difference(manifest.rows(), before) if (before := rows_of_run(path)) else shards
-        raise ValueError(f"the shards have changed since the run of {run_dir}: {what}")
+        before = rows_of_run(path)
+        what = difference(manifest.rows(), before) if before else ""
+        raise ValueError(f"the shards {shards} have changed since the run of {run_dir}: {what or 'digest'}")
     lanes = Lanes(manifest.samples, state.num_lanes, state.seed, state.block)
     return manifest, Order(lanes, global_batch, skips, state)

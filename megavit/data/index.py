@@ -113,7 +113,7 @@ class ShardIndex:
         `check`, only its length is compared."""
         content = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
         header, payload = _split_header(content, name)
-        if check and blake2b(memoryview(payload), digest_size=16).hexdigest() != header["digest"]:
+        if check and blake2b(payload.data, digest_size=16).hexdigest() != header["digest"]:
             raise ShardError(f"index {name} is damaged (its digest differs); {_REINDEX}")
         samples, members = header["samples"], header["members"]
         parts = []
@@ -170,6 +170,8 @@ def _split_header(content: np.ndarray, name: str) -> tuple[dict, np.ndarray]:
             raise ValueError(f"its counts are {numbers}"[:200])
         json_field(header, "checksums", bool)
         json_field(header, "digest", str)
+        if "content" in header:
+            json_field(header, "content", str)
         if not all(isinstance(extension, str) for extension in json_field(header, "extensions", list)):
             raise ValueError("its extensions are no strings")
     except ValueError as error:

@@ -162,17 +162,18 @@ class DataState:
     samples: int
 
     def to_json(self) -> dict[str, Any]:
-        """The state as JSON has it, for a checkpoint."""
-        return asdict(self) | {"skipped": [list(steps) for steps in self.skipped]}
+        """The state as plain values, for a checkpoint."""
+        return asdict(self) | {"skipped": [list(skip) for skip in self.skipped]}
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> DataState:
-        """What `to_json` gave, or an older state that has a single digest. ValueError for anything else."""
+        """The state that `to_json` made plain, or an older one that has a single digest. ValueError for
+        anything else."""
         fields = {"checksums": fields.get("manifest")} | fields
         kinds = {"int": int, "str": str}
-        found = {
-            f.name: json_field(fields, f.name, kinds.get(str(f.type), list))
-            for f in dataclass_fields(DataState)
+        found: dict[str, Any] = {
+            field.name: json_field(fields, field.name, kinds.get(str(field.type), list))
+            for field in dataclass_fields(DataState)
         }
         return DataState(**found | {"skipped": ranges_from_json(found["skipped"])})
 

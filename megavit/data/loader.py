@@ -29,7 +29,7 @@ from megavit.data.config import DataConfig
 from megavit.data.decode import DecodeError, Decoder
 from megavit.data.identity import ShardRow, difference, rows_of_run
 from megavit.data.index import IMAGE_EXTENSIONS, LABEL_EXTENSIONS
-from megavit.data.json_data import parse_json
+from megavit.data.json_data import json_field, parse_json
 from megavit.data.labels import pad_labels, parse_labels
 from megavit.data.lanes import MAX_LANES, DataState, Lanes, Order, uniforms
 from megavit.data.manifest import Manifest
@@ -322,10 +322,10 @@ class TrainLoader:
         """The state in an order file, if that tells of the same order as `fields` and the same shards."""
         try:
             before = parse_json(path.read_bytes())
-            state = DataState.from_json(before["state"])
-            same = all(before[name] == fields[name] for name in ("shards", "global_batch", "skips"))
-        except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or one that tells nothing
+            state = DataState.from_json(json_field(before, "state", dict))
+        except (FileNotFoundError, ValueError):  # none, or one that tells nothing
             return None
+        same = all(before.get(name) == fields[name] for name in ("shards", "global_batch", "skips"))
         return before["state"] if same and self._manifest.is_same(state.manifest, state.checksums) else None
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:

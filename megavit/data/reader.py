@@ -154,6 +154,9 @@ class ShardReader:
     def _pread(self, shard: int, index: int, file: int, member: Member) -> bytes:
         try:
             return os.pread(file, member.size, member.offset)
+        except MemoryError as error:
+            reason = f"its {member.extension} of {member.size} bytes does not fit into memory"
+            raise self._error(shard, index, reason) from error
         except OSError:
             # A network file system may have replaced the file or dropped the handle: once more with a new
             # one.

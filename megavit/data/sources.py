@@ -65,7 +65,7 @@ def local_path(url: str) -> Path:
 
 def is_command(url: str) -> bool:
     """Whether reading this url runs a shell command of its own choice."""
-    return _scheme_of(url) == "pipe"
+    return url.startswith("pipe:")
 
 
 def open_regular(path: str | Path) -> int:
@@ -79,7 +79,7 @@ def open_regular(path: str | Path) -> int:
 def fetcher(url: str) -> Fetch:
     """How to fetch a url. SourceError for an unknown scheme, a missing package, a pipe under WDS_SECURE."""
     scheme = _scheme_of(url)
-    if scheme == "pipe":
+    if is_command(url):
         if os.environ.get("WDS_SECURE", "") not in ("", "0"):
             raise SourceError(f"shard {url}: WDS_SECURE is set, and a pipe runs any shell command; not tried")
         return _fetch_pipe

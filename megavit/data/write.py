@@ -239,7 +239,7 @@ def _cifar_arrays(root: Path, files: Iterable[str], label_key: bytes, num_classe
         batch = _read_cifar(path, b"data", label_key)
         try:
             pixels, found = np.asarray(batch[b"data"], np.uint8), np.asarray(batch[label_key], np.int64)
-        except (ValueError, TypeError, OverflowError) as error:
+        except Exception as error:  # a damaged pickle raises whatever it runs into
             raise ValueError(f"{path} is not a CIFAR file: {error}") from error
         if pixels.ndim != 2 or pixels.shape[1] != 3072 or found.shape != (len(pixels),):
             raise ValueError(

@@ -110,6 +110,14 @@ def test_only_regular_files_are_read(tmp_path: Path, kind: str) -> None:
         read(ShardReader(manifest), 1, 0)
 
 
+def test_a_member_larger_than_memory_is_a_bad_sample(tmp_path: Path) -> None:
+    """Catches `verify` or a run that ends because an index states an absurd size."""
+    reader = ShardReader(write_shards(tmp_path, shards=1))
+    member = reader.members(0, 0)["png"]._replace(size=1 << 60)
+    with pytest.raises(SampleError, match="its png of 1152921504606846976 bytes does not fit into memory"):
+        reader.read(0, 0, [member])
+
+
 def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a descriptor per shard: a run over 400,000 shards would end at the limit."""
     monkeypatch.setattr("megavit.data.reader._MAX_OPEN", 2)

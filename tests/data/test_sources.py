@@ -166,8 +166,7 @@ def test_s3_is_tried_as_often_as_http(
     monkeypatch.setitem(
         fsspec.config.conf, "s3", {"endpoint_url": server.url(f"/{behaviour}/99"), "key": "k", "secret": "s"}
     )
-    started = time.monotonic()
+    cache.timeout_s = 1 if behaviour == "hang" else 60
     with pytest.raises(SourceError, match="in 3 tries"):
         fetched(cache, "s3://shards/a.tar")
-    assert time.monotonic() - started < 10
     assert len(server.requests) == 3

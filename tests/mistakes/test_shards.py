@@ -159,6 +159,7 @@ TARS: dict[str, tuple[Way, str]] = {
         header_with(samples="3"),
         r"x-000\.tar\.idx.*'samples' is a string \('3'\), not a wh",
     ),
+    "index: content null": (header_with(content=None), r"x-000\.tar\.idx.*'content' is null, not a string"),
     "index: negative count": (header_with(samples=-3), r"x-000\.tar\.idx is not an index.*counts are .*-3"),
     "index: count too large": (
         header_with(samples=10**6),
@@ -402,6 +403,11 @@ def missing_first_index(folder: Path) -> None:
     (folder / "data" / "x-000.tar.idx").unlink()
 
 
+def commands(folder: Path) -> None:
+    made = write_shards(folder / "data", shards=1, samples=3)
+    dataclasses.replace(made, urls=("pipe:touch ran",)).save(folder / "data" / "x.manifest.json")
+
+
 def cut_off_shard(folder: Path) -> None:
     write_shards(folder / "data", shards=1, samples=3, indexed=False)
     truncate(folder / "data" / "x-000.tar", 600)
@@ -511,6 +517,16 @@ COMMANDS: dict[str, tuple[Callable[[Path], None], str, str]] = {
         cut_off_shard,
         "verify {tmp}/data/x-000.tar",
         r"{tmp}/data/x-000\.tar is truncated: it ends at byte 600",
+    ),
+    "verify: commands": (
+        commands,
+        f"verify {DATA}",
+        r"x\.manifest\.json: shard 0 is the shell command.*--allow_pipe",
+    ),
+    "stats: commands": (
+        commands,
+        f"stats {DATA}",
+        r"x\.manifest\.json: shard 0 is the shell command.*--allow_pipe",
     ),
     "stats: negative": (shards, f"stats {DATA} --shards -1", "--shards -1 cannot be negative"),
     "which: no run": (
