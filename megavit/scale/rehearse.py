@@ -48,10 +48,10 @@ class Rehearsal:
 def rehearse(
     run: RunConfig, raw_ds_config: dict[str, Any], tp_size: int, dp_size: int, steps: int = 3
 ) -> Rehearsal:
-    """Build rank 0 of the grid and take `steps` optimizer steps. Once a process: the imagined process group
+    """Build rank 0 of the grid and take `steps` optimizer steps. Once a process: the fake process group
     cannot be replaced."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    mesh = Mesh.imagined(tp_size, dp_size, device)
+    mesh = Mesh.fake(tp_size, dp_size, device)
     meter = _CudaMeter() if device.type == "cuda" else _ResidentMeter()
     run = replace(run, tensor_parallel_size=tp_size)
     ds_config = resolve_ds_config(raw_ds_config, dp_size, device.type, has_compiler=has_cuda_compiler())
