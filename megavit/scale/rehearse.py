@@ -99,7 +99,8 @@ def compare(plan: Plan, depth: int, measured: Rehearsal, *, on_cpu: bool) -> str
         f"built in {measured.build_s:.1f} s with at most {measured.build_peak_bytes / 2**30:.2f} GiB, the "
         f"last step took {measured.step_s:.2f} s",
         "",
-        f"| of this rank | predicted | measured | ratio | predicted with all {plan.model.depth} blocks |",
+        "| of this rank | predicted | measured | predicted / measured | predicted with all "
+        f"{plan.model.depth} blocks |",
         "|---|---|---|---|---|",
     ]
     names, found = ("persistent", "peak"), (measured.persistent_bytes, measured.peak_bytes)
