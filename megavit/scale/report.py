@@ -68,7 +68,7 @@ def details(plan: Plan, run: RunConfig) -> str:
     for name, seconds in plan.step.parts().items():
         if seconds:
             share = seconds / plan.step.total
-            lines.append(f"  {_PART_NAMES[name]:<44}{seconds:8.3f} s {share:7.1%}")
+            lines.append(f"  {_PART_NAMES[name]:<46}{seconds:8.3f} s {share:7.1%}")
     cost = checkpoint_cost(run, plan.layout)
     bandwidth = plan.cluster.filesystem_gb_per_s
     whole = (
@@ -94,7 +94,7 @@ def _rate(plan: Plan) -> str:
 
 
 def _sizes(title: str, items: dict[str, int]) -> list[str]:
-    return [f"  {title}", *(f"    {name:<42}{size / _GIB:8.2f} GiB" for name, size in items.items())]
+    return [f"  {title}", *(f"    {name:<44}{size / _GIB:8.2f} GiB" for name, size in items.items())]
 
 
 def as_json(plans: list[Plan], run: RunConfig, advice: list[str]) -> dict[str, Any]:
