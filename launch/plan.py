@@ -1,12 +1,13 @@
 """Plan a run before the nodes are rented: `python launch/plan.py --config launch/recipes/vit_22b_jft.yaml
 --nodes 16 --gpus_per_node 8 --gpu h100` finds the best layout, predicts its memory and time, and writes the
-files to submit; `--rehearse` runs one true rank of it here. See --help.
+files to submit; `--rehearse` runs one true rank of it here. See --help and megavit/scale/README.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 from megavit.cli import PROJECT_ROOT, make_parser, parse
 from megavit.fields import check_types
 from megavit.gpus import GPUS, gpu_named
+from megavit.scale.choices import Only, require_choice
+from megavit.scale.cluster import Cluster
 from megavit.train.ds_config import load_ds_config
+from megavit.train.schedule import steps_of
 
 if TYPE_CHECKING:
     from megavit.scale.search import Plan
@@ -34,28 +38,40 @@ class PlanConfig:
     """The cluster, and what to do with the plan.
 
     Args:
-        nodes: hosts.
-        gpus_per_node: GPUs a host.
-        gpu: their kind.
-        global_batch: images a step; 0 takes the JSON's.
-        network_gb_per_s: GB/s a node and direction.
-        filesystem_gb_per_s: GB/s of all ranks together.
-        host_gib: memory of a host, GiB.
-        cores_per_gpu: CPU cores for one rank.
-        only: consider nothing else, e.g. tp=8,stage=3,recompute=selective,offload=false,micro_batch=8.
+        nodes: number of nodes.
+        gpus_per_node: GPUs of a node.
+        gpu: kind of GPU, one of the list above; any other is described as NAME:GiB:TFLOPs:GBps[:linkGBps],
+            which are its memory, its dense bf16 rate, its memory bandwidth, and its bandwidth to another GPU
+            of the node (32, PCIe 4, if left out), e.g. mine:96:400:1800:64.
+        global_batch: images of an optimizer step, over all GPUs; 0 takes the DeepSpeed JSON's.
+        dataset_size: images of the training set; with --epochs it gives the number of steps.
+        epochs: passes over the training set; the steps are ceil(epochs * dataset_size / global batch) and
+            replace --max_steps and a recipe's.
+        network_gb_per_s: network bandwidth of a node, in one direction, in GB/s (8 x 400 Gbit/s are 400).
+        filesystem_gb_per_s: bandwidth of the shared file system, for all ranks together, in GB/s; it decides
+            how long a checkpoint takes.
+        host_gib: host memory of a node, in GiB; offloading may use 90% of it.
+        cores_per_gpu: CPU cores that decode images for one GPU.
+        only: consider only these choices, e.g. tp=8,stage=3,recompute=selective,offload=none,micro_batch=8.
+            stage is ZeRO's (2 or 3), recompute is none, selective or full, offload is none, optimizer (master
+            weights and Adam's states wait in host memory) or params (the weights too); offload=true means
+            optimizer, and false none.
         rows: lines of the table.
         out: folder for the files to submit.
-        json: file for everything as JSON (- prints only that).
-        plot: PNG of memory and step time on 8 to 4096 GPUs.
-        rehearse: steps to take as one true rank of the best plan, here.
-        rehearse_gib: memory that the rehearsal may take.
-        rehearse_micro_batch: images a micro-step; 0 takes 1 on a CPU, else the planned ones.
+        json: file for everything as JSON, in bytes and seconds (- prints only that).
+        plot: PNG file with memory and step time on 8 to 4096 GPUs.
+        rehearse: steps to take as one true rank of the best plan, on this machine; the other ranks do not
+            exist, and their collectives move nothing. 3 reach the steady state.
+        rehearse_gib: memory that the rehearsal may take, in GiB; it has fewer blocks if all do not fit.
+        rehearse_micro_batch: images of a micro-step in the rehearsal; 0 takes 1 on a CPU, else the plan's.
     """
 
     nodes: int = 1
     gpus_per_node: int = 8
     gpu: str = "h100"
     global_batch: int = 0
+    dataset_size: int = 0
+    epochs: float = 0.0
     network_gb_per_s: float = 400.0
     filesystem_gb_per_s: float = 50.0
     host_gib: float = 1024.0
@@ -71,27 +87,60 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "--")
-        for name in ("global_batch", "rows", "rehearse", "rehearse_micro_batch"):
+        for name in ("global_batch", "dataset_size", "epochs", "rows", "rehearse", "rehearse_micro_batch"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} cannot be negative, got {getattr(self, name)}")
+        if self.rehearse_gib <= 0:
+            raise ValueError(f"--rehearse_gib must be positive, got {self.rehearse_gib:g}")
+        if self.epochs and not self.dataset_size:
+            raise ValueError(f"--epochs {self.epochs:g} needs --dataset_size, the images of the training set")
+        if self.dataset_size and not self.epochs:
+            raise ValueError(f"--dataset_size {self.dataset_size} needs --epochs, the passes over it")
+        if self.out and Path(self.out).is_file():
+            raise ValueError(f"--out {self.out} is a file; name a folder")
+        for name in ("json", "plot"):
+            if Path(getattr(self, name) or "-").is_dir():
+                raise ValueError(f"--{name} {getattr(self, name)} is a folder; name a file")
+        if self.plot and not importlib.util.find_spec("matplotlib"):
+            raise ValueError("--plot needs matplotlib: pip install 'megavit[plot]'")
+
+    def cluster(self) -> Cluster:
+        """ValueError for a kind of GPU that is not known, or a size that is not positive."""
+        return Cluster(
+            gpu_named(self.gpu),
+            self.nodes,
+            self.gpus_per_node,
+            self.network_gb_per_s,
+            self.filesystem_gb_per_s,
+            self.host_gib,
+            self.cores_per_gpu,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(
         "python launch/plan.py",
-        "Search the best layout of a run on a cluster. The model, the recipe and the data are given as to "
-        f"launch/train.py; optimizer, clipping and global batch come from --deepspeed_config ({_BASE}). "
-        "Days and GPU-hours need the number of steps: a recipe, or --max_steps. Kinds of GPU: "
+        "Search the best layout of a run on a cluster: ZeRO stage, tensor-parallel (TP) size, micro-batch, "
+        "recomputation, offloading. The model, the recipe and the data are given as to launch/train.py; "
+        f"optimizer, clipping and global batch come from --deepspeed_config ({_BASE}). Days and GPU-hours "
+        "need the number of steps: a recipe, --max_steps, or --epochs with --dataset_size. What the printed "
+        "words mean, and what the predictions rest on, is in megavit/scale/README.md. Kinds of GPU: "
         f"{', '.join(sorted(GPUS))}.",
     )
     parser.add_fields(PlanConfig)
     command = parse(parser, argv, needs=_NEEDS)
     for note in command.notes:
         print(note, file=sys.stderr)
-    try:
+    try:  # all that can be wrong, before torch is imported
         flags = PlanConfig(**command.more)
+        cluster, only = flags.cluster(), Only.parse(flags.only)
         base = base_ds_config(command.deepspeed_config or PROJECT_ROOT / _BASE)
-        return plan(command.run, base, flags)
+        global_batch = flags.global_batch or base["train_batch_size"]
+        require_choice(command.run.model, global_batch, cluster, only)
+        run = command.run
+        if flags.epochs:
+            run = dataclasses.replace(run, max_steps=steps_of(flags.epochs, flags.dataset_size, global_batch))
+        return plan(run, base, flags, cluster, only, global_batch)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -105,22 +154,17 @@ def base_ds_config(path: str | Path) -> dict[str, Any]:
     return base
 
 
-def plan(run: RunConfig, base: dict[str, Any], flags: PlanConfig) -> int:
+def plan(
+    run: RunConfig,
+    base: dict[str, Any],
+    flags: PlanConfig,
+    cluster: Cluster,
+    only: Only,
+    global_batch: int,
+) -> int:
     from megavit.scale import report
-    from megavit.scale.roofline import Cluster
-    from megavit.scale.search import Only, advice, scaling, search
+    from megavit.scale.search import advice, scaling, search
 
-    global_batch = flags.global_batch or base["train_batch_size"]
-    cluster = Cluster(
-        gpu_named(flags.gpu),
-        flags.nodes,
-        flags.gpus_per_node,
-        flags.network_gb_per_s,
-        flags.filesystem_gb_per_s,
-        flags.host_gib,
-        flags.cores_per_gpu,
-    )
-    only = Only.parse(flags.only)
     plans = search(run, global_batch, cluster, only)
     best = plans[0]
     hints = advice(run, global_batch, cluster, plans)
@@ -148,7 +192,8 @@ def plan(run: RunConfig, base: dict[str, Any], flags: PlanConfig) -> int:
     if flags.rehearse:
         say("\n" + rehearsal(run, base, best, flags))
     if not best.fits:
-        print("error: nothing fits, see above; no files were written", file=sys.stderr)
+        written_not = ", and no files were written" if flags.out else ""
+        print(f"error: no plan fits, see the notes above{written_not}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,5 +1,5 @@
 """What communication adds to a training step: real ranks over gloo, against the same number of processes that
-each do one rank's work in an imagined world, where collectives move nothing.
+each do one rank's work on a fake mesh, whose collectives move nothing.
 
 Both sets stay alive and take turns, so they share whatever else the machine does. On a CPU ranks talk through
 memory, with the very cores that compute: a share here says what the layers wait for, not what a GPU would.
@@ -139,7 +139,7 @@ def _serve(end: Connection, shape: Shape, way: Way, rank: int, port: int) -> Non
         announce_launch(way.ranks, rank, port)
         mesh = Mesh.from_environment(way.tp_size)
     else:
-        mesh = Mesh.imagined(way.tp_size, way.dp_size)
+        mesh = Mesh.fake(way.tp_size, way.dp_size)
     run = replace(bench_run(shape), tensor_parallel_size=way.tp_size)
     config = {
         "train_batch_size": shape.batch * way.dp_size,

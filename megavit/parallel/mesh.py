@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megavit.parallel.rendezvous import imagine_launch, join_launch, require_meeting_point, threads_per_rank
+from megavit.parallel.rendezvous import fake_launch, join_launch, require_meeting_point, threads_per_rank
 
 # The longest that a rank waits for others which are still building ops or writing, unless the run says
 # otherwise.
@@ -95,12 +95,12 @@ class Mesh:
         return mesh._with_groups(timeout)
 
     @staticmethod
-    def imagined(tp_size: int, dp_size: int, device: torch.device | str = "cpu") -> Mesh:
+    def fake(tp_size: int, dp_size: int, device: torch.device | str = "cpu") -> Mesh:
         """Rank 0 of a grid whose other ranks do not exist, for rehearsals: its collectives move nothing and
         leave their results as they were allocated. Cannot write checkpoints. Once a process."""
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
-        imagine_launch(tp_size * dp_size)
+        fake_launch(tp_size * dp_size)
         dist.init_process_group("fake", rank=0, world_size=tp_size * dp_size, store=FakeStore())
         mesh = Mesh(tp_size=tp_size, dp_size=dp_size, device=torch.device(device), is_fake=True)
         return mesh._with_groups(timedelta(seconds=_TIMEOUT_S))

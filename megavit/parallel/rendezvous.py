@@ -50,7 +50,7 @@ def join_launch() -> Rank:
     return rank
 
 
-def imagine_launch(world_size: int) -> None:
+def fake_launch(world_size: int) -> None:
     """Say that this process is the first of `world_size` ranks which nobody started."""
     _publish(Rank(world_size, 0, 0, 1))
 

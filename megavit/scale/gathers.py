@@ -11,9 +11,10 @@ import functools
 import math
 from collections import deque
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from megavit.scale.inventory import Unit
+if TYPE_CHECKING:
+    from megavit.scale.inventory import Unit
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,15 @@ class _Module:
         self.unit = unit
         self.own = [_Weight(size, ranks, persistence) for size in unit.sizes]
         self.children: list[_Module] = [_Module(child, ranks, persistence) for child in unit.children]
-        self.below = self.own + [weight for child in self.children for weight in child.below]
+        self.below: list[_Weight] = self.own + [weight for child in self.children for weight in child.below]
 
 
 @functools.lru_cache(maxsize=1024)
 def replay(model: Unit, ranks: int, limits: GatherLimits) -> GatherTrace:
-    """The gathers of one forward and backward pass of `model`, sharded over `ranks` data-parallel ranks."""
+    """The gathers of one forward and backward pass of `model`, sharded over `ranks` data-parallel ranks. With
+    one rank they are copies of what waits in host memory, without a buffer in between."""
     root = _Module(model, ranks, limits.persistence)
-    replayed = _Replay(root, limits)
+    replayed = _Replay(root, limits, buffered=ranks > 1)
     replayed.run()
     padded_persistent = sum(weight.padded for weight in root.below if weight.persists)
     return GatherTrace(
@@ -91,8 +93,8 @@ def replay(model: Unit, ranks: int, limits: GatherLimits) -> GatherTrace:
 
 
 class _Replay:
-    def __init__(self, root: _Module, limits: GatherLimits):
-        self.root, self.limits = root, limits
+    def __init__(self, root: _Module, limits: GatherLimits, *, buffered: bool):
+        self.root, self.limits, self.buffered = root, limits, buffered
         self.order: list[_Module] = []
         self._append(root, backward=False)
         self._append(root, backward=True)
@@ -159,11 +161,12 @@ class _Replay:
         if gather is None:
             return
         if not gather.asked_for:
-            self._hold(gather.size)
+            if self.buffered:
+                self._hold(gather.size)
             for other in gather.weights:
                 other.available = True
         gather.asked_for += 1
-        if gather.asked_for == len(gather.weights):
+        if self.buffered and gather.asked_for == len(gather.weights):
             self.live -= gather.padded
 
     def _hold(self, elements: int) -> None:

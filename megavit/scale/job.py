@@ -4,10 +4,15 @@ DeepSpeed JSON says of ZeRO."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from megavit.scale.gathers import GatherLimits
 from megavit.train.ds_config import uses_bf16
+
+# What waits in host memory: nothing, Adam's states and master weights, or the weights too. DeepSpeed offloads
+# weights without the optimizer in no mode that it describes.
+Offload = Literal["none", "optimizer", "params"]
+OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,12 @@ class ZeroSettings:
     reduces_in_fp32: bool = True
     offload_optimizer: bool = False
     offload_param: bool = False
+
+    @property
+    def offload(self) -> Offload:
+        if self.offload_param:
+            return "params"
+        return "optimizer" if self.offload_optimizer else "none"
 
     @property
     def element_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """Memory of one rank's training, item by item, predicted from sizes.
 
-Two kinds of items: what is there all the time (`persistent`), and what is there on top while the fullest
-moment of a step passes (`transient`): somewhere between the end of the forward pass and the first blocks'
+Two kinds of items: what is there during the whole run (`persistent`), and what is there on top at the moment
+of a step that needs most (`transient`): somewhere between the end of the forward pass and the first blocks'
 backward pass, or in the optimizer. All figures in bytes.
 """
 
@@ -68,9 +68,9 @@ def _states(tree: Unit, layout: Layout, zero: ZeroSettings) -> tuple[dict[str, i
     """(on the device, on the host) between two steps: weights, master weights, moments."""
     whole, share, size = tree.numel(), tree.shared(layout.dp_size), zero.element_bytes
     if zero.stage == 0:
-        return {"weights": size * whole, "moments": _MOMENT_BYTES * whole}, {}
+        return {"weights": size * whole, "Adam's moments": _MOMENT_BYTES * whole}, {}
     # DeepSpeed keeps master weights beside float32 weights too.
-    items = {"master weights": 4 * share, "moments": _MOMENT_BYTES * share}
+    items = {"master weights": 4 * share, "Adam's moments": _MOMENT_BYTES * share}
     host: dict[str, int] = {}
     if zero.offload_optimizer:  # gradients arrive in one buffer and are handed to Adam in another
         items, host = {}, items | {"gradients": 8 * share}
@@ -78,7 +78,7 @@ def _states(tree: Unit, layout: Layout, zero: ZeroSettings) -> tuple[dict[str, i
         return {"weights": size * whole} | items, host
     small = sum(n for n in tree.all_sizes if n <= zero.gathers.persistence)
     (host if zero.offload_param else items)["weights"] = size * share
-    return items | {"weights never sharded": size * small}, host
+    return items | {"small weights that are not sharded": size * small}, host
 
 
 def _gradients(tree: Unit, layout: Layout, zero: ZeroSettings) -> dict[str, int]:
@@ -115,7 +115,7 @@ def _in_step(
     """The fullest moment of forward and backward: gathered weights and activations wax and wane together."""
     activations = Activations(model, recompute, layout, zero.element_bytes)
     moments: tuple[Moment, ...]
-    if zero.stage == 3 and layout.dp_size > 1:
+    if zero.stage == 3 and (layout.dp_size > 1 or zero.offload_param):
         moments = replay(tree, layout.dp_size, zero.gathers).moments
     else:
         moments = _without_gathers(tree)
@@ -126,17 +126,22 @@ def _in_step(
         unit = moment.unit
         items = {"gathered weights": moment.peak * zero.element_bytes}
         blocks_done -= unit.is_block and moment.backward
-        items["activations"] = activations.outside + blocks_done * activations.per_block
+        items["activations kept for backward"] = activations.outside + blocks_done * activations.per_block
         if unit.is_block:
-            items["working set of a block"] = activations.working_set(backward=moment.backward)
+            items["working set of the running block"] = activations.working_set(backward=moment.backward)
         if moment.backward:
-            items["fresh gradients"] = (
+            items["gradients not reduced yet"] = (
                 sum(unit.all_sizes if unit.is_block else unit.sizes) * zero.element_bytes
             )
-            items["reduction copy"] = bucket.add(unit.all_sizes if unit.is_block else unit.sizes)
+            items["copy of the gradients being reduced"] = bucket.add(
+                unit.all_sizes if unit.is_block else unit.sizes
+            )
         blocks_done += unit.is_block and not moment.backward
         found.append((_in_words(moment, blocks_done), items))
-    end = {"gathered weights": moments[-1].live * zero.element_bytes, "reduction copy": bucket.flush()}
+    end = {
+        "gathered weights": moments[-1].live * zero.element_bytes,
+        "copy of the gradients being reduced": bucket.flush(),
+    }
     found.append(("end of the backward pass", end))
     return max(found, key=lambda moment: sum(moment[1].values()))
 

@@ -48,10 +48,10 @@ class Rehearsal:
 def rehearse(
     run: RunConfig, raw_ds_config: dict[str, Any], tp_size: int, dp_size: int, steps: int = 3
 ) -> Rehearsal:
-    """Build rank 0 of the grid and take `steps` optimizer steps. Once a process: the imagined process group
+    """Build rank 0 of the grid and take `steps` optimizer steps. Once a process: the fake process group
     cannot be replaced."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    mesh = Mesh.imagined(tp_size, dp_size, device)
+    mesh = Mesh.fake(tp_size, dp_size, device)
     meter = _CudaMeter() if device.type == "cuda" else _ResidentMeter()
     run = replace(run, tensor_parallel_size=tp_size)
     ds_config = resolve_ds_config(raw_ds_config, dp_size, device.type, has_compiler=has_cuda_compiler())
@@ -99,7 +99,8 @@ def compare(plan: Plan, depth: int, measured: Rehearsal, *, on_cpu: bool) -> str
         f"built in {measured.build_s:.1f} s with at most {measured.build_peak_bytes / 2**30:.2f} GiB, the "
         f"last step took {measured.step_s:.2f} s",
         "",
-        f"| of this rank | predicted | measured | ratio | predicted with all {plan.model.depth} blocks |",
+        "| of this rank | predicted | measured | predicted / measured | predicted with all "
+        f"{plan.model.depth} blocks |",
         "|---|---|---|---|---|",
     ]
     names, found = ("persistent", "peak"), (measured.persistent_bytes, measured.peak_bytes)

@@ -12,63 +12,89 @@ from typing import Any
 import yaml
 
 from megavit.model.config import model_preset
-from megavit.scale.search import Plan, reason
+from megavit.scale.search import FRAGMENTATION, RUNTIME_GIB, Plan, reason
 from megavit.scale.storage import checkpoint_cost
 from megavit.train.config import LAUNCH_FIELDS, RunConfig, flat_config, plain_config
 
 _GIB = 2**30
+# The parts of a step, as people read them.
+_PART_NAMES = {
+    "matmuls": "matmuls",
+    "attention": "attention",
+    "elementwise": "norms, GELU and sums, bound by memory",
+    "recomputation": "recomputation of activations",
+    "waiting_for_launches": "waiting for kernels to be launched",
+    "tensor_parallel": "TP all-reduces that compute does not hide",
+    "sharding": "ZeRO communication that compute does not hide",
+    "update": "the optimizer's update",
+    "host_copies": "copies between GPU and host memory",
+    "data": "waiting for decoded images",
+}
 _PLOT_GPUS = [8 * 2**n for n in range(10)]  # 8 to 4096
 
 
 def table(plans: list[Plan], rows: int) -> str:
     """The best plans as a Markdown table, one a line, with the reason why each but the first loses."""
     lines = [
-        "| plan | micro-batch x accumulation | GiB a GPU | s a step | img/s | MFU | why not |",
+        "| ZeRO stage, TP size, recomputation, offload | micro-batch x accumulation steps | peak GiB per GPU "
+        "| s per step | images/s | MFU | against the best |",
         "|---|---|---|---|---|---|---|",
     ]
     for plan in plans[:rows]:
         layout = plan.layout
         lines.append(
             f"| {plan.name} | {layout.micro_batch} x {layout.grad_accum} | {plan.needed_gib:.1f} "
-            f"| {plan.step.total:.2f} | {plan.images_per_s:,.0f} | {plan.mfu:.1%} "
+            f"| {plan.step.total:.2f} | {_rate(plan)} | {plan.mfu:.1%} "
             f"| {reason(plan, plans[0])} |"
         )
     if len(plans) > rows:
-        lines.append(f"\n{len(plans) - rows} more with --rows {len(plans)}.")
+        lines.append(f"\nThere are {len(plans) - rows} more; --rows {len(plans)} shows all.")
     return "\n".join(lines)
 
 
 def details(plan: Plan, run: RunConfig) -> str:
     """Memory and time of one plan, item by item, and what the whole recipe costs."""
     memory, gpu = plan.memory, plan.cluster.gpu
-    lines = [f"memory of a GPU, {plan.needed_gib:.1f} of {gpu.memory_gib} GiB with the runtime's own:"]
-    lines += [f"  {name:<24}{size / _GIB:8.2f} GiB" for name, size in memory.persistent.items()]
-    lines.append(f"  at the fullest moment ({memory.fullest}):")
-    lines += [f"  {name:<24}{size / _GIB:8.2f} GiB" for name, size in memory.transient.items()]
+    lines = [
+        f"The best plan, {plan.name}, takes at most {plan.needed_gib:.1f} of a GPU's {gpu.memory_gib:g} GiB:",
+        *_sizes("persistent, there during the whole run:", memory.persistent),
+        *_sizes(f"transient, on top of it when a step needs most ({memory.fullest}):", memory.transient),
+        f"  and {RUNTIME_GIB:g} GiB for CUDA, NCCL and cuBLAS, and {FRAGMENTATION - 1:.0%} for fragmentation",
+    ]
     if memory.host:
-        lines.append(f"  on the host, {plan.needed_host_gib:.0f} GiB a node:")
-        lines += [f"  {name:<24}{size / _GIB:8.2f} GiB" for name, size in memory.host.items()]
-    lines.append(f"a step, {plan.step.total:.3f} s:")
+        lines.append(f"It takes {plan.needed_host_gib:.0f} GiB of a node's host memory:")
+        lines += _sizes("offloaded by each rank:", memory.host)
+    lines.append(f"An optimizer step takes {plan.step.total:.3f} s:")
     for name, seconds in plan.step.parts().items():
         if seconds:
             share = seconds / plan.step.total
-            lines.append(f"  {name.replace('_', ' '):<24}{seconds:8.3f} s {share:7.1%}")
+            lines.append(f"  {_PART_NAMES[name]:<46}{seconds:8.3f} s {share:7.1%}")
     cost = checkpoint_cost(run, plan.layout)
     bandwidth = plan.cluster.filesystem_gb_per_s
     whole = (
         f"{run.max_steps:,} steps of {plan.layout.global_batch:,} images: "
         f"{plan.days(run.max_steps):.1f} days, {plan.gpu_hours(run.max_steps):,.0f} GPU-hours"
         if run.max_steps
-        else f"steps of {plan.layout.global_batch:,} images (days and GPU-hours need --max_steps or a recipe)"
+        else f"steps of {plan.layout.global_batch:,} images (days and GPU-hours need --max_steps, or "
+        f"--epochs and --dataset_size, or a recipe)"
     )
     lines += [
-        f"{whole}, {plan.images_per_s:,.0f} images/s, MFU {plan.mfu:.1%}",
+        f"{whole}, {_rate(plan)} images/s, MFU {plan.mfu:.1%}",
         f"a checkpoint: {cost.total_bytes / 1e9:.1f} GB in {cost.files} files of at most "
         f"{cost.most_bytes / 1e9:.2f} GB and a manifest of {cost.manifest_bytes / 1e6:.1f} MB; at "
         f"{bandwidth:g} GB/s {cost.save_s(bandwidth):.0f} s to save (in the background), "
         f"{cost.load_s(bandwidth):.0f} s to verify and load",
     ]
     return "\n".join(lines)
+
+
+def _rate(plan: Plan) -> str:
+    rate = plan.images_per_s
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+def _sizes(title: str, items: dict[str, int]) -> list[str]:
+    return [f"  {title}", *(f"    {name:<44}{size / _GIB:8.2f} GiB" for name, size in items.items())]
 
 
 def as_json(plans: list[Plan], run: RunConfig, advice: list[str]) -> dict[str, Any]:
@@ -145,6 +171,8 @@ def planned_ds_config(base: dict[str, Any], plan: Plan) -> dict[str, Any]:
     if zero.offload_optimizer:
         section["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         config["optimizer"]["params"].pop("torch_adam", None)
+    if zero.offload_param:
+        section["offload_param"] = {"device": "cpu", "pin_memory": True}
     config["zero_optimization"] = section
     return config
 
@@ -215,7 +243,9 @@ def plot(path: Path, gpus: list[int], plans: list[Plan | None], title: str) -> N
     memory = [{**plan.memory.persistent, **plan.memory.transient} for _, plan in shown]
     _bars(axes[0], labels, [{k: v / _GIB for k, v in items.items()} for items in memory])
     axes[0].axhline(shown[0][1].cluster.gpu.memory_gib, color="black", linestyle="--")
-    axes[0].set(title="memory at the fullest moment", ylabel="GiB a GPU", xlabel="GPUs, TP size, micro-batch")
+    axes[0].set(
+        title="memory at the peak of a step", ylabel="GiB per GPU", xlabel="GPUs, TP size, micro-batch"
+    )
     seconds = [{k: v * count for k, v in plan.step.parts().items()} for count, plan in shown]
     _bars(axes[1], labels, seconds)
     axes[1].set(title="a step: equal bars would be ideal scaling", ylabel="GPU-seconds", xlabel="GPUs")
@@ -233,19 +263,22 @@ def _bars(axes: Any, labels: list[str], columns: list[dict[str, float]]) -> None
     from matplotlib import colormaps
 
     names = list(dict.fromkeys(name for column in columns for name in column))
-    colors = colormaps["tab20"].colors
+    colors: Any = colormaps["tab20"]
     bottoms = [0.0] * len(columns)
     for number, name in enumerate(names):
         heights = [column.get(name, 0.0) for column in columns]
         if any(heights):
-            axes.bar(labels, heights, bottom=bottoms, label=name.replace("_", " "), color=colors[number])
+            axes.bar(labels, heights, bottom=bottoms, label=_PART_NAMES.get(name, name), color=colors(number))
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=4)
 
 
 def scaling_table(gpus: list[int], plans: list[Plan | None]) -> str:
     """Efficiency against the smallest number of GPUs that fits, and what the loss goes to."""
-    lines = ["| GPUs | plan | s a step | MFU | efficiency | lost to |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| GPUs | plan | s per step | MFU | efficiency of scaling | largest loss |",
+        "|---|---|---|---|---|---|",
+    ]
     first: tuple[int, Plan] | None = None
     for count, plan in zip(gpus, plans, strict=True):
         if plan is None:
@@ -256,7 +289,7 @@ def scaling_table(gpus: list[int], plans: list[Plan | None]) -> str:
         before = {name: value * first[0] / count for name, value in first[1].step.parts().items()}
         parts = plan.step.parts()
         part = max(parts, key=lambda name: parts[name] - before[name])
-        lost = f"{part.replace('_', ' ')} +{(parts[part] - before[part]) / plan.step.total:.1%}"
+        lost = f"{_PART_NAMES[part]} +{(parts[part] - before[part]) / plan.step.total:.1%}"
         lines.append(
             f"| {count} | {plan.name}, micro-batch {plan.layout.micro_batch} | {plan.step.total:.2f} "
             f"| {plan.mfu:.1%} | {ideal / plan.step.total:.1%} "

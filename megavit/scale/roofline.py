@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from megavit.gpus import Gpu
 from megavit.model.config import ModelConfig, Recompute
 from megavit.model.count import forward_flops, repeated_flops, train_flops
+from megavit.scale.cluster import Cluster
 from megavit.scale.communication import tp_bytes
 from megavit.scale.gathers import replay
 from megavit.scale.inventory import inventory
@@ -22,38 +23,15 @@ MATMUL_SHARE = 0.80  # of the nominal rate, large matmuls: 790 to 795 of an H100
 SUSTAINED_SHARE = 0.87  # of such sums: clocks under full power, processors that communication takes
 ATTENTION_SHARE = 0.45  # of the nominal rate, fused attention of 256 tokens, forward and backward
 MEMORY_SHARE = 0.85  # of the nominal memory bandwidth
-LINK_SHARE = 0.80  # of a link's nominal bandwidth, large collectives
+LINK_SHARE = 0.80  # of a link's nominal bandwidth: large collectives, copies to and from pinned host memory
 OVERLAP_TAX = 0.10  # of hidden communication: it takes processors and bandwidth from compute
 LATENCY_S = 20e-6  # of a collective within a node
 LATENCY_PER_NODE_S = 2e-6  # more for each node it spans
 KERNEL_S = 5e-6  # between the starts of two kernels: blocks that are too small wait for Python
 _KERNELS = 75  # of a block, forward and backward, eager
 _TILE_ROWS, _TILE_COLUMNS = 128, 256  # of a matmul's result, the work of one processor at a time
-_HOST_ADAM_GB_PER_S = 100.0  # host memory traffic of DeepSpeed's Adam, a node
-_DECODE_PER_CORE_S = 1000.0  # images a second and core (`launch/bench.py data`)
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Nodes of equal GPUs. Bandwidths in GB/s: the network's a node and direction, the file system's for
-    all."""
-
-    gpu: Gpu
-    nodes: int
-    gpus_per_node: int
-    network_gb_per_s: float = 400.0
-    filesystem_gb_per_s: float = 50.0
-    host_gib: float = 1024.0
-    cores_per_gpu: int = 12
-
-    def __post_init__(self) -> None:
-        for field in fields(self)[1:]:
-            if not getattr(self, field.name) > 0:
-                raise ValueError(f"{field.name} must be positive, got {getattr(self, field.name)}")
-
-    @property
-    def gpus(self) -> int:
-        return self.nodes * self.gpus_per_node
+HOST_ADAM_GB_PER_S = 100.0  # of host memory, by DeepSpeed's Adam on all cores of a node
+DECODE_PER_CORE_S = 1000.0  # images a second and core (`launch/bench.py data`)
 
 
 @dataclass(frozen=True)
@@ -68,6 +46,7 @@ class StepTime:
     tensor_parallel: float
     sharding: float
     update: float
+    host_copies: float
     data: float
 
     @property
@@ -88,8 +67,9 @@ def predict_step(
     sharding, update = _data_parallel_s(model, layout, zero, cluster, passes)
     compute = passes.forward_s + passes.backward_s
     images = layout.micro_batch * times
-    decoded = images / layout.tp_size / (cluster.cores_per_gpu * _DECODE_PER_CORE_S)
-    busy = times * (compute + tensor_parallel) + sharding + update
+    decoded = images / layout.tp_size / (cluster.cores_per_gpu * DECODE_PER_CORE_S)
+    host_copies = _host_copies_s(model, layout, zero, cluster)
+    busy = times * (compute + tensor_parallel) + sharding + update + host_copies
     return StepTime(
         matmuls=times * passes.matmuls_s,
         attention=times * passes.attention_s,
@@ -99,6 +79,7 @@ def predict_step(
         tensor_parallel=times * tensor_parallel,
         sharding=sharding,
         update=update,
+        host_copies=host_copies,
         data=max(0.0, decoded - busy),
     )
 
@@ -236,9 +217,28 @@ def _latency(ranks: int, cluster: Cluster) -> float:
 
 
 def _update_s(share: int, zero: ZeroSettings, cluster: Cluster) -> float:
-    """Adam reads and writes 28 bytes a weight, and as much again in temporaries; on the host, behind a copy
-    of the gradients down and of the weights up."""
+    """Adam reads and writes 28 bytes a weight: on a GPU as much again in temporaries, on a host all of its
+    ranks at once."""
     if not zero.offload_optimizer:
         return 2 * 28 * share / (cluster.gpu.memory_gb_per_s * 1e9 * MEMORY_SHARE)
-    host_s = 28 * share * cluster.gpus_per_node / (_HOST_ADAM_GB_PER_S * 1e9)
-    return host_s + (4 + zero.element_bytes) * share / (cluster.gpu.host_gb_per_s * 1e9)
+    return 28 * share * cluster.gpus_per_node / (HOST_ADAM_GB_PER_S * 1e9)
+
+
+def _host_copies_s(model: ModelConfig, layout: Layout, zero: ZeroSettings, cluster: Cluster) -> float:
+    """Copies between a GPU and its host's memory in a step, one after the other, none behind compute.
+
+    Gradients go down after every micro-step, come up before the sum of all but the first, and go down once
+    more, as the optimizer's. Weights come up after the update, or, where they are offloaded too, whenever
+    they are gathered, each rank's share from its own host; DeepSpeed 0.19's gather waits for them.
+    """
+    if not zero.offload_optimizer:
+        return 0.0
+    tree, dp, times = inventory(model, layout.tp_size), layout.dp_size, layout.grad_accum
+    share = tree.shared(dp)
+    size = share * 2 * times * zero.accumulated_bytes  # down: times + 1; up: times - 1
+    if zero.offload_param:
+        trace = replay(tree, dp, zero.gathers)
+        size += (trace.gathered * times + trace.padded_persistent) // dp * zero.element_bytes
+    else:
+        size += share * zero.element_bytes
+    return size / (cluster.gpu.host_gb_per_s * 1e9 * LINK_SHARE)

@@ -5,61 +5,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
-from megavit.fields import nearest
 from megavit.gpus import GPUS
 from megavit.model.config import ModelConfig, Recompute
 from megavit.model.count import train_flops
+from megavit.scale.choices import ANYTHING, Only, layouts, policies, require_choice
+from megavit.scale.cluster import Cluster
 from megavit.scale.gathers import GatherLimits
 from megavit.scale.inventory import inventory
-from megavit.scale.job import Layout, ZeroSettings
+from megavit.scale.job import OFFLOADS, Layout, ZeroSettings
 from megavit.scale.memory import Memory, predict_memory
-from megavit.scale.roofline import Cluster, StepTime, predict_step
+from megavit.scale.roofline import StepTime, predict_step
 from megavit.train.config import RunConfig
 
-_RUNTIME_GIB = 2.0  # CUDA context, NCCL's buffers, cuBLAS's workspaces
-_FRAGMENTATION = 1.05  # of the allocator's peak
-_MAX_MICRO_BATCH = 512
+RUNTIME_GIB = 2.0  # CUDA context, NCCL's buffers, cuBLAS's workspaces
+FRAGMENTATION = 1.05  # of the allocator's peak
 _MIN_BUCKET = 20_000_000  # elements: smaller messages do not fill a link
 _GIB = 2**30
 _SEARCHED_GPUS = 1024  # how far to look for a number of GPUs that is enough
-
-
-@dataclass(frozen=True)
-class Only:
-    """What a search is restricted to; None is free."""
-
-    tp: int | None = None
-    stage: int | None = None
-    recompute: Recompute | None = None
-    offload: bool | None = None
-    micro_batch: int | None = None
-
-    @staticmethod
-    def parse(text: str) -> Only:
-        """`tp=8,stage=3,...`. ValueError for anything else."""
-        known = [field.name for field in fields(Only)]
-        found: dict[str, Any] = {}
-        for part in filter(None, text.split(",")):
-            key, _, value = part.strip().partition("=")
-            if key not in known:
-                raise ValueError(f"--only: unknown {key!r}{nearest(key, known)}; known: {', '.join(known)}")
-            choices: dict[str, dict[str, Any]] = {
-                "recompute": {name: name for name in ("none", "selective", "full")},
-                "offload": {"true": True, "false": False},
-                "stage": {"2": 2, "3": 3},
-            }
-            if key in choices and value not in choices[key]:
-                raise ValueError(f"--only: {key} must be {' or '.join(choices[key])}, got {value!r}")
-            if key not in choices and not (value.isdecimal() and int(value)):
-                raise ValueError(f"--only: {key} must be a whole number of at least 1, got {value!r}")
-            found[key] = choices[key][value] if key in choices else int(value)
-        return Only(**found)
-
-    def allows(self, **choice: Any) -> bool:
-        return all(getattr(self, key) in (None, value) for key, value in choice.items())
 
 
 @dataclass(frozen=True)
@@ -77,7 +41,7 @@ class Plan:
     @property
     def needed_gib(self) -> float:
         """GPU memory, with what the runtime and fragmentation take."""
-        return self.memory.peak_bytes / _GIB * _FRAGMENTATION + _RUNTIME_GIB
+        return self.memory.peak_bytes / _GIB * FRAGMENTATION + RUNTIME_GIB
 
     @property
     def needed_host_gib(self) -> float:
@@ -105,7 +69,8 @@ class Plan:
 
     @property
     def name(self) -> str:
-        offload = " offload" if self.zero.offload_optimizer else ""
+        """Stage, TP size, what is recomputed and what is offloaded, in the words of `--only`."""
+        offload = "" if self.zero.offload == "none" else f" offload {self.zero.offload}"
         return f"ZeRO-{self.zero.stage} tp {self.layout.tp_size} {self.recompute}{offload}"
 
     def days(self, steps: int) -> float:
@@ -115,48 +80,22 @@ class Plan:
         return steps * self.step.total / 3600 * self.cluster.gpus
 
 
-def search(run: RunConfig, global_batch: int, cluster: Cluster, only: Only = Only()) -> list[Plan]:
+def search(run: RunConfig, global_batch: int, cluster: Cluster, only: Only = ANYTHING) -> list[Plan]:
     """The best plan of each (stage, tp, recompute, offload) that `only` allows, fastest first, those that do
     not fit last. In bfloat16.
 
     A plan that fits has the micro-batch with the shortest step, one that does not the smallest. ValueError
     when no layout is possible at all.
     """
+    require_choice(run.model, global_batch, cluster, only)
     plans = [
-        best
-        for tp_size in tp_sizes(run.model, cluster)
+        _best(run.model, recompute, zero, candidates, cluster)
+        for tp_size, candidates in layouts(run.model, global_batch, cluster, only)
         for zero in _settings(run.model, tp_size)
-        for recompute in _policies(run.model)
-        if only.allows(tp=tp_size, stage=zero.stage, recompute=recompute, offload=zero.offload_optimizer)
-        if (best := _best(run.model, recompute, tp_size, zero, global_batch, cluster, only))
+        for recompute in policies(run.model)
+        if only.allows(stage=zero.stage, recompute=recompute, offload=zero.offload)
     ]
-    if not plans:
-        raise ValueError(_nothing_possible(run.model, global_batch, cluster))
     return sorted(plans, key=lambda plan: (not plan.fits, plan.step.total if plan.fits else plan.missing_gib))
-
-
-def _nothing_possible(model: ModelConfig, global_batch: int, cluster: Cluster) -> str:
-    sizes = tp_sizes(model, cluster)
-    multiple = max(1, round(global_batch / cluster.gpus)) * cluster.gpus
-    return (
-        f"no layout is possible: TP sizes are {sizes} with this model and {cluster.gpus_per_node} "
-        f"GPUs a node, and the data-parallel ranks (times --only's micro_batch) must divide the global batch "
-        f"of {global_batch}; {multiple} would do for every layout"
-    )
-
-
-def tp_sizes(model: ModelConfig, cluster: Cluster) -> list[int]:
-    """TP sizes that divide heads, MLP width and a node."""
-    limit = min(cluster.gpus_per_node, model.num_heads)
-    return [
-        t
-        for t in range(1, limit + 1)
-        if model.num_heads % t == 0 and model.mlp_dim % t == 0 and cluster.gpus_per_node % t == 0
-    ]
-
-
-def _policies(model: ModelConfig) -> list[Recompute]:
-    return ["none", "selective", "full"] if model.block == "parallel" else ["none", "full"]
 
 
 def _settings(model: ModelConfig, tp_size: int) -> Iterator[ZeroSettings]:
@@ -172,28 +111,23 @@ def _settings(model: ModelConfig, tp_size: int) -> Iterator[ZeroSettings]:
         max_reuse=bucket,
     )
     for stage in (2, 3):
-        for offload in (False, True):
-            yield ZeroSettings(stage, True, limits, bucket, offload_optimizer=offload)
+        for offload in OFFLOADS if stage == 3 else OFFLOADS[:2]:
+            yield ZeroSettings(
+                stage,
+                True,
+                limits,
+                bucket,
+                offload_optimizer=offload != "none",
+                offload_param=offload == "params",
+            )
 
 
 def _best(
-    model: ModelConfig,
-    recompute: Recompute,
-    tp_size: int,
-    zero: ZeroSettings,
-    global_batch: int,
-    cluster: Cluster,
-    only: Only,
-) -> Plan | None:
-    dp_size = cluster.gpus // tp_size
-    if global_batch % dp_size:
-        return None
-    share = global_batch // dp_size
+    model: ModelConfig, recompute: Recompute, zero: ZeroSettings, candidates: list[Layout], cluster: Cluster
+) -> Plan:
+    """The fastest layout that fits, else the one with the smallest micro-batch."""
     found = []
-    for micro_batch in (n for n in range(1, min(share, _MAX_MICRO_BATCH) + 1) if share % n == 0):
-        if not only.allows(micro_batch=micro_batch):
-            continue
-        layout = Layout(tp_size, dp_size, micro_batch, share // micro_batch)
+    for layout in candidates:
         plan = make_plan(model, recompute, layout, zero, cluster)
         found.append(plan)
         if not plan.fits:
@@ -203,7 +137,6 @@ def _best(
     return min(
         fitting or found[:1],
         key=lambda plan: (round(plan.step.total, 9), plan.layout.grad_accum),
-        default=None,
     )
 
 
@@ -219,12 +152,13 @@ def make_plan(
 _PARTS = {
     "matmuls": "smaller matmuls, which fill the GPU less",
     "attention": "attention",
-    "elementwise": "more memory traffic",
+    "elementwise": "more memory traffic of norms, GELU and sums",
     "recomputation": "recomputation",
     "waiting_for_launches": "blocks too small for the time to launch them",
     "tensor_parallel": "tensor-parallel all-reduces",
     "sharding": "ZeRO's gathers and reductions that compute cannot hide",
     "update": "the optimizer",
+    "host_copies": "copies between GPU and host memory",
     "data": "decoding images",
 }
 
@@ -235,7 +169,8 @@ def reason(plan: Plan, best: Plan) -> str:
         largest = max({**plan.memory.persistent, **plan.memory.transient}.items(), key=lambda item: item[1])
         return f"does not fit: {plan.missing_gib:.0f} GiB too much ({largest[0]} {largest[1] / _GIB:.0f} GiB)"
     if not plan.fits:
-        return f"does not fit: {plan.needed_host_gib:.0f} GiB of host memory a node"
+        host = plan.cluster.host_gib
+        return f"does not fit: needs {plan.needed_host_gib:.0f} GiB of host memory a node, which has {host:g}"
     if plan is best:
         return "best"
     slower = plan.step.total / best.step.total - 1
@@ -254,21 +189,24 @@ def advice(run: RunConfig, global_batch: int, cluster: Cluster, plans: list[Plan
     if closest is None or closest.fits:
         return []
     lines = [
-        f"without offloading the least is {closest.needed_gib:.1f} GiB ({closest.name}, micro-batch "
-        f"{closest.layout.micro_batch}), {closest.missing_gib:.1f} GiB more than one {cluster.gpu.name} has"
+        f"without offloading, the smallest plan ({closest.name}, micro-batch {closest.layout.micro_batch}) "
+        f"needs {closest.needed_gib:.1f} GiB, {closest.missing_gib:.1f} GiB more than one "
+        f"{cluster.gpu.name} has"
     ]
     for nodes in _more_nodes(cluster):
         if _fits_without_offload(run, global_batch, replace(cluster, nodes=nodes)):
-            lines.append(f"it fits on {nodes} such nodes ({nodes * cluster.gpus_per_node} GPUs)")
+            gpus = nodes * cluster.gpus_per_node
+            lines.append(f"it would fit without offloading on {nodes} such nodes ({gpus} GPUs)")
             break
     larger = [
         gpu.name
         for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.memory_gib)
         if gpu.memory_gib > cluster.gpu.memory_gib
+        and gpu.name != "cpu"
         and _fits_without_offload(run, global_batch, replace(cluster, gpu=gpu))
     ]
     if larger:
-        lines.append(f"or on as many of: {', '.join(larger)}")
+        lines.append(f"it would fit without offloading on the same number of {', '.join(larger)}")
     return lines
 
 
@@ -288,7 +226,7 @@ def _fits_without_offload(run: RunConfig, global_batch: int, cluster: Cluster) -
 
 
 def scaling(
-    run: RunConfig, global_batch: int, cluster: Cluster, gpus: list[int], only: Only = Only()
+    run: RunConfig, global_batch: int, cluster: Cluster, gpus: list[int], only: Only = ANYTHING
 ) -> list[Plan | None]:
     """The best plan at each number of GPUs (whole nodes, or part of one); None where nothing fits."""
     found: list[Plan | None] = []

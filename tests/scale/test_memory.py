@@ -15,7 +15,7 @@ from torch import Tensor
 from megavit.model.config import ModelConfig, Recompute, model_preset
 from megavit.model.count import num_params
 from megavit.model.vit import MegaVit
-from megavit.scale.gathers import GatherLimits
+from megavit.scale.gathers import GatherLimits, replay
 from megavit.scale.inventory import inventory
 from megavit.scale.job import Layout, ZeroSettings
 from megavit.scale.memory import Activations, predict_memory
@@ -38,13 +38,32 @@ def test_states_of_22b_are_18_bytes_a_parameter() -> None:
     config = model_preset("vit_22b")
     zero = ZeroSettings(stage=3, bf16=True, gathers=GatherLimits(persistence=0))
     persistent = predict_memory(config, "selective", Layout(1, 64, 16), zero).persistent
-    states = sum(persistent[name] for name in ("weights", "gradients", "master weights", "moments"))
+    states = sum(persistent[name] for name in ("weights", "gradients", "master weights", "Adam's moments"))
     assert states == pytest.approx(18 * num_params(config) / 64, rel=1e-4)
     offloaded = predict_memory(
         config, "selective", Layout(1, 64, 16), dataclasses.replace(zero, offload_optimizer=True)
     )
     assert set(offloaded.persistent) == {"weights", "gradient bucket"}
     assert sum(offloaded.host.values()) == pytest.approx(20 * num_params(config) / 64, rel=1e-4)
+
+
+def test_offloaded_weights_are_on_the_gpu_only_while_they_are_used() -> None:
+    """Catches weights that stay, also on a single GPU, and a gather's buffer where one rank needs none."""
+    config = model_preset("vit_22b")
+    zero = ZeroSettings(stage=3, bf16=True, offload_optimizer=True)
+    for ranks in (1, 8):
+        layout = Layout(1, ranks, 1)
+        whole, offloaded = (
+            predict_memory(config, "full", layout, dataclasses.replace(zero, offload_param=params))
+            for params in (False, True)
+        )
+        share = 2 * num_params(config) / ranks
+        assert offloaded.host_bytes - whole.host_bytes == pytest.approx(share, rel=1e-4)
+        assert whole.persistent["weights"] == pytest.approx(share, rel=1e-4)
+        assert "weights" not in offloaded.persistent
+        block = max(unit.numel() for unit in inventory(config, 1).children)
+        assert 2 * block <= offloaded.transient["gathered weights"] < 2 * num_params(config) / 4
+    assert replay(inventory(config, 1), 1, GatherLimits()).moments[-1].peak <= num_params(config)
 
 
 def held_bytes(config: ModelConfig, recompute: Recompute, batch: int) -> int:

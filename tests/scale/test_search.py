@@ -7,13 +7,19 @@ from itertools import pairwise
 
 import pytest
 
-from megavit.gpus import gpu_named, peak_flops
+from megavit.gpus import gpu_named
 from megavit.recipe import RECIPES, read_recipe
-from megavit.scale.roofline import Cluster
-from megavit.scale.search import Only, Plan, advice, reason, scaling, search
+from megavit.scale.choices import Only
+from megavit.scale.cluster import Cluster
+from megavit.scale.inventory import inventory
+from megavit.scale.job import Offload, ZeroSettings
+from megavit.scale.report import planned_ds_config
+from megavit.scale.roofline import LINK_SHARE
+from megavit.scale.search import Plan, advice, reason, scaling, search
 
 RUN = read_recipe(RECIPES / "vit_22b_jft.yaml")
 BATCH = 65_536
+GIB = 2**30
 
 
 def cluster(gpu: str, nodes: int, gpus_per_node: int = 8) -> Cluster:
@@ -41,9 +47,10 @@ def test_22b_does_not_fit_eight_small_gpus() -> None:
     fitting = [plan for plan in plans if plan.fits]
     assert fitting and all(plan.zero.offload_optimizer for plan in fitting)
     lines = advice(RUN, BATCH, small, plans)
-    assert "without offloading the least is" in lines[0] and "more than one a100_40 has" in lines[0]
-    assert lines[1] == "it fits on 2 such nodes (16 GPUs)" and "h100" in lines[2]
-    without = search(RUN, BATCH, small, Only(offload=False))
+    assert "without offloading, the smallest plan" in lines[0] and "more than one a100_40 has" in lines[0]
+    assert lines[1] == "it would fit without offloading on 2 such nodes (16 GPUs)"
+    assert "h100" in lines[2] and "cpu" not in lines[2]
+    without = search(RUN, BATCH, small, Only(offload="none"))
     assert not without[0].fits and "does not fit" in reason(without[0], without[0])
 
 
@@ -80,22 +87,56 @@ def test_mistakes_are_named() -> None:
         gpu_named("h10")
     with pytest.raises(ValueError, match="nodes must be positive, got 0"):
         cluster("h100", 0)
-    with pytest.raises(ValueError, match="must divide the global batch of 100; 96 would do for every layout"):
+    with pytest.raises(ValueError, match="must divide the global batch of 100; --global_batch 96 would do"):
         search(RUN, 100, cluster("h100", 4), Only(tp=1))
     for text, message in [
         ("stages=2", r"unknown 'stages'; did you mean 'stage'"),
         ("stage=1", "stage must be 2 or 3"),
-        ("offload=yes", "offload must be true or false"),
+        ("offload=params,stage=2", "which only ZeRO-3 shards; say stage=3"),
+        ("offload=yes", "offload must be none or optimizer or params or true or false"),
         ("tp=0", "tp must be a whole number of at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             Only.parse(text)
 
 
-def test_peak_of_a_device() -> None:
-    """Catches the plain name matching a slower card's."""
-    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert peak_flops("NVIDIA GB200") == 2500e12
-    assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
-    assert peak_flops("Some card") is None
+def test_offloading_weights_trains_what_nothing_else_fits() -> None:
+    """Catches a search that never offloads weights: 22e9 of two bytes are more than 24 GiB."""
+    card = dataclasses.replace(cluster("rtx_4090", 1, 1), host_gib=600.0)
+    found = {plan.zero.offload: plan for plan in reversed(search(RUN, 16, card))}
+    assert found["params"].fits and not found["optimizer"].fits and not found["none"].fits
+    assert 20 * 22e9 / GIB < found["params"].needed_host_gib < 23 * 22e9 / GIB
+    assert (
+        Only.parse("offload=true") == Only(offload="optimizer")
+        and Only.parse("offload=false").offload == "none"
+    )
+    assert {plan.zero.offload for plan in search(RUN, 16, card, Only(offload="params"))} == {"params"}
+
+
+def test_offloaded_weights_cross_the_link_with_every_gather() -> None:
+    """Catches copies that are free, that do not grow with the micro-steps, or a link that does not matter."""
+    slow = cluster("h100", 1)
+    fast = dataclasses.replace(slow, gpu=dataclasses.replace(slow.gpu, host_gb_per_s=450.0))
+
+    def copies(machines: Cluster, offload: Offload, micro_batch: int) -> float:
+        only = Only(tp=1, stage=3, recompute="full", offload=offload, micro_batch=micro_batch)
+        return search(RUN, 256, machines, only)[0].step.host_copies
+
+    assert copies(slow, "none", 32) == 0
+    # Gradients: down, and down once more to Adam; weights: up once, or twice if they are gathered twice.
+    elements = inventory(RUN.model, 1).shared(8)
+    link = 64e9 * LINK_SHARE
+    assert copies(slow, "optimizer", 32) == pytest.approx((8 + 2) * elements / link, rel=1e-3)
+    assert copies(slow, "params", 32) == pytest.approx((8 + 2 * 2) * elements / link, rel=0.05)
+    assert copies(slow, "params", 8) == pytest.approx(4 * copies(slow, "params", 32), rel=1e-3)
+    assert copies(fast, "params", 32) == pytest.approx(64 / 450 * copies(slow, "params", 32))
+
+
+def test_a_plan_that_offloads_weights_writes_that_json() -> None:
+    """Catches a JSON that offloads less than the plan counts on."""
+    base = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+    for offload, sections in [("none", 0), ("optimizer", 1), ("params", 2)]:
+        (best, *_) = search(RUN, 256, cluster("h100", 1), Only.parse(f"stage=3,tp=8,offload={offload}"))
+        written = planned_ds_config(base, best)["zero_optimization"]
+        assert sum(key in written for key in ("offload_optimizer", "offload_param")) == sections
+        assert ZeroSettings.from_ds_config({"zero_optimization": written}).offload == best.zero.offload
