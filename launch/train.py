@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = parse_run(argv)
     run = command.run
     try:
-        ds_config = load_ds_config(command.deepspeed_config)
+        ds_config = load_ds_config(command.deepspeed_config, command.ds_overrides)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             mesh = Mesh.from_environment(run.tensor_parallel_size, run.timeout_s + 60)
         for note in command.notes:
             say(mesh, note)
-        train(run, ds_config, mesh, stop)
+        train(run, ds_config, mesh, stop, command.ds_overrides)
     except (ValueError, OSError, TooManySkipped, SaveError, UselessRun, OutOfMemory) as error:
         rank = f" on rank {dist.get_rank()}" if dist.is_initialized() else ""
         print(f"error{rank}: {error}", file=sys.stderr, flush=True)
