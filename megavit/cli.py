@@ -27,6 +27,7 @@ from megavit.fields import Field, as_type, describe, fields_of, groups_of, neare
 from megavit.model.config import PRESET_FIELDS, PRESETS
 from megavit.recipe import (
     DS_PREFIX,
+    IS_CHECKOUT,
     OTHER_NAMES,
     PROJECT_ROOT,
     RECIPES,
@@ -209,7 +210,7 @@ def make_parser(
 def parse_run(argv: Sequence[str] | None = None) -> Command:
     """The command line of `launch/train.py`; exits with a message on any mistake."""
     parser = make_parser(
-        "deepspeed launch/train.py",
+        "deepspeed launch/train.py" if IS_CHECKOUT else "deepspeed --module megavit.launch.train",
         "Train a vision transformer of the ViT-22B family with tensor parallelism and DeepSpeed. Batch "
         "sizes, precision, clipping, ZeRO, optimizer and learning rate are in the DeepSpeed JSON, everything "
         "else is in the flags and YAML files described here; the recipes of launch/recipes are such files. "

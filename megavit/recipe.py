@@ -18,7 +18,10 @@ from megavit.fields import as_type, fields_of, groups_of, nearest, shown
 from megavit.model.config import model_preset
 from megavit.train.config import LAUNCH_FIELDS, RunConfig
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(__file__).resolve().parent
+# Recipes and DeepSpeed JSONs lie beside the package in a checkout; an installed package has a copy of them.
+IS_CHECKOUT = (_PACKAGE.parent / "launch" / "recipes").is_dir()
+PROJECT_ROOT = _PACKAGE.parent if IS_CHECKOUT else _PACKAGE / "_project"
 RECIPES = PROJECT_ROOT / "launch" / "recipes"
 # Fields that people write otherwise: Python has no name `async`.
 OTHER_NAMES = {"checkpoint.async": "checkpoint.async_save"}
