@@ -89,6 +89,9 @@ def _add_tools(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         )
         command.add_argument("--cache_gb", type=float, default=100.0, help="size of that folder in GB (100)")
     for command in (verify_command, stats_command):
+        command.add_argument(
+            "--decode", action="store_true", help="also decode every image and label as training would"
+        )
         command.add_argument("shards_spec", metavar="MANIFEST", help="NAME.manifest.json, or a pattern")
         command.add_argument(
             "--allow_pipe", action="store_true", help="run the shell commands (pipe:) that a manifest names"
@@ -108,6 +111,7 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
 def write(arguments: argparse.Namespace) -> int:
     from megavit.data import write
     from megavit.data.class_names import write_class_names
+    from megavit.data.index import IMAGE_EXTENSIONS
 
     if arguments.command == "digits":
         splits, names = write.digits_splits(arguments.holdout), list("0123456789")
@@ -117,6 +121,9 @@ def write(arguments: argparse.Namespace) -> int:
         num_classes = int(arguments.command.removeprefix("cifar"))
         splits = write.cifar_splits(arguments.root, num_classes)
         names = write.cifar_class_names(arguments.root, num_classes)
+    for split in splits:
+        if note := split.note_left_out():
+            print(f"{note}; samples are made of {', '.join(IMAGE_EXTENSIONS)} in class folders", flush=True)
     write.write_splits(splits, arguments.out, arguments.shard_size, arguments.workers)
     out = Path(arguments.out)
     if arguments.command == "digits" and not (out / "baselines.json").exists():
@@ -154,7 +161,7 @@ def verify(arguments: argparse.Namespace) -> int:
     cache = _cache(arguments)
     manifest = open_shards(arguments.shards_spec, cache, progress=True, allow_pipe=arguments.allow_pipe)
     problems = 0
-    for line in verify(manifest, cache, arguments.workers):
+    for line in verify(manifest, cache, arguments.workers, decode=arguments.decode):
         problems += 1
         print(line, flush=True)
     unchecked = any(isinstance(index, bytes) for index in manifest.indexes)
@@ -171,7 +178,7 @@ def stats(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--shards {arguments.shards} cannot be negative; 0 looks at all")
     cache = _cache(arguments)
     manifest = open_shards(arguments.shards_spec, cache, progress=True, allow_pipe=arguments.allow_pipe)
-    found = statistics(manifest, cache, arguments.workers, arguments.shards)
+    found = statistics(manifest, cache, arguments.workers, arguments.shards, decode=arguments.decode)
     print("\n".join(found.lines(manifest)))
     return 0
 
