@@ -15,22 +15,28 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
+from megavit import coming_from
 from megavit.data.class_names import CLASSES_FILE, class_names_beside
 from megavit.fields import Field, as_type, describe, fields_of, groups_of, nearest
 from megavit.model.config import PRESET_FIELDS, PRESETS
 from megavit.recipe import (
+    DS_PREFIX,
+    IS_CHECKOUT,
     OTHER_NAMES,
     PROJECT_ROOT,
     RECIPES,
+    layered,
     make_run,
     parse_value,
     read_fields,
     saved_fields,
+    split_overrides,
 )
 from megavit.train.config import RunConfig
 
@@ -39,9 +45,15 @@ _TRAINING_NEEDS = {
     "deepspeed_config": "the DeepSpeed JSON, e.g. ds_configs/zero3.json",
     "model.name": f"the architecture, one of {', '.join(PRESETS)}",
     "data.shards": "the training shards, e.g. 'data/train-{000000..000099}.tar'",
-    "max_steps": "the optimizer steps of the whole run, which a recipe has, e.g. --config "
+    "max_steps": "the optimizer steps of the whole run (or --epochs), which a recipe has, e.g. --config "
     "launch/recipes/imagenet1k_vit_s16.yaml",
 }
+_DS_FLAG = f"--{DS_PREFIX}"
+_COMMON_FLAGS = (
+    *("deepspeed_config", "ds.KEY", "config", "model.name", "data.shards", "data.val_shards", "run_dir"),
+    *("max_steps", "epochs", "schedule.warmup_steps", "eval_every", "checkpoint.every", "init_from"),
+    *("tensor_parallel_size", "recompute"),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,6 +62,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any):
         super().__init__(**options | {"allow_abbrev": False})
+        self.common: tuple[str, ...] = ()
+        self.example = ""
 
     def add_fields(self, config: type) -> None:
         """A flag for every field of a dataclass; those of a nested one are dotted, `--model.depth`. The
@@ -74,7 +88,8 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(r"^argument (\S+): must be", r"\1 must be", message.strip())
         hint = ""
         if unknown := re.search(r"unrecognized arguments: (-[^\s=]+)", message):
-            hint = nearest(unknown[1], self._flags())
+            known = coming_from.what_to_write(unknown[1]) if self.common else ""
+            hint = f"; {known}" if known else nearest(unknown[1], self._flags())
         if re.search(r"unrecognized arguments: [^-\s]", message) and len(message) > 200:
             message = message[:200] + " ..."
         if re.search(r"unrecognized arguments: \S+\.tar", message):
@@ -86,6 +101,26 @@ class Parser(argparse.ArgumentParser):
         print(f"error: {message}{hint} (see --help)", file=sys.stderr)
         sys.exit(2)
 
+    def format_short_help(self) -> str:
+        """The first screen of a command about a run: an example, the common flags, and where the rest is."""
+        by_flag = {flag: action for action in self._actions for flag in action.option_strings}
+        lines = [*textwrap.wrap(f"{self.description}", 100), ""]
+        lines += ["example:", f"  {self.example}", ""] if self.example else []
+        lines.append("the flags that most runs need:")
+        for flag in (f"--{name}" for name in self.common):
+            action = by_flag[flag]
+            sentence = re.split(r"(?<!e\.g)\. |; | \(|\.$", f"{action.help}")[0]
+            start = f"  {flag} {action.metavar} ".ljust(33)
+            lines += textwrap.wrap(start + sentence, 110, subsequent_indent=" " * 33)
+        lines += [
+            "",
+            "more:",
+            "  --help all".ljust(33) + "every flag, with its default",
+            "  --help coming-from".ljust(33) + "what flags of timm, open_clip, DeepSpeed and Hugging Face "
+            "are called here",
+        ]
+        return "\n".join(lines) + "\n"
+
     def _flags(self) -> Iterator[str]:
         for action in self._actions:
             yield from action.option_strings
@@ -94,26 +129,67 @@ class Parser(argparse.ArgumentParser):
                     yield from command._flags()
 
 
+class _Help(argparse.Action):
+    """`--help`, `--help all` and `--help coming-from`."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, topic: Any, option: Any = None
+    ) -> None:
+        assert isinstance(parser, Parser)
+        texts = {
+            "": parser.format_short_help,
+            "all": parser.format_help,
+            "coming-from": coming_from.as_text,
+        }
+        if topic not in texts:
+            parser.error(f"{option} must be followed by all, coming-from or nothing, got {topic!r}")
+        print(texts[topic](), end="")
+        parser.exit()
+
+
 @dataclass(frozen=True)
 class Command:
     """What a command line asks for.
 
-    `deepspeed_config` is the path of the JSON, or empty. `notes` are lines for the person who wrote the
+    `deepspeed_config` is the path of the JSON, or empty, and `ds_overrides` the values in it that flags and
+    files replace, by dotted key. `notes` are lines for the person who wrote the
     command: the main rank prints them. `more` holds the flags that were given beside those of every run.
     """
 
     run: RunConfig
     deepspeed_config: str
+    ds_overrides: dict[str, Any]
     notes: tuple[str, ...]
     more: dict[str, Any]
 
 
-def make_parser(prog: str, description: str) -> Parser:
-    """A parser with the flags of a run."""
+def make_parser(
+    prog: str, description: str, *, example: str = "", common: Sequence[str] = _COMMON_FLAGS
+) -> Parser:
+    """A parser with the flags of a run. `--help` shows the `common` ones, named without their dashes, and an
+    `example`, which are arguments of the command."""
     usage = f"{prog} --deepspeed_config FILE [--config FILE] [--FLAG VALUE ...]"
-    parser = Parser(prog=prog, usage=usage, description=description)
+    parser = Parser(prog=prog, usage=usage, description=description, add_help=False)
+    parser.common, parser.example = tuple(common), example and f"{prog} {example}"
+    parser.add_argument(
+        "-h",
+        "--help",
+        action=_Help,
+        nargs="?",
+        const="",
+        default=argparse.SUPPRESS,
+        metavar="all|coming-from",
+        help="explain the flags",
+    )
     parser.add_argument(
         "--deepspeed_config", default="", metavar="FILE", help="DeepSpeed JSON, see ds_configs/README.md"
+    )
+    parser.add_argument(
+        f"{_DS_FLAG}KEY",
+        default=argparse.SUPPRESS,
+        metavar="VALUE",
+        help="in place of what the DeepSpeed JSON has, e.g. --ds.optimizer.params.lr 3e-4; the run folder "
+        "keeps it. A file of --config may have the same keys below `ds:`",
     )
     parser.add_argument(
         "--config",
@@ -124,7 +200,9 @@ def make_parser(prog: str, description: str) -> Parser:
         "over it, and with several the later one. The flag --model.name replaces the architecture that it "
         "names, but not the model.* fields that it gives beside the name",
     )
-    parser.add_argument("--local_rank", metavar="N", help="appended by the deepspeed launcher; not used")
+    parser.add_argument(
+        "--local_rank", "--local-rank", metavar="N", help="appended by the deepspeed launcher; not used"
+    )
     parser.add_fields(RunConfig)
     return parser
 
@@ -132,12 +210,15 @@ def make_parser(prog: str, description: str) -> Parser:
 def parse_run(argv: Sequence[str] | None = None) -> Command:
     """The command line of `launch/train.py`; exits with a message on any mistake."""
     parser = make_parser(
-        "deepspeed launch/train.py",
+        "deepspeed launch/train.py" if IS_CHECKOUT else "deepspeed --module megavit.launch.train",
         "Train a vision transformer of the ViT-22B family with tensor parallelism and DeepSpeed. Batch "
         "sizes, precision, clipping, ZeRO, optimizer and learning rate are in the DeepSpeed JSON, everything "
         "else is in the flags and YAML files described here; the recipes of launch/recipes are such files. "
         "Without any of them launch/recipes/digits.yaml is trained, the demo. Architectures for "
         f"--model.name: {', '.join(PRESETS)}.",
+        example="--deepspeed_config ds_configs/zero2_imagenet1k.json \\\n"
+        "      --config launch/recipes/imagenet1k_vit_s16.yaml --data.shards 'data/train-*.tar' \\\n"
+        "      --ds.optimizer.params.lr 1e-3 --run_dir runs/first",
     )
     return parse(parser, argv, needs=_TRAINING_NEEDS, otherwise=DEMO_RECIPE)
 
@@ -147,11 +228,34 @@ def parse(
 ) -> Command:
     """The command line of any command that is about a run. `needs` names what must be given, and says what it
     is; `otherwise` is the recipe of a command that names neither a file nor data nor an architecture."""
-    given = vars(parser.parse_args(argv))
     try:
+        words, overrides = take_ds_flags(sys.argv[1:] if argv is None else argv)
+        given = vars(parser.parse_args(words)) | overrides
         return _command(given, needs, otherwise)
     except ValueError as error:
         parser.error(str(error))
+
+
+def take_ds_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The words of a command line without the flags `--ds.KEY VALUE` and `--ds.KEY=VALUE`, and their values
+    under `ds.KEY`. Which keys there are is checked together with the JSON, by `load_ds_config`. ValueError
+    for a flag without a value, or with one that YAML cannot read."""
+    rest, overrides = [], {}
+    words = iter(argv)
+    for word in words:
+        if not word.startswith(_DS_FLAG):
+            rest.append(word)
+            continue
+        flag, equals, text = word.partition("=")
+        if not equals:
+            text = next(words, "--")
+            if text.startswith("--"):
+                raise ValueError(f"{flag} needs a value, e.g. --ds.optimizer.params.lr 3e-4")
+        try:
+            overrides[flag.removeprefix("--")] = parse_value(text)
+        except ValueError as error:
+            raise ValueError(f"{flag}: {error}") from error
+    return rest, overrides
 
 
 def _command(given: dict[str, Any], needs: Mapping[str, str], otherwise: Path | None) -> Command:
@@ -161,33 +265,43 @@ def _command(given: dict[str, Any], needs: Mapping[str, str], otherwise: Path | 
         _from_root(given.pop("deepspeed_config")),
         [_from_root(name) for name in given.pop("config")],
     )
-    flags = {name: value for name, value in given.items() if name in known}
-    more = {name: value for name, value in given.items() if name not in known}
-    chosen = _merged(files) | flags
+    flags = {name: value for name, value in given.items() if name in known or name.startswith(DS_PREFIX)}
+    more = {name: value for name, value in given.items() if name not in flags}
+    chosen = layered(_merged(files), flags, "the flags")
     saved = saved_fields(chosen.get("run_dir", ""))
     if otherwise and not (saved or files or flags.keys() & {"model.name", "data.shards"}):
         files = [str(otherwise)]
-        chosen = _merged(files) | flags
+        chosen = layered(_merged(files), flags, "the flags")
     if "model.name" in chosen and chosen["model.name"] != saved.get("model.name"):
         saved = {name: value for name, value in saved.items() if not name.startswith("model.")}
-    values = saved | chosen
+    values, overrides = split_overrides(layered(saved, chosen, "the flags and files"))
     for name in (
         "data.shards",
         "data.val_shards",
     ):  # with quotes that were meant for a remote shell, see Parser.error
         if name in values:
             values[name] = _from_root(values[name].strip("'"))
-    missing = [name for name in needs if not (values | {"deepspeed_config": ds_path}).get(name)]
+    found = values | {"deepspeed_config": ds_path}
+    found["max_steps"] = found.get("max_steps") or found.get("epochs")
+    missing = [name for name in needs if not found.get(name)]
     if missing:
         raise ValueError("; ".join(f"--{name} is required: {needs[name]}" for name in missing))
-    notes = [*_take_number_of_classes(values), *_note_validation_shards(values, flags, files)]
-    return Command(make_run(values), ds_path, tuple(notes), more)
+    notes = [
+        *_take_number_of_classes(values),
+        *_note_validation_shards(values, flags, files),
+        *(
+            f"note: --{name} {value}, as in {values['run_dir']}/config.yaml"
+            for name, value in saved.items()
+            if name.startswith(DS_PREFIX) and name not in chosen
+        ),
+    ]
+    return Command(make_run(values), ds_path, overrides, tuple(notes), more)
 
 
 def _merged(files: Sequence[str]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name in files:
-        merged |= read_fields(name)
+        merged = layered(merged, read_fields(name), name)
     return merged
 
 

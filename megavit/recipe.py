@@ -18,15 +18,22 @@ from megavit.fields import as_type, fields_of, groups_of, nearest, shown
 from megavit.model.config import model_preset
 from megavit.train.config import LAUNCH_FIELDS, RunConfig
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(__file__).resolve().parent
+# Recipes and DeepSpeed JSONs lie beside the package in a checkout; an installed package has a copy of them.
+IS_CHECKOUT = (_PACKAGE.parent / "launch" / "recipes").is_dir()
+PROJECT_ROOT = _PACKAGE.parent if IS_CHECKOUT else _PACKAGE / "_project"
 RECIPES = PROJECT_ROOT / "launch" / "recipes"
 # Fields that people write otherwise: Python has no name `async`.
 OTHER_NAMES = {"checkpoint.async": "checkpoint.async_save"}
+DS_PREFIX = "ds."  # before the dotted key of a value of the DeepSpeed JSON that is replaced
+# Two ways of saying the same thing: the one that is given later replaces the other.
+_LENGTHS = {"max_steps": "epochs", "epochs": "max_steps"}
 
 
 def read_recipe(path: str | Path) -> RunConfig:
-    """The run that a file describes by itself. ValueError naming the file, the line and the key."""
-    return make_run(read_fields(path))
+    """The run that a file describes by itself, without its changes to the DeepSpeed JSON. ValueError naming
+    the file, the line and the key."""
+    return make_run(split_overrides(read_fields(path))[0])
 
 
 def make_run(fields: Mapping[str, Any]) -> RunConfig:
@@ -41,6 +48,25 @@ def make_run(fields: Mapping[str, Any]) -> RunConfig:
     if "name" in parts["model"]:
         make["model"] = model_preset
     return RunConfig(**parts[""], **{name: make[name](**parts[name]) for name in groups})
+
+
+def split_overrides(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of a run, and the values that replace those of the DeepSpeed JSON, by dotted key."""
+    overrides = {
+        name.removeprefix(DS_PREFIX): value for name, value in fields.items() if name.startswith(DS_PREFIX)
+    }
+    return {name: value for name, value in fields.items() if not name.startswith(DS_PREFIX)}, overrides
+
+
+def layered(fields: Mapping[str, Any], more: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`fields` with those of `more`, which win, and come from `where`. ValueError if `more` gives the length
+    of the run twice."""
+    if more.get("epochs") and more.get("max_steps"):
+        raise ValueError(
+            f"{where} give both epochs {more['epochs']:g} and max_steps {more['max_steps']}; keep one"
+        )
+    replaced = {_LENGTHS[name] for name in _LENGTHS if more.get(name)}
+    return {name: value for name, value in fields.items() if name not in replaced} | dict(more)
 
 
 def saved_fields(run_dir: str) -> dict[str, Any]:
@@ -131,7 +157,7 @@ class _Reader:
     def __init__(self, text: str):
         self._loader = _Loader(text)
         self._known = fields_of(RunConfig)
-        self._groups = {name.rpartition(".")[0] for name in self._known} - {""}
+        self._groups = {*(name.rpartition(".")[0] for name in self._known), "ds"} - {""}
         self._lines: dict[str, int] = {}
 
     def fields(self) -> dict[str, Any]:
@@ -156,12 +182,18 @@ class _Reader:
                     key, f"{name} is given twice, first in line {self._lines[name]}; keep one of them"
                 )
             self._lines[name] = line
+            # Which keys the DeepSpeed JSON may have is checked together with the JSON.
+            is_group = name.startswith(DS_PREFIX) and isinstance(value, yaml.MappingNode)
             found |= (
-                self._mapping(value, name) if name in self._groups else {name: self._value(key, name, value)}
+                self._mapping(value, name)
+                if is_group or name in self._groups
+                else {name: self._value(key, name, value)}
             )
         return found
 
     def _value(self, key: yaml.Node, name: str, node: yaml.Node) -> Any:
+        if name.startswith(DS_PREFIX):
+            return self._loader.construct_object(node, deep=True)
         if name not in self._known:
             raise self._error(key, f"unknown key {name!r}{self._hint(name)}")
         try:

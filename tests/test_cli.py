@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from pathlib import Path
 
@@ -10,11 +11,20 @@ import pytest
 import yaml
 
 from megavit.cli import PROJECT_ROOT, Command, make_parser, parse_run
+from megavit.coming_from import COMING_FROM, as_markdown
 from megavit.data.class_names import class_names_beside, write_class_names
 from megavit.data.config import DataConfig
 from megavit.model.config import ModelConfig, model_preset
 from megavit.recipe import RECIPES, read_fields, read_recipe
-from megavit.train.config import RunConfig, ScheduleConfig, plain_config
+from megavit.train.config import (
+    RunConfig,
+    ScheduleConfig,
+    plain_config,
+    steps_of_epochs,
+    with_max_steps,
+)
+from megavit.train.ds_config import load_ds_config
+from megavit.train.ds_keys import KEYS
 
 JSON = ["--deepspeed_config", "ds_configs/zero3.json"]
 OWN = ["--model.name", "vit_s16", "--data.shards", "/d/x.tar", "--max_steps", "100"]
@@ -187,6 +197,41 @@ def test_help_works_with_whatever_stands_before_it(
     assert exit.value.code == 0 and "launch/recipes" in capsys.readouterr().out
 
 
+def help_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as exit:
+        parse_run(["--help", *words])
+    assert exit.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_is_one_screen_and_says_where_the_rest_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches 400 lines in answer to the first question, and flags that are shown nowhere."""
+    short, full = help_of(capsys), help_of(capsys, "all")
+    assert short.count("\n") < 45 and "example:\n  deepspeed launch/train.py" in short
+    for words in ("--data.shards", "--ds.KEY", "--epochs", "--help all", "--help coming-from"):
+        assert words in short
+    assert "--guard.rollback" not in short and "--guard.rollback" in full
+    assert "--ds.optimizer.params.lr 3e-4" in help_of(capsys, "coming-from")
+    with pytest.raises(SystemExit) as exit:
+        parse_run(["--help", "me"])
+    assert exit.value.code == 2 and "all, coming-from or nothing, got 'me'" in capsys.readouterr().err
+    parser = make_parser("prog", "What it does.", common=("run_dir",))
+    assert "--run_dir" in parser.format_short_help() and "--max_steps" not in parser.format_short_help()
+
+
+def test_the_table_of_other_peoples_names_is_true_and_in_the_readme() -> None:
+    """Catches a row that sends to a flag or a key of the DeepSpeed JSON that does not exist, a name that is
+    one of our own flags with another meaning, and a README that has another table."""
+    assert as_markdown() in (PROJECT_ROOT / "launch" / "README.md").read_text()
+    known = set(make_parser("prog", "text")._flags())
+    keys = {f"--ds.{path}" for path in KEYS.paths()}
+    for names, sentence in COMING_FROM.items():
+        for flag in re.findall(r"--[\w.]+", sentence):
+            assert flag.rstrip(".") in known | keys or flag == "--num_gpus", flag
+        for name in names:
+            assert f"--{name}" not in known or f"--{name} " in sentence, name
+
+
 def test_every_flag_is_explained() -> None:
     """Catches a field without a line in its dataclass's docstring, and a default that is not the field's."""
     parser = make_parser("prog", "text")
@@ -198,6 +243,64 @@ def test_every_flag_is_explained() -> None:
     assert "--data.crop_area VALUE" in text and "(default: [0.05, 1.0])" in text
     assert "--data.flip [true|false]" in text and "--loss {sigmoid,softmax}" in text
     assert "(no default)" in text and "(default: the preset's)" in text
+
+
+def test_flags_replace_values_of_the_deepspeed_json(tmp_path: Path) -> None:
+    """Catches a sweep over the learning rate that needs a file for each of its values: flags in both
+    spellings, values as JSON has them, new objects, and the order of files and flags."""
+    file = tmp_path / "run.yaml"
+    file.write_text("ds:\n  optimizer: {params: {lr: 1e-2, eps: 1e-6}}\n  gradient_clipping: 2.0\n")
+    found = command(
+        *(*OWN, "--ds.optimizer.params.lr", "3e-4", "--ds.train_batch_size=512", "--config", str(file)),
+        *("--ds.optimizer.params.betas", "[0.9, 0.95]", "--ds.bf16.enabled", "false", "--seed", "3"),
+        *("--ds.zero_optimization.offload_optimizer.device", "cpu"),
+    )
+    assert found.run == parse(*OWN, "--seed", "3")
+    config = load_ds_config(found.deepspeed_config, found.ds_overrides)
+    plain = load_ds_config(found.deepspeed_config)
+    assert config["optimizer"]["params"] == plain["optimizer"]["params"] | {
+        "lr": 3e-4,
+        "eps": 1e-6,
+        "betas": [0.9, 0.95],
+    }
+    assert (config["train_batch_size"], config["gradient_clipping"]) == (512, 2.0)
+    assert config["bf16"] == {"enabled": False}
+    assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert plain == load_ds_config(found.deepspeed_config) and plain["train_batch_size"] == 256
+    assert command(*OWN).ds_overrides == {}
+
+
+def test_a_run_folder_keeps_the_values_that_replace_those_of_the_json(tmp_path: Path) -> None:
+    """Catches a resumed run of a sweep that falls back to the JSON's learning rate, without a word."""
+    start = ["--run_dir", str(tmp_path)]
+    saved = plain_config(parse(*start, *OWN)) | {"ds": {"optimizer.params.lr": 3e-4, "train_batch_size": 64}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    again = command(*start, "--ds.train_batch_size", "128")
+    assert again.ds_overrides == {"optimizer.params.lr": 3e-4, "train_batch_size": 128}
+    assert again.notes == (f"note: --ds.optimizer.params.lr 0.0003, as in {tmp_path}/config.yaml",)
+
+
+def test_the_length_of_a_run_in_epochs(tmp_path: Path) -> None:
+    """Catches a recipe's number of steps that wins over the flag, a rounding error that adds a step, and an
+    unfinished last epoch."""
+    recipe = ["--config", "launch/recipes/cifar10.yaml"]
+    run = parse(*recipe, "--epochs", "2.5")
+    assert (run.epochs, run.max_steps) == (2.5, 0)
+    assert with_max_steps(run, 50_000, 256).max_steps == 489  # 488.3
+    assert with_max_steps(run, 50_000, 256) == parse(*recipe, "--max_steps", "489")
+    assert with_max_steps(parse(*recipe), 50_000, 256) == parse(*recipe)
+    assert [steps_of_epochs(epochs, 1000, 100) for epochs in (1.1, 0.3, 1.11, 1e-9)] == [11, 3, 12, 1]
+    with pytest.raises(ValueError, match="stop_at_step 500 is beyond max_steps 489"):
+        with_max_steps(parse(*recipe, "--epochs", "2.5", "--stop_at_step", "500"), 50_000, 256)
+    file = tmp_path / "run.yaml"
+    file.write_text("epochs: 3\n")
+    assert parse(*recipe, "--config", str(file)).epochs == 3
+    assert parse(*recipe, "--config", str(file), "--max_steps", "7").epochs == 0
+    start = ["--run_dir", str(tmp_path)]
+    resolved = plain_config(parse(*recipe, "--max_steps", "489"))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(resolved))
+    assert parse(*start).max_steps == 489
+    assert (parse(*start, "--epochs", "3").epochs, parse(*start, "--epochs", "3").max_steps) == (3.0, 0)
 
 
 def test_project_paths_work_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,20 +23,39 @@ from megavit.data.lanes import DataState, Lanes, Order, ranges_from_json
 from megavit.data.manifest import DATA_FILE, Manifest, in_processes, open_shards
 from megavit.data.reader import ShardReader
 from megavit.data.sources import SourceError
+from megavit.model.config import ModelConfig
 
 
-def verify(manifest: Manifest, cache: ShardCache, workers: int) -> Iterator[str]:
+def verify(manifest: Manifest, cache: ShardCache, workers: int, *, decode: bool = False) -> Iterator[str]:
     """Re-read every byte; yields a line for each missing or damaged shard and each damaged sample.
 
-    Compares sizes, indexes, every checksum, and the tar headers that plain webdataset would follow.
+    Compares sizes, indexes, every checksum, and the tar headers that plain webdataset would follow; with
+    `decode` also has every sample decoded by the code that training reads with.
     """
-    for lines in in_processes(
-        partial(_verify_shard, manifest, cache), range(len(manifest)), workers, "verify"
-    ):
+    check = partial(_verify_shard, manifest, cache, decode)
+    for lines in in_processes(check, range(len(manifest)), workers, "verify"):
         yield from lines
 
 
-def _verify_shard(manifest: Manifest, cache: ShardCache, shard: int) -> list[str]:
+class _Trial:
+    """Decodes samples as training does, with any class number and without augmentation."""
+
+    def __init__(self, manifest: Manifest, cache: ShardCache):
+        import torch  # takes seconds, which only decoding is worth
+
+        from megavit.data.loader import Samples
+
+        torch.set_num_threads(1)  # there is a process for each core
+        model = ModelConfig(num_classes=2**31 - 1)  # labels are int32
+        self._samples = Samples(manifest, cache, model, DataConfig(), allow_unlabelled=True)
+        self._image = np.empty((model.image_size, model.image_size, model.channels), np.uint8)
+
+    def decode(self, shard: int, index: int) -> None:
+        """SampleError if training could not use the sample."""
+        self._samples.load(shard, index, self._image, None)
+
+
+def _verify_shard(manifest: Manifest, cache: ShardCache, decode: bool, shard: int) -> list[str]:
     url, size = manifest.urls[shard], int(manifest.shard_bytes[shard])
     lost = f"{int(manifest.samples[shard])} samples"
     reader = ShardReader(manifest, cache)
@@ -55,9 +74,12 @@ def _verify_shard(manifest: Manifest, cache: ShardCache, shard: int) -> list[str
     on_disk = os.fstat(file).st_size
     if on_disk != size:
         found.append(f"{url}: has {on_disk} bytes, the manifest says {size}")
+    trial = _Trial(manifest, cache) if decode else None
     for number in range(len(index)):
         try:
             reader.read(shard, number, index.sample(number).values())
+            if trial:
+                trial.decode(shard, number)
         except SampleError as error:
             found.append(str(error))
     try:
@@ -121,19 +143,23 @@ def _counts(rows: Iterable[tuple[object, int]]) -> str:
     return ", ".join(f"{name}: {count:,}" for name, count in rows)
 
 
-def statistics(manifest: Manifest, cache: ShardCache, workers: int, shards: int = 0) -> Statistics:
+def statistics(
+    manifest: Manifest, cache: ShardCache, workers: int, shards: int = 0, *, decode: bool = False
+) -> Statistics:
     """Image sizes (from the headers), formats, labels and bytes of `shards` shards, spread evenly; 0 takes
-    all."""
+    all. With `decode`, a sample that training could not decode counts as unusable."""
     count = min(shards or len(manifest), len(manifest))
     chosen = np.unique(np.linspace(0, len(manifest) - 1, count).round().astype(int)).tolist()
     total = Statistics()
-    for part in in_processes(partial(_shard_statistics, manifest, cache), chosen, workers, "stats"):
+    look = partial(_shard_statistics, manifest, cache, decode)
+    for part in in_processes(look, chosen, workers, "stats"):
         total.add(part)
     return total
 
 
-def _shard_statistics(manifest: Manifest, cache: ShardCache, shard: int) -> Statistics:
+def _shard_statistics(manifest: Manifest, cache: ShardCache, decode: bool, shard: int) -> Statistics:
     reader, found = ShardReader(manifest, cache), Statistics()
+    trial = _Trial(manifest, cache) if decode else None
     for number in range(int(manifest.samples[shard])):
         found.samples += 1
         try:
@@ -143,14 +169,14 @@ def _shard_statistics(manifest: Manifest, cache: ShardCache, shard: int) -> Stat
             image_bytes, label_bytes = reader.read(shard, number, (image, label))
             opened = open_image(image_bytes, DataConfig.max_pixels)
             labels = read_labels(label.extension, label_bytes)
+            if trial:
+                trial.decode(shard, number)
         except SampleError as error:
             found.problems.append(str(error))
         except StopIteration:
-            found.problems.append(
-                f"{manifest.urls[shard]}: sample {reader.key(shard, number)!r}: no image or no label"
-            )
+            found.problems.append(str(reader.error(shard, number, "no image or no label")))
         except ValueError as error:
-            found.problems.append(f"{manifest.urls[shard]}: sample {reader.key(shard, number)!r}: {error}")
+            found.problems.append(str(reader.error(shard, number, str(error))))
         else:
             found.image_bytes += len(image_bytes)
             found.widths.append(opened.width)

@@ -10,12 +10,14 @@ _FREE = 10  # a rate means nothing before some samples have been seen
 
 
 class BadSample(NamedTuple):
-    """A slot of a batch that got weight 0; `whole_shard` if the shard itself could not be had or opened."""
+    """A slot of a batch that got weight 0; `whole_shard` if the shard itself could not be had or opened.
+    `source` is the file that the sample was made from, where its shard tells."""
 
     url: str
     key: str
     reason: str
     whole_shard: bool = False
+    source: str = ""
 
 
 class SampleError(ValueError):
@@ -26,7 +28,8 @@ class SampleError(ValueError):
         self.bad = bad
 
     def __str__(self) -> str:
-        return f"{self.bad.url}: sample {self.bad.key!r}: {self.bad.reason}"
+        source = f" (made from {self.bad.source!r})" if self.bad.source else ""
+        return f"{self.bad.url}: sample {self.bad.key!r}: {self.bad.reason}{source}"
 
 
 class TooManyBadSamples(ValueError):
@@ -85,7 +88,8 @@ class BadSamples:
         """Write records without counting them, as for validation samples."""
         if self._write:
             for bad in found:
-                self._write(step=step, **bad._asdict())
+                known = {name: value for name, value in bad._asdict().items() if name != "source" or value}
+                self._write(step=step, **known)
 
     def _check(self, step: int) -> None:
         if len(self._failing) > self._max_shards:

@@ -25,6 +25,7 @@ from megavit.data.tar import ShardError, open_shard, walk_tar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LABEL_EXTENSIONS = ("cls", "json")
+SOURCE_EXTENSION = "source.txt"  # the file that a sample was made from; read when it is reported only
 INDEX_SUFFIX = ".idx"
 _HEADER_BYTES = 4096  # the most that the JSON line of an index file may have
 _MAX_EXTENSIONS = 3000  # characters of all extensions as JSON: the rest of that line is below 1,000

@@ -85,7 +85,7 @@ class Share:
         return min(len(os.sched_getaffinity(0)), equal, _MAX_WORKERS)
 
 
-class _Samples:
+class Samples:
     """Reads and decodes samples into rows of a batch."""
 
     def __init__(
@@ -116,7 +116,7 @@ class _Samples:
         self.reader.fetch(set(shards))
         for row, (shard, index) in enumerate(zip(shards, indexes, strict=True)):
             try:
-                labels[row] = self._load(shard, index, images[row], None if random is None else random[row])
+                labels[row] = self.load(shard, index, images[row], None if random is None else random[row])
                 weights[row] = 1.0
             except SampleError as error:
                 images[row], labels[row] = 0, -1
@@ -130,7 +130,9 @@ class _Samples:
             bad=bad,
         )
 
-    def _load(self, shard: int, index: int, out: np.ndarray, u: np.ndarray | None) -> np.ndarray:
+    def load(self, shard: int, index: int, out: np.ndarray, u: np.ndarray | None) -> np.ndarray:
+        """The labels [M] of a sample, whose image is written into `out` [S, S, C], augmented by the uniforms
+        `u` [NUM_RANDOM], or, if None, by the evaluation's transform. SampleError if it cannot be used."""
         if self.record:
             self.record(self.reader.manifest.urls[shard], index)
         members = self.reader.members(shard, index)
@@ -149,12 +151,12 @@ class _Samples:
         except SampleError:
             raise
         except DecodeError as error:
-            raise self._bad(shard, index, f"it cannot be decoded: {error}") from error
+            raise self.reader.error(shard, index, f"it cannot be decoded: {error}") from error
         except ValueError as error:
-            raise self._bad(shard, index, str(error)) from error
+            raise self.reader.error(shard, index, str(error)) from error
         except Exception as error:  # one sample must not end the run, whatever a library makes of its bytes
             reason = f"it cannot be used: {type(error).__name__}: {error}".removesuffix(": ")
-            raise self._bad(shard, index, reason) from error
+            raise self.reader.error(shard, index, reason) from error
         return padded
 
     def _decode(self, data: bytes, out: np.ndarray, u: np.ndarray | None) -> None:
@@ -164,14 +166,11 @@ class _Samples:
             self._decoder.load(data, lambda w, h: transforms.train_box(w, h, self.config, u), out)
             transforms.affine(out, self.config, u)
 
-    def _bad(self, shard: int, index: int, reason: str) -> SampleError:
-        return SampleError(BadSample(self.reader.manifest.urls[shard], self.reader.key(shard, index), reason))
-
 
 class _TrainItems(Dataset[Batch]):
     """Micro-batch number i of this rank: accumulation index i % per_step of step i // per_step."""
 
-    def __init__(self, samples: _Samples, order: Order, share: Share, micro_batch: int):
+    def __init__(self, samples: Samples, order: Order, share: Share, micro_batch: int):
         self.samples, self.order, self.share, self.micro_batch = samples, order, share, micro_batch
         per_rank = order.global_batch // share.dp_size
         self.per_step = per_rank // micro_batch
@@ -219,7 +218,7 @@ class _EvalItems(Dataset[Batch]):
     """Batch number i of this rank's share, every dp_size-th sample in file order; rows beyond the end are
     empty."""
 
-    def __init__(self, samples: _Samples, share: Share, batch: int):
+    def __init__(self, samples: Samples, share: Share, batch: int):
         self.samples, self.share, self.batch = samples, share, batch
         self._ends = np.cumsum(samples.reader.manifest.samples)
 
@@ -273,7 +272,7 @@ class TrainLoader:
         num_lanes = config.lanes or (state.num_lanes if state else math.gcd(global_batch, MAX_LANES))
         lanes = Lanes(manifest.samples, num_lanes, seed, config.shuffle_block)
         self.order = Order(lanes, global_batch, sorted({*config.skips, *left_out}), state)
-        samples = _Samples(manifest, cache, model, config, allow_unlabelled)
+        samples = Samples(manifest, cache, model, config, allow_unlabelled)
         self._items = _TrainItems(samples, self.order, share, micro_batch)
         self._config, self._manifest = config, manifest
         self._workers = share.workers(config.workers)
@@ -359,7 +358,7 @@ class EvalLoader:
     ):
         self.num_samples = manifest.num_samples
         self.num_batches = -(-self.num_samples // (batch * share.dp_size))
-        self._items = _EvalItems(_Samples(manifest, cache, model, config, allow_unlabelled), share, batch)
+        self._items = _EvalItems(Samples(manifest, cache, model, config, allow_unlabelled), share, batch)
         self._workers, self._timeout_s = share.workers(config.workers), config.timeout_s
 
     def __iter__(self) -> Iterator[Batch]:

@@ -14,13 +14,14 @@ from isal.isal_zlib import crc32
 
 from megavit.data.bad import BadSample, SampleError
 from megavit.data.cache import ShardCache
-from megavit.data.index import Member, ShardError, ShardIndex
+from megavit.data.index import SOURCE_EXTENSION, Member, ShardError, ShardIndex
 from megavit.data.manifest import Manifest
 from megavit.data.sources import SourceError, is_local, open_regular
 
 _MAX_OPEN = 128  # files, and as many index maps: far below the usual limit of 1,024 descriptors
 _MEMORY_S = 60.0  # a shard that failed is not tried again for so long
 _PARALLEL_FETCHES = 8
+_MAX_SOURCE_BYTES = 4096  # the longest path that Linux has
 
 
 class _Lru:
@@ -90,7 +91,7 @@ class ShardReader:
         try:
             return self._index(shard).sample(index)
         except ShardError as error:
-            raise self._error(shard, index, str(error), whole_shard=True) from error
+            raise self.error(shard, index, str(error), whole_shard=True) from error
 
     def read(self, shard: int, index: int, members: Collection[Member]) -> list[bytes]:
         """The bytes of some members of a sample. Raises SampleError for a missing shard, a short read and a
@@ -100,13 +101,13 @@ class ShardReader:
         for member in members:
             data = self._pread(shard, index, file, member)
             if len(data) != member.size:
-                raise self._error(
+                raise self.error(
                     shard,
                     index,
                     f"its {member.extension} is cut off: the shard has become shorter{self._where(shard)}",
                 )
             if member.crc32 is not None and crc32(data) != member.crc32:
-                raise self._error(
+                raise self.error(
                     shard,
                     index,
                     f"the checksum of its {member.extension} differs: it is damaged{self._where(shard)}",
@@ -164,13 +165,13 @@ class ShardReader:
         try:
             return os.pread(self._open(shard, index), member.size, member.offset)
         except OSError as error:
-            raise self._error(shard, index, f"reading failed: {error.strerror}") from error
+            raise self.error(shard, index, f"reading failed: {error.strerror}") from error
 
     def _open(self, shard: int, index: int) -> int:
         if shard in self._failed:
             until, reason = self._failed[shard]
             if time.monotonic() < until:
-                raise self._error(shard, index, reason, whole_shard=True)
+                raise self.error(shard, index, reason, whole_shard=True)
         try:
             return self.file(shard)
         except (OSError, SourceError, ShardError) as error:
@@ -178,7 +179,7 @@ class ShardReader:
                 f"the shard cannot be opened: {error.strerror}" if isinstance(error, OSError) else str(error)
             )
             self._failed[shard] = (time.monotonic() + _MEMORY_S, reason)
-            raise self._error(shard, index, reason, whole_shard=True) from error
+            raise self.error(shard, index, reason, whole_shard=True) from error
 
     def _open_file(self, shard: int) -> int:
         url, size = self.manifest.urls[shard], int(self.manifest.shard_bytes[shard])
@@ -208,5 +209,19 @@ class ShardReader:
         self._checked.add(shard)
         return index
 
-    def _error(self, shard: int, index: int, reason: str, whole_shard: bool = False) -> SampleError:
-        return SampleError(BadSample(self.manifest.urls[shard], self.key(shard, index), reason, whole_shard))
+    def error(self, shard: int, index: int, reason: str, whole_shard: bool = False) -> SampleError:
+        """What is wrong with a sample, with its key and the file that it was made from."""
+        source = "" if whole_shard else self._source(shard, index)
+        key = self.key(shard, index)
+        return SampleError(BadSample(self.manifest.urls[shard], key, reason, whole_shard, source))
+
+    def _source(self, shard: int, index: int) -> str:
+        """The file that a sample was made from; '' if its shard does not tell, or cannot be read."""
+        try:
+            member = self._index(shard).sample(index).get(SOURCE_EXTENSION)
+            if member is None:
+                return ""
+            text = os.pread(self.file(shard), min(member.size, _MAX_SOURCE_BYTES), member.offset)
+        except (OSError, SourceError, ShardError):
+            return ""
+        return text.decode("utf-8", "replace")

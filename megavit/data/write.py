@@ -23,7 +23,7 @@ import webdataset as wds
 from PIL import Image
 from tqdm import tqdm
 
-from megavit.data.index import IMAGE_EXTENSIONS, INDEX_SUFFIX
+from megavit.data.index import IMAGE_EXTENSIONS, INDEX_SUFFIX, SOURCE_EXTENSION
 from megavit.data.json_data import parse_json
 from megavit.data.manifest import MANIFEST_SUFFIX, open_shards, write_index
 
@@ -32,12 +32,18 @@ DIGITS_TRAIN = 1437  # of load_digits' 1,797 images; the last 360 come from othe
 
 @dataclass(frozen=True)
 class Split:
-    """A named sequence of samples; `load(i)` gives (image bytes, extension, class id) and is thread-safe."""
+    """A named sequence of samples; `load(i)` gives a sample's members by extension and is thread-safe.
+    `left_out` are files of the data set that no sample is made of."""
 
     name: str
     size: int
-    load: Callable[[int], tuple[bytes, str, int]]
+    load: Callable[[int], dict[str, bytes]]
     fingerprint: str
+    left_out: tuple[str, ...] = ()
+
+    def note_left_out(self) -> str:
+        """A line about the files that were left out, by extension, or '' if there are none."""
+        return f"note: {self.name}: left out {_by_extension(self.left_out)}" if self.left_out else ""
 
 
 def digest(*parts: object) -> str:
@@ -110,8 +116,7 @@ def _write_shard(split: Split, path: Path, start: int, stop: int) -> None:
         # A whole-second time: webdataset's default, a fraction, costs three extra blocks a member.
         with open(partial, "wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as tar:
             for i in range(start, stop):
-                data, extension, label = split.load(i)
-                tar.write({"__key__": f"{split.name}_{i:09d}", extension: data, "cls": str(label).encode()})
+                tar.write({"__key__": f"{split.name}_{i:09d}", **split.load(i)})
         write_index(partial, f"{path}{INDEX_SUFFIX}", name=str(path))
         os.replace(partial, path)
     finally:
@@ -125,10 +130,10 @@ class ArrayImages:
     images: np.ndarray
     labels: np.ndarray
 
-    def __call__(self, i: int) -> tuple[bytes, str, int]:
+    def __call__(self, i: int) -> dict[str, bytes]:
         buffer = io.BytesIO()
         Image.fromarray(self.images[i]).save(buffer, "PNG")
-        return buffer.getvalue(), "png", int(self.labels[i])
+        return {"png": buffer.getvalue(), "cls": str(self.labels[i]).encode()}
 
     def split(self, name: str) -> Split:
         content = hashlib.blake2b(self.images.tobytes() + self.labels.tobytes(), digest_size=8).hexdigest()
@@ -137,14 +142,17 @@ class ArrayImages:
 
 @dataclass(frozen=True)
 class Files:
-    """Image files and class ids; the bytes are stored as they are."""
+    """Image files, relative to `root`, and class ids; the bytes are stored as they are, beside the path."""
 
+    root: Path
     paths: tuple[str, ...]
     labels: tuple[int, ...]
 
-    def __call__(self, i: int) -> tuple[bytes, str, int]:
-        path = Path(self.paths[i])
-        return path.read_bytes(), path.suffix[1:].lower(), self.labels[i]
+    def __call__(self, i: int) -> dict[str, bytes]:
+        path = self.root / self.paths[i]
+        extension = path.suffix[1:].lower()
+        label = str(self.labels[i]).encode()
+        return {extension: path.read_bytes(), "cls": label, SOURCE_EXTENSION: os.fsencode(self.paths[i])}
 
 
 def digits_arrays() -> tuple[ArrayImages, ArrayImages]:
@@ -299,24 +307,43 @@ def imagefolder_splits(root: str | Path) -> list[Split]:
         if extra:
             raise ValueError(f"{folder} has classes that the training split lacks: {', '.join(extra[:5])}")
         paths, labels = [], []
+        left_out = [os.path.relpath(path, root) for path in sorted(folder.iterdir()) if path.is_file()]
         for label, class_name in enumerate(classes):
             for path in sorted((folder / class_name).rglob("*")):
                 if path.suffix[1:].lower() in IMAGE_EXTENSIONS:
-                    paths.append(str(path))
+                    paths.append(os.path.relpath(path, root))
                     labels.append(label)
+                elif path.is_file():
+                    left_out.append(os.path.relpath(path, root))
         if not paths:
-            raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}) in class folders")
+            found = f"; there are {_by_extension(left_out)}" if left_out else ""
+            raise ValueError(
+                f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}) in class folders{found}"
+            )
         # Neighbours of one class would fill whole shards: spread the classes over the shards.
         order = np.argsort(
             [hashlib.blake2b(os.fsencode(os.path.basename(p)), digest_size=8).digest() for p in paths]
         )
-        files = Files(tuple(paths[i] for i in order), tuple(labels[i] for i in order))
-        sizes = [os.path.getsize(path) for path in files.paths]
-        relative = [os.path.relpath(path, root) for path in files.paths]
-        splits.append(
-            Split("train" if name == "." else name, len(paths), files, digest(relative, sizes, classes))
-        )
+        files = Files(root, tuple(paths[i] for i in order), tuple(labels[i] for i in order))
+        sizes = [os.path.getsize(root / path) for path in files.paths]
+        fingerprint = digest(list(files.paths), sizes, classes)
+        split_name = "train" if name == "." else name
+        splits.append(Split(split_name, len(paths), files, fingerprint, tuple(left_out)))
     return splits
+
+
+def _by_extension(paths: Sequence[str], most: int = 3) -> str:
+    """Files as text: how many there are of each extension, the commonest first, and the first names."""
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        kind = os.path.splitext(path)[1].lower() or "without extension"
+        if kind[1:] in IMAGE_EXTENSIONS:
+            kind = "outside the class folders"
+        groups.setdefault(kind, []).append(path)
+    return "; ".join(
+        f"{len(names):,} {kind} ({', '.join(names[:most])}{', ...' if len(names) > most else ''})"
+        for kind, names in sorted(groups.items(), key=lambda group: -len(group[1]))
+    )
 
 
 def class_names(root: str | Path) -> list[str]:

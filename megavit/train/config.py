@@ -8,7 +8,9 @@ to no recipe: those are `launch/recipes/*.yaml` (see `megavit.cli` for the prece
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 from megavit.data.config import DataConfig
@@ -113,6 +115,8 @@ class RunConfig:
         seed: fixes the weights, the order of the data, the augmentation and dropout.
         max_steps: optimizer steps of the whole run. Training needs a recipe or the flag to give it, because
             no number suits everybody; 0 means that nobody has.
+        epochs: passes over the training samples, in place of max_steps, which is worked out at the start: as
+            many steps as are needed to read so many times the number of samples; 0 takes max_steps.
         stop_at_step: save and end after this step, leaving the schedule as it is; 0 runs to max_steps.
         log_every: steps between two log lines.
         eval_every: steps between two evaluations; 0 evaluates at the end only.
@@ -142,6 +146,7 @@ class RunConfig:
     init_from: str = ""
     seed: int = 0
     max_steps: int = 0
+    epochs: float = 0.0
     stop_at_step: int = 0
     log_every: int = 50
     eval_every: int = 5_000
@@ -169,10 +174,14 @@ class RunConfig:
         for name in ("timeout_s", "heartbeat_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("max_steps", "stop_at_step", "eval_every", "check_every", "head_weight_decay"):
+        for name in ("max_steps", "stop_at_step", "eval_every", "check_every", "head_weight_decay", "epochs"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} cannot be negative, got {getattr(self, name)}")
-        if self.stop_at_step > self.max_steps:
+        if self.epochs and self.max_steps:
+            raise ValueError(
+                f"max_steps {self.max_steps} and epochs {self.epochs:g} are both given; keep one"
+            )
+        if self.stop_at_step > self.max_steps and not self.epochs:
             raise ValueError(
                 f"stop_at_step {self.stop_at_step} is beyond max_steps {self.max_steps}; raise --max_steps "
                 f"for a longer run"
@@ -195,6 +204,21 @@ class RunConfig:
             )
 
 
+def steps_of_epochs(epochs: float, num_samples: int, global_batch: int) -> int:
+    """Optimizer steps that read `epochs` times `num_samples`, rounded up."""
+    # A fraction, because 1.1 * 1000 is a little more than 1100 in floating point.
+    return math.ceil(Fraction(str(epochs)) * num_samples / global_batch)
+
+
+def with_max_steps(run: RunConfig, num_samples: int, global_batch: int) -> RunConfig:
+    """The run with the number of its steps in place of the number of its epochs."""
+    if not run.epochs:
+        return run
+    return dataclasses.replace(
+        run, epochs=0.0, max_steps=steps_of_epochs(run.epochs, num_samples, global_batch)
+    )
+
+
 def plain_config(run: RunConfig) -> dict[str, Any]:
     """The configuration as `--config` reads it: nested dictionaries of plain values."""
     fields = dataclasses.asdict(run)
@@ -211,4 +235,4 @@ def flat_config(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 # Fields that belong to one start of a run rather than to the run: a new start does not take them over.
-LAUNCH_FIELDS = ("run_dir", "init_from", "stop_at_step")
+LAUNCH_FIELDS = ("run_dir", "init_from", "stop_at_step", "epochs")

@@ -12,7 +12,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from megavit.train.ds_keys import KEYS, SWITCHED_OFF
 from megavit.train.ds_rules import shown
 
 
-def load_ds_config(path: str | Path) -> dict[str, Any]:
-    """Read and check a DeepSpeed JSON. Raises ValueError with a line for each mistake: the file, the key, the
-    value that it has, and the fix."""
-    path = Path(path)
+def load_ds_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read and check a DeepSpeed JSON, in which `overrides` replace or add values by dotted key, as the flags
+    `--ds.KEY` do. Raises ValueError with a line for each mistake: the file, the flags if the file alone has
+    not got it, the key, the value that it has, and the fix."""
+    path, overrides = Path(path), overrides or {}
     repeated: list[str] = []
 
     def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -49,9 +50,37 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold a JSON object, not {shown(raw)}")
-    if problems := [*repeated, *ds_config_problems(raw)]:
-        raise ValueError("\n".join(f"{path}: {problem}" for problem in problems))
-    return raw
+    config = override_ds_config(raw, overrides)
+    problems = [*repeated, *ds_config_problems(config)]
+    if problems:
+        of_the_file = {*repeated, *(ds_config_problems(raw) if overrides else problems)}
+        flags = " ".join(f"--ds.{key} {shown(value)}" for key, value in overrides.items())
+        raise ValueError(
+            "\n".join(
+                f"{path}: {problem}" if problem in of_the_file else f"{path} with {flags}: {problem}"
+                for problem in problems
+            )
+        )
+    return config
+
+
+def override_ds_config(raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a DeepSpeed configuration with the values of `overrides`, by dotted key, in their places;
+    objects on the way that are missing are made. ValueError, naming the flag, for a place inside a value that
+    is no object."""
+    config = copy.deepcopy(raw)
+    for name, value in overrides.items():
+        *way, last = name.split(".")
+        place = config
+        for depth, key in enumerate(way):
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise ValueError(
+                    f"--ds.{name}: {'.'.join(way[: depth + 1])} is {shown(place)}, which has no keys; give "
+                    f"--ds.{'.'.join(way[: depth + 1])}"
+                )
+        place[last] = value
+    return config
 
 
 def ds_config_problems(raw: dict[str, Any]) -> list[str]:

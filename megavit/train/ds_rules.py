@@ -82,8 +82,16 @@ class Block:
             elif key in self.refused:
                 yield f"{full_name} is {shown(item)}; {self.refused[key]}"
             else:
-                fix = nearest(key, self.accepted) or "; remove it"
-                yield f"{full_name} is {shown(item)}, an unknown key{fix}"
+                elsewhere = [prefix + path for path in self.paths() if path.endswith(f".{key}")]
+                fix = f"; did you mean {elsewhere[0]!r}?" if elsewhere else nearest(key, self.accepted)
+                yield f"{full_name} is {shown(item)}, an unknown key{fix or '; remove it'}"
+
+    def paths(self) -> Iterator[str]:
+        """The dotted names of all keys that are accepted, at any depth."""
+        for key, rule in self.accepted.items():
+            yield key
+            if isinstance(rule, Block):
+                yield from (f"{key}.{path}" for path in rule.paths())
 
 
 def shown(value: Any) -> str:

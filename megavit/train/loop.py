@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from megavit.train.checkpoint.resume import check_resumable, describe_changes
 from megavit.train.checkpoint.run_lock import RunLock
 from megavit.train.checkpoint.saver import SaveError, Saver, open_latest, restore
 from megavit.train.checkpoint.shared_io import run_together
-from megavit.train.config import RunConfig, plain_config
+from megavit.train.config import RunConfig, plain_config, with_max_steps
 from megavit.train.ds_config import batch_advice, has_cuda_compiler, resolve_ds_config
 from megavit.train.engine import Engine, StepResult
 from megavit.train.evaluation import evaluate
@@ -53,9 +53,15 @@ class OutOfMemory(RuntimeError):
     """This rank's device, or its host, has no memory left; the message says what it was doing."""
 
 
-def train(run: RunConfig, raw_ds_config: dict[str, Any], mesh: Mesh, stop: StopRequest) -> float | None:
+def train(
+    run: RunConfig,
+    raw_ds_config: dict[str, Any],
+    mesh: Mesh,
+    stop: StopRequest,
+    ds_overrides: Mapping[str, Any] | None = None,
+) -> float | None:
     """Train `run` on this rank of `mesh`, from its newest checkpoint or the start on; see `Trainer`."""
-    trainer = Trainer(run, raw_ds_config, mesh)
+    trainer = Trainer(run, raw_ds_config, mesh, ds_overrides)
     try:
         trainer.build()
         top1 = trainer.train(stop)
@@ -77,10 +83,17 @@ class Trainer:
     """A run on one rank. Collective: every rank calls the same methods in the same order.
 
     Everything that can fail early (shards, batch arithmetic, checkpoints) is touched before the model is
-    built.
+    built. `ds_overrides` are the values of `raw_ds_config` that the command line replaced: the run folder
+    keeps them.
     """
 
-    def __init__(self, run: RunConfig, raw_ds_config: dict[str, Any], mesh: Mesh):
+    def __init__(
+        self,
+        run: RunConfig,
+        raw_ds_config: dict[str, Any],
+        mesh: Mesh,
+        ds_overrides: Mapping[str, Any] | None = None,
+    ):
         self.run, self.mesh = run, mesh
         # Hosts may differ in what is installed: all ranks take the same optimizer.
         has_compiler = not mesh.any(not has_cuda_compiler())
@@ -92,21 +105,31 @@ class Trainer:
         self.global_batch: int = self.ds_config["train_batch_size"]
         self.peak_lr: float = self.ds_config["optimizer"]["params"]["lr"]
         self.run_dir = choose_run_dir(run, mesh)
-        self.last_step = run.stop_at_step or run.max_steps
         self.lock = RunLock(self.run_dir, self._say)
         mesh.on_main(self.lock.acquire)
         self.saved = open_latest(self.run_dir, run.checkpoint.on_damage, mesh, self._say)
+        self._shards = open_data(run.data.shards, run.data, mesh)
+        self.run = run = self._with_max_steps(run)
+        self.last_step = run.stop_at_step or run.max_steps
         if self.saved:
             check_resumable(self.saved, run)
-        self._shards = open_data(run.data.shards, run.data, mesh)
         left_out = self.saved.state["left_out"] if self.saved else ()
         self._take_position(self.saved, [(first, last) for first, last in left_out])
         self._rollbacks: Counter[int] = Counter()
         self._saved_bytes = 0
         self.eval_loader = eval_loader(run, self.ds_config, mesh)
-        self.monitor = Monitor(self.run_dir, run, self.ds_config, mesh)
+        self.monitor = Monitor(self.run_dir, run, self.ds_config, mesh, ds_overrides)
         name = f"rank {mesh.global_rank}"
         self.watchdog = Watchdog(run.timeout_s, name, self._reading, self._heartbeat, run.heartbeat_s)
+
+    def _with_max_steps(self, run: RunConfig) -> RunConfig:
+        found = with_max_steps(run, self._shards.num_samples, self.global_batch)
+        if run.epochs:
+            self._say(
+                f"epochs {run.epochs:g} of {self._shards.num_samples:,} samples are max_steps "
+                f"{found.max_steps:,} with a global batch of {self.global_batch:,}"
+            )
+        return found
 
     def build(self) -> None:
         """The engine, with the weights and moments of the checkpoint, of --init_from, or of the seed."""

@@ -8,11 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset as wds
 from PIL import Image
 
 from megavit.data import write
+from megavit.data.bad import BadSamples, SampleError
+from megavit.data.config import DataConfig
+from megavit.data.loader import Samples
 from megavit.data.manifest import expand_shards, open_shards
 from megavit.data.reader import ShardReader
+from megavit.model.config import ModelConfig
 
 
 def contents(pattern: str) -> list[tuple[bytes, int]]:
@@ -22,7 +27,7 @@ def contents(pattern: str) -> list[tuple[bytes, int]]:
     for shard in range(len(manifest)):
         for index in range(int(manifest.samples[shard])):
             members = reader.members(shard, index)
-            image = next(member for name, member in members.items() if name != "cls")
+            image = next(member for name, member in members.items() if name not in ("cls", "source.txt"))
             data, label = reader.read(shard, index, [image, members["cls"]])
             found.append((data, int(label)))
     return found
@@ -134,10 +139,50 @@ def test_imagefolder(tmp_path: Path) -> None:
     assert dict(train + val) == originals
     assert sorted(label for _, label in train) == [0, 0, 0, 1, 1, 1]
     assert [label for _, label in val] == [1, 1, 1]
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(ValueError, match=r"holds no images \(jpg.*there are 4 .json \(.*; 3 .tar"):
         write.imagefolder_splits(tmp_path / "out")
     with pytest.raises(ValueError, match="not a folder"):
         write.imagefolder_splits(tmp_path / "nowhere")
+
+
+def test_imagefolder_says_what_it_leaves_out(tmp_path: Path) -> None:
+    """Catches photos that are dropped without a word because of their extension or their place."""
+    folder_fixture(tmp_path)
+    for i in range(5):
+        Image.new("L", (4, 4)).save(tmp_path / "train" / "dog" / f"d{i}.GIF")
+    Image.new("L", (4, 4)).save(tmp_path / "train" / "cat" / "c.tiff")
+    Image.new("L", (4, 4)).save(tmp_path / "train" / "lost.png")
+    train, val = write.imagefolder_splits(tmp_path)
+    assert train.size == 6 and len(train.left_out) == 8
+    assert train.note_left_out() == (
+        "note: train: left out 5 .gif (train/dog/d0.GIF, train/dog/d1.GIF, train/dog/d2.GIF, ...); "
+        "1 outside the class folders (train/lost.png); 1 .tiff (train/cat/c.tiff); "
+        "1 .txt (train/cat/notes.txt)"
+    )
+    assert val.left_out == () and val.note_left_out() == ""
+
+
+def test_a_sample_knows_the_file_that_it_was_made_from(tmp_path: Path) -> None:
+    """Catches a problem in a shard that leads to no photo, and a member that plain webdataset cannot read."""
+    folder_fixture(tmp_path / "in")
+    (tmp_path / "in" / "train" / "cat" / "caf\u00e9 1.jpg").write_bytes(b"\xff\xd8 no image")
+    write.write_splits(write.imagefolder_splits(tmp_path / "in"), tmp_path / "out", shard_size=9, workers=1)
+    sources = {}
+    for sample in wds.WebDataset(f"{tmp_path}/out/train-000000.tar", shardshuffle=False):
+        image = sample.get("jpeg", sample.get("jpg"))
+        assert (tmp_path / "in" / sample["source.txt"].decode()).read_bytes() == image
+        sources[sample["__key__"]] = sample["source.txt"].decode()
+    assert len(sources) == 7
+    manifest = open_shards(f"{tmp_path}/out/train.manifest.json")
+    samples = Samples(manifest, None, ModelConfig(image_size=28), DataConfig(), allow_unlabelled=False)
+    batch = samples.batch([0] * 7, range(7), 7, None)
+    (bad,) = batch.bad
+    assert bad.source == sources[bad.key] == "train/cat/caf\u00e9 1.jpg"
+    assert "made from 'train/cat/caf\u00e9 1.jpg'" in str(SampleError(bad))
+    records: list[dict[str, object]] = []
+    account = BadSamples(1.0, 1, 7, lambda **fields: records.append(fields))
+    account.record(1, [bad, bad._replace(source="")])
+    assert records[0]["source"] == bad.source and "source" not in records[1]
 
 
 def test_interrupted_writing_is_continued(tmp_path: Path) -> None:

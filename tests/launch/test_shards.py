@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from launch import shards
 from megavit.data.class_names import class_names_beside
@@ -48,6 +50,30 @@ def test_index_verify_stats(tmp_path: Path) -> None:
     assert "x-004.tar" not in text and "x-005.tar" not in text
     code, text = call("stats", manifest, "--shards", "3", "--workers", "1")
     assert code == 0 and "unusable        41" in text  # shard 0, and one sample of shard 2
+
+
+def test_decoding_finds_what_the_checksums_cannot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a photo that was damaged before it came into the shard, and is found by training only."""
+    for name in ("good", "damaged"):
+        (tmp_path / "in" / "cat").mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "in" / "cat" / f"{name}.jpg")
+    damaged = tmp_path / "in" / "cat" / "damaged.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:2000])
+    (tmp_path / "in" / "cat" / "moving.gif").write_bytes(b"GIF89a")
+    out = ["--out", str(tmp_path / "out"), "--workers", "1"]
+    assert shards.main(["imagefolder", "--root", str(tmp_path / "in"), *out]) == 0
+    said = capsys.readouterr().out
+    assert "note: train: left out 1 .gif (cat/moving.gif); samples are made of jpg, jpeg, png, webp" in said
+    manifest = [str(tmp_path / "out" / "train.manifest.json"), "--workers", "1"]
+    assert shards.main(["verify", *manifest]) == 0 and shards.main(["stats", *manifest]) == 0
+    assert "unusable        0" in capsys.readouterr().out
+    assert shards.main(["verify", *manifest, "--decode"]) == 1
+    (problem, _) = capsys.readouterr().out.splitlines()
+    assert "it cannot be decoded: JPEG" in problem and "(made from 'cat/damaged.jpg')" in problem
+    assert shards.main(["stats", *manifest, "--decode"]) == 0
+    said = capsys.readouterr().out
+    assert "unusable        1" in said and "cat/damaged.jpg" in said
 
 
 @pytest.mark.parametrize("classes", [10, 100])

@@ -14,6 +14,7 @@ from megavit.cli import parse_run
 from megavit.model.config import model_config
 from megavit.recipe import RECIPES, read_recipe
 from megavit.train.config import plain_config
+from megavit.train.ds_config import load_ds_config
 
 JSON = ["--deepspeed_config", "ds_configs/zero3.json"]
 OWN = [*JSON, "--model.name", "vit_s16", "--data.shards", "/d/x.tar", "--max_steps", "100"]
@@ -25,7 +26,7 @@ FLAGS: list[tuple[str, list[str]]] = [
     ("--model.head 12", ["unrecognized", "--model.head 12"]),
     ("--max_step 5", ["unrecognized", "--max_step 5", "did you mean '--max_steps'"]),
     ("-max_steps 5", ["unrecognized", "did you mean '--max_steps'"]),
-    ("--num_classes 5", ["did you mean '--model.num_classes'"]),
+    ("--model.num_class 5", ["did you mean '--model.num_classes'"]),
     ("--checkpoint.asyn true", ["did you mean '--checkpoint.async'"]),
     ("stray", ["unrecognized", "stray"]),
     ("--model.name vit_22c", ["vit_22c", "did you mean 'vit_22b'", "vit_tiny"]),
@@ -93,10 +94,74 @@ FLAGS: list[tuple[str, list[str]]] = [
     ("--model.dim 70 --model.num_heads 7 --tensor_parallel_size 2", ["2 does not divide model.num_heads 7"]),
     ("--compile --recompute full --tensor_parallel_size 2", ["--compile", "--recompute none", "full"]),
     ("--recompute selective --model.block sequential", ["selective", "--model.block parallel"]),
+    ("--epochs 3", ["the flags give both epochs 3 and max_steps 100"]),
+    ("--epochs -3 --max_steps 0", ["epochs cannot be negative, got -3"]),
+    # values of the DeepSpeed JSON, which is checked later
+    ("--ds.optimizer.params.lr", ["--ds.optimizer.params.lr needs a value"]),
+    ("--ds.optimizer.params.lr --seed 3", ["--ds.optimizer.params.lr needs a value"]),
+    ("--ds.optimizer.params.betas [0.9", ["--ds.optimizer.params.betas", "'[0.9' is no value"]),
     # files that are none
     ("--config none.yaml", ["none.yaml", "No such file"]),
     ("--config tests", ["tests", "Is a directory", "name a YAML file"]),
     ("--config", ["--config", "expected one argument"]),
+]
+
+# What people type who come from elsewhere, after OWN, what the line must hold.
+BROUGHT: list[tuple[str, str]] = [
+    ("--lr 3e-4", "--ds.optimizer.params.lr 3e-4"),
+    ("--learning_rate=3e-4", "--ds.optimizer.params.lr 3e-4"),
+    ("--batch-size 64", "--ds.train_batch_size"),
+    ("--batch_size 64", "--ds.train_batch_size"),
+    ("-b 64", "--ds.train_batch_size"),
+    ("--weight-decay 0.1", "--ds.optimizer.params.weight_decay"),
+    ("--opt adamw", "--ds.optimizer.params"),
+    ("--num_epochs 90", "--epochs 90"),
+    ("--num_train_epochs 90", "--epochs 90"),
+    ("--resume runs/x", "--run_dir"),
+    ("--output-dir runs/x", "--run_dir"),
+    ("--gradient_checkpointing", "--recompute selective"),
+    ("--grad-checkpointing", "--recompute selective"),
+    ("--train-data x", "--data.shards"),
+    ("--data-dir x", "--data.shards"),
+    ("--val-data x", "--data.val_shards"),
+    *((flag, "--ds.bf16.enabled") for flag in ("--amp", "--precision bf16", "--bf16", "--fp16")),
+    ("--wandb", "TensorBoard files"),
+    ("--report-to wandb", "TensorBoard files"),
+    ("--model vit_b16", "--model.name vit_b16"),
+    ("--img-size 224", "--model.image_size 224"),
+    ("--num-classes 10", "--model.num_classes"),
+    ("--warmup 5", "--schedule.warmup_steps"),
+    ("--warmup_steps 5", "--schedule.warmup_steps"),
+    ("--sched cosine", "--schedule.name cosine"),
+    ("--workers 8", "--data.workers"),
+    ("--drop-path 0.1", "stochastic depth is not implemented"),
+    ("--mixup 0.8", "--data.mixup"),
+    ("--smoothing 0.1", "--label_smoothing 0.1"),
+    ("--clip-grad 1", "--ds.gradient_clipping 1"),
+    ("--log-every 5", "--log_every"),
+    ("--save-every 5", "--checkpoint.every"),
+    ("--tp 8", "--tensor_parallel_size 8"),
+    ("--zero 3", "--ds.zero_optimization.stage 3"),
+    ("--deepspeed ds_configs/zero3.json", "--deepspeed_config ds_configs/zero3.json"),
+    ("--max-steps 5", "did you mean '--max_steps'"),
+]
+
+# Flags of the DeepSpeed JSON, what the line must hold beside the file's name.
+DS_FLAGS: list[tuple[str, list[str]]] = [
+    (
+        "--ds.optimizer.params.lr -1",
+        ["with --ds.optimizer.params.lr -1: optimizer.params.lr is -1; it must be a number above 0"],
+    ),
+    ("--ds.optimizer.params.lr 3e-4x", ['with --ds.optimizer.params.lr "3e-4x": optimizer.params.lr is']),
+    ("--ds.lr 1", ["with --ds.lr 1: lr is 1, an unknown key; did you mean 'optimizer.params.lr'?"]),
+    ("--ds.optimizer.params.lrr 1", ["optimizer.params.lrr is 1, an unknown key; did you mean 'lr'"]),
+    ("--ds.optimizer adam", ["with --ds.optimizer", 'optimizer is "adam"; it must be an object']),
+    ("--ds.train_batch_size.x 3", ["--ds.train_batch_size.x: train_batch_size is 256, which has no keys"]),
+    ("--ds.fp16.enabled true", ["fp16.enabled is true; it must be false: use bf16"]),
+    (
+        "--ds.zero_optimization.stage 0 --ds.bf16.enabled true",
+        ["with --ds.zero_optimization.stage 0 --ds.bf16.enabled true: bf16 is on with"],
+    ),
 ]
 
 # Content of a file `run.yaml` given with --config, what the line must hold beside the file's name.
@@ -138,6 +203,12 @@ FILES: list[tuple[str | bytes, list[str]]] = [
     ("seed: \x00\n", ["no YAML", "special characters"]),
     (b"seed: 3\nrun_dir: caf\xe9\n", ["not UTF-8", "byte 20", "save it as UTF-8"]),
     (b"\xff\xfes\x00e\x00e\x00d\x00", ["not UTF-8"]),
+    ("ds: 3\n", ["line 1", "ds must hold its fields"]),
+    (
+        "ds:\n  train_batch_size: 3\nds.train_batch_size: 4\n",
+        ["line 3", "ds.train_batch_size is given twice"],
+    ),
+    ("epochs: 3\nmax_steps: 5\n", ["give both epochs 3 and max_steps 5"]),
     ("model:\n  name: vit_s61\n", ["unknown model preset 'vit_s61'", "did you mean 'vit_s16'"]),
 ]
 
@@ -209,6 +280,41 @@ def holds(message: str, words: list[str]) -> None:
 def test_flags(capsys: pytest.CaptureFixture[str], flags: str, words: list[str]) -> None:
     """Catches tracebacks, usage screens, abbreviations and values that are taken for something else."""
     holds(refusal(parse_run, [*OWN, *flags.split(" ")], capsys), words)
+
+
+@pytest.mark.parametrize(("flags", "words"), BROUGHT, ids=[flags for flags, _ in BROUGHT])
+def test_flags_of_other_trainers(capsys: pytest.CaptureFixture[str], flags: str, words: str) -> None:
+    """Catches a guess that leads somebody who comes from another trainer to something else."""
+    message = refusal(parse_run, [*OWN, *flags.split(" ")], capsys)
+    assert "unrecognized arguments" in message and words in message, message
+
+
+def test_the_launchers_flag_in_both_spellings() -> None:
+    """Catches a launcher that hands over --local-rank and is refused."""
+    assert parse_run([*OWN, "--local-rank=1"]) == parse_run([*OWN, "--local_rank", "1"]) == parse_run(OWN)
+
+
+@pytest.mark.parametrize(("flags", "words"), DS_FLAGS, ids=[flags for flags, _ in DS_FLAGS])
+def test_flags_of_the_deepspeed_json(flags: str, words: list[str]) -> None:
+    """Catches a replaced value that is not checked as the file is, and a message that blames the file."""
+    command = parse_run([*OWN, *flags.split(" ")])
+    with pytest.raises(ValueError) as error:
+        load_ds_config(command.deepspeed_config, command.ds_overrides)
+    assert "\n" not in str(error.value)
+    holds(str(error.value), words)
+
+
+def test_a_mistake_of_the_file_is_not_blamed_on_a_flag(tmp_path: Path) -> None:
+    """Catches a message that sends to the flag for what stands in the file."""
+    file = tmp_path / "ds.json"
+    file.write_text('{"train_batch_size": 0, "optimizer": {"type": "AdamW", "params": {"lr": 1}}}')
+    with pytest.raises(ValueError) as error:
+        load_ds_config(file, {"optimizer.params.lr": -1})
+    assert str(error.value).splitlines() == [
+        f"{file}: train_batch_size is 0; it must be a whole number of at least 1, the global batch",
+        f"{file} with --ds.optimizer.params.lr -1: optimizer.params.lr is -1; it must be a number above 0, "
+        f"the peak learning rate",
+    ]
 
 
 @pytest.mark.parametrize(("content", "words"), FILES, ids=range(len(FILES)))

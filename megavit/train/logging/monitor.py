@@ -12,7 +12,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,9 +48,17 @@ class Monitor:
     rate measured at start.
     """
 
-    def __init__(self, run_dir: Path, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh):
+    def __init__(
+        self,
+        run_dir: Path,
+        run: RunConfig,
+        ds_config: dict[str, Any],
+        mesh: Mesh,
+        ds_overrides: Mapping[str, Any] | None = None,
+    ):
         """Touches no file: a start that fails leaves the run folder as it was. `open` comes next."""
         self.run, self.mesh = run, mesh
+        self._ds_overrides = dict(ds_overrides or {})
         self._run_dir, self._ds_config = run_dir, ds_config
         self.global_batch: int = ds_config["train_batch_size"]
         dtype = torch.bfloat16 if uses_bf16(ds_config) else torch.float32
@@ -68,7 +76,8 @@ class Monitor:
             return
         self._enabled = True
         run_dir.mkdir(parents=True, exist_ok=True)
-        resolved = yaml.safe_dump(plain_config(run), sort_keys=False)
+        overrides = {"ds": self._ds_overrides} if self._ds_overrides else {}
+        resolved = yaml.safe_dump(plain_config(run) | overrides, sort_keys=False)
         (run_dir / "config.yaml").write_text(resolved)
         (run_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
         (run_dir / "environment.json").write_text(json.dumps(environment(mesh), indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""The commands: `launch/*.py` in a checkout, `megavit COMMAND` of an installed package, call `main` here."""

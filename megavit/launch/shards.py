@@ -1,0 +1,215 @@
+"""WebDataset shards: write them from a data set, index them, check them, and see what a step reads.
+
+    python launch/shards.py digits | cifar10 | cifar100 | imagefolder   [--root R] [--out O]
+    python launch/shards.py index 'data/train-{000000..000099}.tar' --out data
+    python launch/shards.py verify data/train.manifest.json
+    python launch/shards.py stats data/train.manifest.json
+    python launch/shards.py which --run_dir runs/x --step 1000
+
+Interrupted runs are continued by running them again; finished shards and indexes are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megavit.cli import Parser
+from megavit.recipe import IS_CHECKOUT, PROJECT_ROOT
+
+if TYPE_CHECKING:
+    from megavit.data.cache import ShardCache
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_writers(commands)
+    _add_tools(commands)
+    return parser
+
+
+def _add_writers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    def add(
+        name: str, help: str, shard_size: int, needs_root: bool, out: str | None
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help)
+        command.set_defaults(function=write)
+        if needs_root:
+            command.add_argument(
+                "--root", type=Path, required=True, help="folder with the data set in its own format"
+            )
+        command.add_argument(
+            "--out", type=Path, required=out is None, default=out, help=f"folder for the shards ({out})"
+        )
+        command.add_argument(
+            "--shard_size", type=int, default=shard_size, help=f"samples a shard ({shard_size})"
+        )
+        _add_workers(command)
+        return command
+
+    out = (PROJECT_ROOT if IS_CHECKOUT else Path()) / "data" / "digits"  # where the demo reads them
+    digits = add("digits", "scikit-learn's 8x8 digits", 100, False, str(out))
+    digits.add_argument(
+        "--holdout", type=int, default=0, help="move the last N training images to a split 'val' (0)"
+    )
+    add("cifar10", "CIFAR-10, python version (cifar-10-batches-py)", 1000, True, None)
+    add("cifar100", "CIFAR-100, python version (cifar-100-python), fine labels", 1000, True, None)
+    add("imagefolder", "folders of images: ROOT[/train|val|test]/CLASS/*.jpg", 1000, True, None)
+
+
+def _add_tools(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    index_command = commands.add_parser(
+        "index", help="index shards, with checksums, and write their manifest"
+    )
+    index_command.add_argument(
+        "pattern", help="paths or urls with braces, local ones also with wildcards; quote it"
+    )
+    index_command.add_argument(
+        "--out", type=Path, required=True, help="folder for SHARD.tar.idx and the manifest"
+    )
+    index_command.add_argument("--name", default="", help="NAME.manifest.json (from the first shard's name)")
+    verify_command = commands.add_parser(
+        "verify", help="re-read every byte; exit status 1 if anything is damaged"
+    )
+    stats_command = commands.add_parser("stats", help="counts, classes, image sizes and bytes")
+    stats_command.add_argument(
+        "--shards", type=int, default=0, help="look at so many shards, spread evenly (all)"
+    )
+    for command, function in ((index_command, index), (verify_command, verify), (stats_command, stats)):
+        command.set_defaults(function=function)
+        _add_workers(command)
+        command.add_argument(
+            "--cache_dir", default="", help="for remote shards (megavit-shards-UID in $TMPDIR)"
+        )
+        command.add_argument("--cache_gb", type=float, default=100.0, help="size of that folder in GB (100)")
+    for command in (verify_command, stats_command):
+        command.add_argument(
+            "--decode", action="store_true", help="also decode every image and label as training would"
+        )
+        command.add_argument("shards_spec", metavar="MANIFEST", help="NAME.manifest.json, or a pattern")
+        command.add_argument(
+            "--allow_pipe", action="store_true", help="run the shell commands (pipe:) that a manifest names"
+        )
+    which_command = commands.add_parser("which", help="list the samples of a step, without reading the data")
+    which_command.add_argument("--run_dir", type=Path, required=True, help="the run's folder")
+    which_command.add_argument("--step", type=int, required=True, help="optimizer step as logged, from 1")
+    which_command.set_defaults(function=which)
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="shards at a time (all cores)"
+    )
+
+
+def write(arguments: argparse.Namespace) -> int:
+    from megavit.data import write
+    from megavit.data.class_names import write_class_names
+    from megavit.data.index import IMAGE_EXTENSIONS
+
+    if arguments.command == "digits":
+        splits, names = write.digits_splits(arguments.holdout), list("0123456789")
+    elif arguments.command == "imagefolder":
+        splits, names = write.imagefolder_splits(arguments.root), write.class_names(arguments.root)
+    else:
+        num_classes = int(arguments.command.removeprefix("cifar"))
+        splits = write.cifar_splits(arguments.root, num_classes)
+        names = write.cifar_class_names(arguments.root, num_classes)
+    for split in splits:
+        if note := split.note_left_out():
+            print(f"{note}; samples are made of {', '.join(IMAGE_EXTENSIONS)} in class folders", flush=True)
+    write.write_splits(splits, arguments.out, arguments.shard_size, arguments.workers)
+    out = Path(arguments.out)
+    if arguments.command == "digits" and not (out / "baselines.json").exists():
+        (out / "baselines.json").write_text(
+            json.dumps({"split": "test", "results": write.digits_baselines()}, indent=2) + "\n"
+        )
+    write_class_names(out, names)
+    print(", ".join(f"{split.name}: {split.size} samples" for split in splits), f"in {out}")
+    return 0
+
+
+def index(arguments: argparse.Namespace) -> int:
+    from megavit.data.manifest import MANIFEST_SUFFIX, index_pattern
+
+    if arguments.name != Path(arguments.name).name:
+        raise ValueError(f"--name {arguments.name} must be a name without folders; --out names the folder")
+    if arguments.pattern.endswith(MANIFEST_SUFFIX):
+        raise ValueError(f"{arguments.pattern} is a manifest already; name the shards: paths or urls")
+    manifest = index_pattern(arguments.pattern, arguments.out, arguments.workers, _cache(arguments))
+    first = Path(manifest.urls[0]).name.partition(".")[0]
+    name = arguments.name or first.rstrip("0123456789").rstrip("-_") or first
+    path = arguments.out / f"{name}{MANIFEST_SUFFIX}"
+    manifest.save(path)
+    print(
+        f"{path}: {len(manifest):,} shards, {manifest.num_samples:,} samples, "
+        f"{manifest.shard_bytes.sum():,} bytes"
+    )
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    from megavit.data.audit import verify
+    from megavit.data.manifest import open_shards
+
+    cache = _cache(arguments)
+    manifest = open_shards(arguments.shards_spec, cache, progress=True, allow_pipe=arguments.allow_pipe)
+    problems = 0
+    for line in verify(manifest, cache, arguments.workers, decode=arguments.decode):
+        problems += 1
+        print(line, flush=True)
+    unchecked = any(isinstance(index, bytes) for index in manifest.indexes)
+    note = " (headers only: these shards have no index with checksums)" if unchecked else ""
+    print(f"{len(manifest):,} shards, {manifest.num_samples:,} samples: {problems or 'no'} problems{note}")
+    return 1 if problems else 0
+
+
+def stats(arguments: argparse.Namespace) -> int:
+    from megavit.data.audit import statistics
+    from megavit.data.manifest import open_shards
+
+    if arguments.shards < 0:
+        raise ValueError(f"--shards {arguments.shards} cannot be negative; 0 looks at all")
+    cache = _cache(arguments)
+    manifest = open_shards(arguments.shards_spec, cache, progress=True, allow_pipe=arguments.allow_pipe)
+    found = statistics(manifest, cache, arguments.workers, arguments.shards, decode=arguments.decode)
+    print("\n".join(found.lines(manifest)))
+    return 0
+
+
+def which(arguments: argparse.Namespace) -> int:
+    from megavit.data.audit import order_of_run, samples_of_step
+
+    if arguments.step < 1:
+        raise ValueError(f"--step counts from 1, got {arguments.step}")
+    for sample in samples_of_step(*order_of_run(arguments.run_dir), arguments.step - 1):
+        print(json.dumps(sample))
+    return 0
+
+
+def _cache(arguments: argparse.Namespace) -> ShardCache:
+    from megavit.data.cache import ShardCache
+
+    if arguments.workers < 1:
+        raise ValueError(f"--workers {arguments.workers} must be at least 1")
+    if not 0 < arguments.cache_gb < float("inf"):
+        raise ValueError(f"--cache_gb {arguments.cache_gb} must be a positive number")
+    return ShardCache(arguments.cache_dir, int(arguments.cache_gb * 1e9))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
+    try:
+        return int(arguments.function(arguments))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
+        return 130
