@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.cluster.runs import flags
 from tests.lab.hosts import HostsLab, hosts_missing
 from tests.lab.slurm import SlurmLab, slurm_missing
+from tests.launch.commands import train_with
+from tests.train.runs import steps_of
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +31,15 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostsLab]:
         pytest.skip(reason)
     with HostsLab(tmp_path_factory.mktemp("hosts")) as lab:
         yield lab
+
+
+@pytest.fixture(scope="session")
+def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The steps of a run on one rank that nothing interrupted."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    run = train_with(flags(digits, run_dir), run_dir)
+    assert run.code == 0, run.output
+    return steps_of(run_dir)
 
 
 @pytest.fixture(autouse=True)

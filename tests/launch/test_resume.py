@@ -6,17 +6,16 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from launch import checkpoints
 from megavit.train.checkpoint.folder import checkpoints_of, committed
 from tests.data.shards import flip_bit
-from tests.launch.test_train import BIN, DEMO, ROOT, SHORT, TRAIN, Run, launch
+from tests.launch.commands import SHORT, TRAIN, Run, again, arguments, environment, starter, train
 from tests.processes import command_of, descendants
-from tests.ranks import free_port
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -24,7 +23,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that nothing interrupted."""
-    run = launch(tmp_path_factory.mktemp("whole") / "run", digits, *SHORT, "--checkpoint.every", "6")
+    run = train(tmp_path_factory.mktemp("whole") / "run", digits, *SHORT, "--checkpoint.every", "6")
     assert run.code == 0, run.output
     return run
 
@@ -39,20 +38,9 @@ def same_losses(run: Run, whole: Run) -> bool:
 @pytest.fixture
 def half(whole: Run, tmp_path: Path, digits: Path) -> Run:
     """A run of its own with checkpoints of steps 6 and 12."""
-    run = launch(tmp_path / "run", digits, *SHORT, "--checkpoint.every", "6", "--stop_at_step", "12")
+    run = train(tmp_path / "run", digits, *SHORT, "--checkpoint.every", "6", "--stop_at_step", "12")
     assert run.code == 0 and "stopped at step 12" in run.output, run.output
     return run
-
-
-def again(run: Run, *flags: str) -> Run:
-    """The same run folder, started without any of its flags."""
-    command = [sys.executable, TRAIN, "--deepspeed_config", str(ROOT / "ds_configs" / "zero3.json")]
-    command += ["--run_dir", str(run.folder), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=run.folder.parent, env=environment, capture_output=True, text=True, timeout=300
-    )
-    return Run(done.returncode, done.stdout + done.stderr, run.folder)
 
 
 def test_a_run_folder_goes_on_by_itself_and_bitwise(whole: Run, half: Run) -> None:
@@ -88,23 +76,12 @@ def test_damage_is_named_and_survived_if_told_so(whole: Run, half: Run) -> None:
     assert same_losses(resumed, whole)
 
 
-def start(run_dir: Path, digits: Path, *flags: str, ranks: int = 1) -> subprocess.Popen[str]:
+def start(run_dir: Path, digits: Path, *flags: str, ranks: int | None) -> subprocess.Popen[str]:
     """A run in a process group of its own."""
-    command = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    command = [sys.executable] if ranks == 1 else command
-    command += [
-        TRAIN,
-        "--deepspeed_config",
-        str(ROOT / "ds_configs" / "zero3.json"),
-        "--run_dir",
-        str(run_dir),
-    ]
-    command += ["--config", DEMO, "--data.shards", f"{digits}/train-*.tar", "--data.val_shards=", *flags]
-    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command,
+        [*starter(ranks), TRAIN, *arguments(run_dir, digits, *flags)],
         cwd=run_dir.parent,
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -120,16 +97,16 @@ def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
     raise AssertionError("the run ended before")
 
 
-@pytest.mark.parametrize(("name", "ranks", "workers"), [("USR1", 1, 2), ("TERM", 2, 1)])
+@pytest.mark.parametrize(("name", "ranks", "workers"), [("USR1", None, 2), ("TERM", 2, 1)])
 def test_a_stop_signal_saves_and_the_next_start_goes_on(
-    whole: Run, digits: Path, tmp_path: Path, name: str, ranks: int, workers: int
+    whole: Run, digits: Path, tmp_path: Path, name: str, ranks: int | None, workers: int
 ) -> None:
     """Catches lost steps, ranks that stop at different steps, and data workers that die of the signal."""
     run_dir = tmp_path / "run"
     flags = [*SHORT, "--checkpoint.every", "0", "--data.workers", str(workers), "--eval_every", "0"]
     process = start(run_dir, digits, *flags, ranks=ranks)
     wait_for_step(process, 3)
-    if ranks == 1:
+    if ranks is None:
         os.killpg(process.pid, signal.Signals[f"SIG{name}"])
     else:  # as a launcher or SLURM does: every process of the ranks, but not the launcher itself
         for pid in descendants(process.pid):
@@ -142,31 +119,33 @@ def test_a_stop_signal_saves_and_the_next_start_goes_on(
     resumed = again(Run(0, output, run_dir), "--tensor_parallel_size", "1")
     assert resumed.code == 0, resumed.output
     assert not (run_dir / "PREEMPTED").exists()
-    if ranks == 1:
+    if ranks is None:
         assert same_losses(resumed, whole)
     for mine, theirs in zip(resumed.steps, whole.steps, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
-def test_checkpoints_command(half: Run, whole: Run, tmp_path: Path) -> None:
+def test_checkpoints_command(
+    half: Run, whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches a list, check or comparison that does not say what is on the disk."""
 
-    def ask(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(ROOT / "launch" / "checkpoints.py"), *words], capture_output=True, text=True
-        )
+    def ask(*words: str) -> tuple[int, str]:
+        code = checkpoints.main(words)
+        said = capsys.readouterr()
+        return code, said.out + said.err
 
-    listed = ask("list", str(half.folder))
-    assert listed.returncode == 0 and "* step_00000012" in listed.stdout and "step_00000006" in listed.stdout
-    checked = ask("verify", str(half.folder))
-    assert checked.returncode == 0 and checked.stdout.count("all well") == 2
-    apart = ask("diff", str(half.folder))
-    assert apart.returncode == 1 and "updates 6 against 12" in apart.stdout
-    equal = ask("diff", str(half.folder), str(whole.folder), "--steps", "12", "12")
-    assert equal.returncode == 0 and "all: weight 0, exp_avg 0, exp_avg_sq 0" in equal.stdout, equal.stdout
+    code, listed = ask("list", str(half.folder))
+    assert code == 0 and "* step_00000012" in listed and "step_00000006" in listed
+    code, checked = ask("verify", str(half.folder))
+    assert code == 0 and checked.count("all well") == 2
+    code, apart = ask("diff", str(half.folder))
+    assert code == 1 and "updates 6 against 12" in apart
+    code, equal = ask("diff", str(half.folder), str(whole.folder), "--steps", "12", "12")
+    assert code == 0 and "all: weight 0, exp_avg 0, exp_avg_sq 0" in equal, equal
     file = half.folder / "checkpoints/step_00000006/rank_00000.safetensors"
     flip_bit(file, 5000)
-    checked = ask("verify", str(half.folder))
-    assert checked.returncode == 1 and f"{file} is damaged" in checked.stdout
-    missing = ask("list", str(tmp_path))
-    assert missing.returncode == 1 and "holds no checkpoints" in missing.stderr
+    code, checked = ask("verify", str(half.folder))
+    assert code == 1 and f"{file} is damaged" in checked
+    code, missing = ask("list", str(tmp_path))
+    assert code == 1 and "holds no checkpoints" in missing

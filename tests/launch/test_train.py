@@ -1,82 +1,23 @@
-"""The real command through the real launcher, on the digits."""
+"""The command on the digits: through the real launcher where that matters, else its `main` in ranks."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import webdataset as wds
 from safetensors.torch import load_file
 
+from launch import export, shards
 from megavit import MegaVit
 from megavit.data.device import to_model_input
 from megavit.data.lanes import Lanes, Order
 from megavit.data.loader import EvalLoader
 from megavit.data.manifest import open_shards
-from megavit.recipe import RECIPES, read_recipe
-from tests.ranks import free_port
-
-ROOT = Path(__file__).parents[2]
-TRAIN = str(ROOT / "launch" / "train.py")
-BIN = Path(sys.executable).parent
-DEMO = str(RECIPES / "digits.yaml")
-
-
-@dataclass
-class Run:
-    code: int
-    output: str
-    folder: Path
-
-    @property
-    def steps(self) -> list[dict[str, Any]]:
-        return [row for row in self.log if "loss" in row and "event" not in row]
-
-    @property
-    def evaluations(self) -> list[dict[str, Any]]:
-        return [row for row in self.log if "eval_top1" in row]
-
-    @property
-    def log(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
-
-    @property
-    def weights(self) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / "export" / "model.safetensors")
-
-
-def launch(
-    folder: Path, data: Path, *flags: str, ranks: int | None = None, json_file: str = "zero3.json"
-) -> Run:
-    """One training run; `ranks=None` starts plain python instead of the deepspeed launcher. Runs in
-    `folder`'s parent."""
-    start = [sys.executable] if ranks is None else [str(BIN / "deepspeed"), "--num_accelerators", str(ranks)]
-    start += [] if ranks is None else ["--master_port", str(free_port())]
-    config = str(ROOT / "ds_configs" / json_file) if "/" not in json_file else json_file
-    shards = ["--data.shards", f"{data}/train-*.tar", "--data.val_shards", f"{data}/test-*.tar"]
-    command = [*start, TRAIN, "--deepspeed_config", config, "--run_dir", str(folder), "--config", DEMO]
-    command += [*shards, *flags]
-    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command,
-        cwd=folder.parent,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=300,
-    )
-    return Run(done.returncode, done.stdout, folder)
-
-
-SHORT = ["--max_steps", "20", "--log_every", "1", "--schedule.warmup_steps", "5"]
+from megavit.recipe import read_recipe
+from tests.launch.commands import DEMO, ROOT, SHORT, Run, launch, train
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +62,8 @@ def test_run_folder_keeps_its_contract(reference: Run) -> None:
 @pytest.mark.slow
 def test_same_seed_twice_is_bitwise_equal_and_another_seed_is_not(reference: Run, digits: Path) -> None:
     """Catches any source of randomness that the seed does not fix."""
-    again = launch(reference.folder.with_name("again"), digits, *SHORT)
-    other = launch(reference.folder.with_name("other"), digits, *SHORT, "--seed", "1")
+    again = launch(reference.folder.with_name("again"), digits, *SHORT, ranks=None)
+    other = train(reference.folder.with_name("other"), digits, *SHORT, "--seed", "1")
     assert again.code == other.code == 0, again.output
     assert [row["loss"] for row in again.steps] == [row["loss"] for row in reference.steps]
     assert all(torch.equal(again.weights[name], w) for name, w in reference.weights.items())
@@ -144,9 +85,14 @@ def test_same_seed_twice_is_bitwise_equal_and_another_seed_is_not(reference: Run
 def test_every_layout_gives_the_same_run(
     reference: Run, digits: Path, ranks: int, tp: int, flags: list[str]
 ) -> None:
-    """Catches anything that depends on ranks: data order, dropout seeds, averaging, evaluation, export."""
+    """Catches anything that depends on ranks: data order, dropout seeds, averaging, evaluation, export. One
+    layout goes through the launcher, with data workers."""
     folder = reference.folder.with_name(f"ranks{ranks}tp{tp}")
-    run = launch(folder, digits, *SHORT, "--tensor_parallel_size", str(tp), *flags, ranks=ranks)
+    flags = [*SHORT, "--tensor_parallel_size", str(tp), *flags]
+    if "--data.workers" in flags:
+        run = launch(folder, digits, *flags, ranks=ranks)
+    else:
+        run = train(folder, digits, *flags, ranks=ranks, fresh="--compile" in flags)
     assert run.code == 0, run.output
     for mine, expected in zip(run.steps, reference.steps, strict=True):
         assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-4)
@@ -177,7 +123,7 @@ def check_export(run: Run, digits: Path) -> None:
 )
 def test_shipped_json_files_train(reference: Run, digits: Path, json_file: str) -> None:
     """Catches a shipped file that DeepSpeed refuses, or that does not learn."""
-    run = launch(reference.folder.with_name(json_file), digits, *SHORT, json_file=json_file)
+    run = train(reference.folder.with_name(json_file), digits, *SHORT, json_file=json_file)
     assert run.code == 0, run.output
     assert run.steps[-1]["loss"] < 0.97 * run.steps[0]["loss"]
     if json_file == "zero3_fp32.json":
@@ -185,21 +131,15 @@ def test_shipped_json_files_train(reference: Run, digits: Path, json_file: str) 
 
 
 @pytest.mark.slow
-def test_export_command_repeats_the_export(reference: Run, tmp_path: Path) -> None:
+def test_export_command_repeats_the_export(
+    reference: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches an export at the end of a run that differs from the offline one."""
-    command = [
-        sys.executable,
-        str(ROOT / "launch" / "export.py"),
-        str(reference.folder),
-        str(tmp_path / "out"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert export.main([str(reference.folder), str(tmp_path / "out")]) == 0
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(exported[name], w) for name, w in reference.weights.items())
-    command[2] = str(tmp_path)
-    refused = subprocess.run(command, capture_output=True, text=True)
-    assert refused.returncode == 1 and "holds no committed checkpoint" in refused.stderr
+    assert export.main([str(tmp_path), str(tmp_path / "out")]) == 1
+    assert "holds no committed checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.dist
@@ -209,8 +149,8 @@ def test_bad_samples_are_left_out_alike_in_every_layout(tmp_path: Path) -> None:
     ranks."""
     bad_shards(tmp_path)
     flags = [*SHORT, "--max_steps", "4", "--model.num_classes", "3", "--data.max_bad_fraction", "0.1"]
-    one = launch(tmp_path / "one", tmp_path, *flags)
-    four = launch(tmp_path / "four", tmp_path, *flags, "--tensor_parallel_size", "2", ranks=4)
+    one = train(tmp_path / "one", tmp_path, *flags)
+    four = train(tmp_path / "four", tmp_path, *flags, "--tensor_parallel_size", "2", ranks=4)
     assert one.code == four.code == 0, one.output + four.output
     for run in (one, four):
         rows = [json.loads(line) for line in (run.folder / "bad_samples.jsonl").read_text().splitlines()]
@@ -238,18 +178,12 @@ def test_too_much_bad_data_ends_all_ranks_at_one_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_which_lists_what_a_step_read(reference: Run, digits: Path) -> None:
+def test_which_lists_what_a_step_read(
+    reference: Run, digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches a list that is not what the run read: its samples of step 3 must be those of the order."""
-    command = [
-        sys.executable,
-        str(ROOT / "launch" / "shards.py"),
-        "which",
-        "--run_dir",
-        str(reference.folder),
-    ]
-    done = subprocess.run([*command, "--step", "3"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert shards.main(["which", "--run_dir", str(reference.folder), "--step", "3"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     lanes = Lanes(open_shards(f"{digits}/train-*.tar").samples, 256, seed=0)
     slots = Order(lanes, 256).slots(2, 0, 256)
     found = [(int(Path(row["url"]).stem[-6:]), int(row["key"][-9:]) % 100) for row in rows]
@@ -270,27 +204,28 @@ def bad_shards(folder: Path) -> None:
                 tar.write({"__key__": f"{i:03}", "png": buffer.getvalue(), "cls": str(label).encode()})
 
 
+@pytest.mark.dist
 @pytest.mark.slow
 def test_mistakes_before_the_first_step(reference: Run, digits: Path, tmp_path: Path) -> None:
     """Catches errors that come late, as tracebacks, or at the cost of an earlier run's results."""
-    missing = launch(tmp_path / "a", digits, "--data.shards", f"{digits}/train-{{000000..000020}}.tar")
+    missing = train(tmp_path / "a", digits, "--data.shards", f"{digits}/train-{{000000..000020}}.tar")
     assert missing.code == 1 and "train-000015.tar does not exist" in missing.output
     bad_shards(tmp_path)
     data = (tmp_path / "train-0.tar").read_bytes()
     (tmp_path / "train-0.tar").write_bytes(data[:30_000])
-    corrupt = launch(tmp_path / "b", tmp_path)
+    corrupt = train(tmp_path / "b", tmp_path)
     assert corrupt.code == 1 and "train-0.tar is damaged or truncated" in corrupt.output
-    small = launch(tmp_path / "c", tmp_path, "--data.shards", f"{tmp_path}/test-0.tar")
+    small = train(tmp_path / "c", tmp_path, "--data.shards", f"{tmp_path}/test-0.tar")
     assert small.code == 1 and "2 samples, too few for a global batch of 256" in small.output
     log = (reference.folder / "log.jsonl").read_bytes()
-    taken = launch(reference.folder, digits, "--model.depth", "2", "--seed", "1")
+    taken = train(reference.folder, digits, "--model.depth", "2", "--seed", "1")
     assert taken.code == 1 and "another seed is 1, was 0; model.depth is 2, was 3" in taken.output
     assert (reference.folder / "log.jsonl").read_bytes() == log
     typo = tmp_path / "typo.json"
     typo.write_text(
         (ROOT / "ds_configs" / "zero3.json").read_text().replace("gradient_clipping", "gradient_cliping")
     )
-    refused = launch(tmp_path / "d", digits, json_file=str(typo))
+    refused = train(tmp_path / "d", digits, json_file=str(typo))
     assert refused.code == 2 and "did you mean 'gradient_clipping'" in refused.output
     for run in (missing, corrupt, small, taken, refused):
         assert "Traceback" not in run.output, run.output

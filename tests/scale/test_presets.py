@@ -48,7 +48,7 @@ def two_steps() -> dict[str, list[float]]:
 @pytest.mark.slow
 def test_every_preset_trains() -> None:
     """Catches a shape that cannot be built, or whose first update goes nowhere."""
-    (losses,) = run_ranks(1, two_steps)
+    (losses,) = run_ranks(1, two_steps, fresh=True)  # their memory is gone afterwards
     assert len(losses) == len(PRESETS) - 1
     for name, (first, second) in losses.items():
         assert math.isfinite(first) and second < first, (name, first, second)

@@ -154,7 +154,7 @@ def test_all_ranks_take_the_optimizer_that_every_host_can_build(tmp_path: Path) 
     """Catches a fused Adam on the ranks whose host has nvcc and torch's on the others."""
     (tmp_path / "rank0").mkdir()
     (tmp_path / "rank0" / "nvcc").touch(mode=0o755)
-    assert run_ranks(2, compiler_that_is_taken, tmp_path) == [False, False]
+    assert run_ranks(2, compiler_that_is_taken, tmp_path, fresh=True) == [False, False]
 
 
 # What people's files hold, and what happens anyway.

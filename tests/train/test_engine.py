@@ -150,7 +150,7 @@ def loads_inductor() -> bool:
 @pytest.mark.dist
 def test_eager_steps_do_not_load_the_compiler() -> None:
     """Catches the second that each start lost to DeepSpeed's Muon, which is compiled on import."""
-    assert run_ranks(1, loads_inductor) == [False]
+    assert run_ranks(1, loads_inductor, fresh=True) == [False]
 
 
 @pytest.mark.dist
@@ -326,7 +326,7 @@ def misread_state() -> str:
 @pytest.mark.dist
 def test_a_start_notices_buffers_that_it_misreads() -> None:
     """Catches a DeepSpeed whose private buffers lie otherwise than `zero_state` believes."""
-    (error,) = run_ranks(1, misread_state)
+    (error,) = run_ranks(1, misread_state, fresh=True)
     assert "are not those that DeepSpeed reports" in error
 
 

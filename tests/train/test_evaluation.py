@@ -150,14 +150,15 @@ def train_uselessly(run: RunConfig, raw: dict[str, Any], how: str) -> str:
     from megavit.train.loop import UselessRun, train
     from megavit.train.preempt import StopRequest
 
-    if how == "refused":
-        guard.Guard.limit = property(lambda self: 1e-9)  # type: ignore[assignment, method-assign]
-    else:
-        raw["optimizer"]["params"]["lr"] = float("inf")
-    try:
-        train(run, raw, Mesh.from_environment(), StopRequest())
-    except UselessRun as error:
-        return str(error)
+    with pytest.MonkeyPatch.context() as patch:
+        if how == "refused":
+            patch.setattr(guard.Guard, "limit", property(lambda self: 1e-9))
+        else:
+            raw["optimizer"]["params"]["lr"] = float("inf")
+        try:
+            train(run, raw, Mesh.from_environment(), StopRequest())
+        except UselessRun as error:
+            return str(error)
     return "exported"
 
 
@@ -189,13 +190,14 @@ def fail_to_build(run: RunConfig, raw: dict[str, Any], error: str) -> str:
         def __init__(self, *arguments: Any, **options: Any):
             raise RuntimeError(error)
 
-    loop.Engine = Engine  # type: ignore[assignment, misc]
-    try:
-        loop.train(run, raw, Mesh.from_environment(), StopRequest())
-    except loop.OutOfMemory as found:
-        return str(found)
-    except RuntimeError as found:
-        return f"other: {found}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Engine", Engine)
+        try:
+            loop.train(run, raw, Mesh.from_environment(), StopRequest())
+        except loop.OutOfMemory as found:
+            return str(found)
+        except RuntimeError as found:
+            return f"other: {found}"
     raise AssertionError("built")
 
 

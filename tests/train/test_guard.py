@@ -55,16 +55,17 @@ def train_with_poison(run: RunConfig, raw: dict[str, Any], poisoned: list[str]) 
             file.write(f"{key}\n")
         return made._replace(images=made.images * torch.nan) if str(key) in poisoned else made
 
-    loop.to_inputs = to_inputs
-    return train_here(run, raw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "to_inputs", to_inputs)
+        return train_here(run, raw)
 
 
-@pytest.fixture
-def keys(digits: Path, tmp_path: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def keys(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What names the batches of the first 20 steps."""
-    run = small_run(digits, tmp_path / "plain")
-    assert run_ranks(1, train_with_poison, run, ds_config(3), []) == [""]
-    return (tmp_path / "plain" / "keys").read_text().split()
+    folder = tmp_path_factory.mktemp("keys") / "plain"
+    assert run_ranks(1, train_with_poison, small_run(digits, folder), ds_config(3), []) == [""]
+    return (folder / "keys").read_text().split()
 
 
 @pytest.mark.dist

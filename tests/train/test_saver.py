@@ -31,7 +31,6 @@ def fail_in_turn(run_dir: Path) -> list[tuple[int, str, int]]:
     mesh = Mesh.from_environment(1)
     state = ModelState(RUN, mesh)
     saver = saver_of(run_dir, state, mesh)
-    write = module.write_tensors
 
     def out_of_memory(*_: Any) -> Any:
         raise MemoryError("no room for a page-locked buffer")
@@ -42,18 +41,15 @@ def fail_in_turn(run_dir: Path) -> list[tuple[int, str, int]]:
     told = []
     for step in range(1, 7):
         fields = fields_of(RUN, step)
-        module.write_tensors = write
-        state.__dict__.pop("owned", None)
-        if step == 2 and mesh.global_rank == 1:
-            module.write_tensors = broken
-        if step == 3 and mesh.global_rank == 1:
-            state.owned = out_of_memory
-        if step == 4 and mesh.is_main:
-            fields["state"] = {"an object that JSON does not know": object()}
-        if step == 5:
-            state.owned = out_of_memory
-        saver.save(step, fields)
-        assert saver.wait(120)
+        with pytest.MonkeyPatch.context() as patch:
+            if step == 2 and mesh.global_rank == 1:
+                patch.setattr(module, "write_tensors", broken)
+            if step == 5 or (step == 3 and mesh.global_rank == 1):
+                patch.setattr(state, "owned", out_of_memory)
+            if step == 4 and mesh.is_main:
+                fields["state"] = {"an object that JSON does not know": object()}
+            saver.save(step, fields)
+            assert saver.wait(120)
         told += [(saved.step, saved.error, saver.committed_step) for saved in saver.finished()]
     return told
 
@@ -101,7 +97,7 @@ def lose_a_rank(run_dir: Path) -> str:
 @pytest.mark.slow
 def test_a_lost_rank_ends_the_others(tmp_path: Path) -> None:
     """Catches a rank that waits for ever for the agreement of one that is gone, or that trains on unsaved."""
-    said, _ = run_ranks(2, lose_a_rank, tmp_path)
+    said, _ = run_ranks(2, lose_a_rank, tmp_path, fresh=True)
     assert "can no longer agree" in said and "RuntimeError: " in said and "is that of step 1" in said, said
     latest = find_latest(tmp_path)
     assert latest is not None and latest.name == "step_00000001"
@@ -147,7 +143,7 @@ def train_on_a_slow_disk(run: RunConfig, raw: dict[str, Any]) -> str:
 def test_ranks_that_wait_for_the_slowest_know_that_it_writes(digits: Path, tmp_path: Path) -> None:
     """Catches a watchdog that ends a finished run, because another rank still saves or exports."""
     run = small_run(digits, tmp_path / "run", max_steps=2)
-    assert run_ranks(2, train_on_a_slow_disk, run, ds_config(3)) == ["", ""]
+    assert run_ranks(2, train_on_a_slow_disk, run, ds_config(3), fresh=True) == ["", ""]
     saved = [row for row in log_of(tmp_path / "run") if row.get("event") == "saved"]
     assert [row["step"] for row in saved] == [2]
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
