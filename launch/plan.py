@@ -19,8 +19,8 @@ from megavit.fields import check_types
 from megavit.gpus import GPUS, gpu_named
 from megavit.scale.choices import Only, require_choice
 from megavit.scale.cluster import Cluster
+from megavit.train.config import with_max_steps
 from megavit.train.ds_config import load_ds_config
-from megavit.train.schedule import steps_of
 
 if TYPE_CHECKING:
     from megavit.scale.search import Plan
@@ -44,9 +44,8 @@ class PlanConfig:
             which are its memory, its dense bf16 rate, its memory bandwidth, and its bandwidth to another GPU
             of the node (32, PCIe 4, if left out), e.g. mine:96:400:1800:64.
         global_batch: images of an optimizer step, over all GPUs; 0 takes the DeepSpeed JSON's.
-        dataset_size: images of the training set; with --epochs it gives the number of steps.
-        epochs: passes over the training set; the steps are ceil(epochs * dataset_size / global batch) and
-            replace --max_steps and a recipe's.
+        dataset_size: images of the training set; with --epochs it gives the number of steps, and with it
+            days and GPU-hours.
         network_gb_per_s: network bandwidth of a node, in one direction, in GB/s (8 x 400 Gbit/s are 400).
         filesystem_gb_per_s: bandwidth of the shared file system, for all ranks together, in GB/s; it decides
             how long a checkpoint takes.
@@ -71,7 +70,6 @@ class PlanConfig:
     gpu: str = "h100"
     global_batch: int = 0
     dataset_size: int = 0
-    epochs: float = 0.0
     network_gb_per_s: float = 400.0
     filesystem_gb_per_s: float = 50.0
     host_gib: float = 1024.0
@@ -87,15 +85,11 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "--")
-        for name in ("global_batch", "dataset_size", "epochs", "rows", "rehearse", "rehearse_micro_batch"):
+        for name in ("global_batch", "dataset_size", "rows", "rehearse", "rehearse_micro_batch"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} cannot be negative, got {getattr(self, name)}")
         if self.rehearse_gib <= 0:
             raise ValueError(f"--rehearse_gib must be positive, got {self.rehearse_gib:g}")
-        if self.epochs and not self.dataset_size:
-            raise ValueError(f"--epochs {self.epochs:g} needs --dataset_size, the images of the training set")
-        if self.dataset_size and not self.epochs:
-            raise ValueError(f"--dataset_size {self.dataset_size} needs --epochs, the passes over it")
         if self.out and Path(self.out).is_file():
             raise ValueError(f"--out {self.out} is a file; name a folder")
         for name in ("json", "plot"):
@@ -126,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "need the number of steps: a recipe, --max_steps, or --epochs with --dataset_size. What the printed "
         "words mean, and what the predictions rest on, is in megavit/scale/README.md. Kinds of GPU: "
         f"{', '.join(sorted(GPUS))}.",
+        example="--config launch/recipes/vit_22b_jft.yaml --nodes 16 --gpus_per_node 8 --gpu h100",
+        common=("config", "model.name", "nodes", "gpus_per_node", "gpu", "only", "out", "plot", "rehearse"),
     )
     parser.add_fields(PlanConfig)
     command = parse(parser, argv, needs=_NEEDS)
@@ -134,21 +130,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:  # all that can be wrong, before torch is imported
         flags = PlanConfig(**command.more)
         cluster, only = flags.cluster(), Only.parse(flags.only)
-        base = base_ds_config(command.deepspeed_config or PROJECT_ROOT / _BASE)
+        base = base_ds_config(command.deepspeed_config or PROJECT_ROOT / _BASE, command.ds_overrides)
         global_batch = flags.global_batch or base["train_batch_size"]
         require_choice(command.run.model, global_batch, cluster, only)
-        run = command.run
-        if flags.epochs:
-            run = dataclasses.replace(run, max_steps=steps_of(flags.epochs, flags.dataset_size, global_batch))
+        run, size = command.run, flags.dataset_size
+        if run.epochs and not size:
+            raise ValueError(f"--epochs {run.epochs:g} needs --dataset_size, the images of the training set")
+        if size and not run.epochs:
+            raise ValueError(f"--dataset_size {size} needs --epochs, the passes over it")
+        run = with_max_steps(run, size, global_batch)
         return plan(run, base, flags, cluster, only, global_batch)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def base_ds_config(path: str | Path) -> dict[str, Any]:
-    """The DeepSpeed JSON that the plan starts from. ValueError if it is not for bfloat16."""
-    base = load_ds_config(path)
+def base_ds_config(path: str | Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The DeepSpeed JSON that the plan starts from, with the values of --ds.KEY. ValueError if it is not for
+    bfloat16."""
+    base = load_ds_config(path, overrides)
     if base.get("bf16", {}).get("enabled") not in (True, "auto"):
         raise ValueError(f'{path}: plans are for bfloat16; set bf16.enabled to true or "auto"')
     return base

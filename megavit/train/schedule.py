@@ -3,21 +3,8 @@
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 from megavit.train.config import ScheduleConfig
-
-
-def steps_of(epochs: float, num_samples: int, global_batch: int) -> int:
-    """Optimizer steps of `epochs` passes over `num_samples` samples; the last step may begin another pass.
-    ValueError unless all are positive."""
-    if not (epochs > 0 and num_samples > 0 and global_batch > 0):
-        raise ValueError(
-            f"the number of steps needs positive epochs, samples and global batch, got {epochs:g}, "
-            f"{num_samples} and {global_batch}"
-        )
-    # Decimal fractions as they are written: 0.1 x 10 is 1, not a little more.
-    return math.ceil(Fraction(str(epochs)) * num_samples / global_batch)
 
 
 def lr_at(step: int, total_steps: int, peak: float, schedule: ScheduleConfig) -> float:
