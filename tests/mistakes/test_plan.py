@@ -44,7 +44,7 @@ ROWS: list[tuple[str, list[str]]] = [
     ("--global_batch 3 --nodes 2", ["no layout is possible", "global batch of 3", "--global_batch 16"]),
     ("--epochs 3", ["--epochs 3 needs --dataset_size"]),
     ("--dataset_size 1000", ["--dataset_size 1000 needs --epochs"]),
-    ("--epochs -1 --dataset_size 5", ["--epochs cannot be negative, got -1"]),
+    ("--epochs -1 --dataset_size 5", ["epochs cannot be negative, got -1"]),
     ("--epochs 1 --dataset_size 1e6", ["--dataset_size must be a whole number, got '1e6'"]),
     ("--epoch 3", ["unrecognized", "did you mean '--epochs'"]),
     # what the search is restricted to
