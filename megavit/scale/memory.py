@@ -25,7 +25,7 @@ class Memory:
     persistent: dict[str, int]
     transient: dict[str, int]
     host: dict[str, int]
-    fullest: str  # the moment of the peak, in words
+    peak_moment: str  # in words
 
     @property
     def persistent_bytes(self) -> int:
@@ -43,7 +43,7 @@ class Memory:
 def predict_memory(
     model: ModelConfig, recompute: Recompute, layout: Layout, zero: ZeroSettings, *, on_cpu: bool = False
 ) -> Memory:
-    """Memory of one rank, its fullest moment in the steady state. `on_cpu` is for rehearsals there: in the
+    """Memory of one rank, at its peak in the steady state. `on_cpu` is for rehearsals there: in the
     peak, pages of buffers that nobody writes do not count."""
     tree = inventory(model, layout.tp_size)
     persistent, host = _states(tree, layout, zero)
@@ -51,13 +51,13 @@ def predict_memory(
     if zero.stage == 3:  # allocated once; the other stages do it in every step
         persistent |= gradients | bucket
         gradients, bucket = {}, {}
-    fullest, in_step = _in_step(model, recompute, layout, zero, tree)
+    peak_moment, in_step = _in_step(model, recompute, layout, zero, tree)
     unwritten = {"pages of the bucket never written": -_unwritten(tree, layout, zero)} if on_cpu else {}
     in_step |= gradients | bucket | unwritten
     in_update = _in_update(tree, layout, zero, on_cpu) | gradients | (unwritten if zero.stage == 3 else {})
     if sum(in_update.values()) > sum(in_step.values()):
-        fullest, in_step = "the update", in_update
-    return Memory(_nonzero(persistent), _nonzero(in_step), _nonzero(host), fullest)
+        peak_moment, in_step = "the update", in_update
+    return Memory(_nonzero(persistent), _nonzero(in_step), _nonzero(host), peak_moment)
 
 
 def _nonzero(items: dict[str, int]) -> dict[str, int]:
@@ -112,7 +112,8 @@ def _unwritten(tree: Unit, layout: Layout, zero: ZeroSettings) -> int:
 def _in_step(
     model: ModelConfig, recompute: Recompute, layout: Layout, zero: ZeroSettings, tree: Unit
 ) -> tuple[str, dict[str, int]]:
-    """The fullest moment of forward and backward: gathered weights and activations wax and wane together."""
+    """The moment of forward and backward that needs most: gathered weights and activations come and go
+    together."""
     activations = Activations(model, recompute, layout, zero.element_bytes)
     moments: tuple[Moment, ...]
     if zero.stage == 3 and (layout.dp_size > 1 or zero.offload_param):

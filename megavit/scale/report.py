@@ -58,7 +58,7 @@ def details(plan: Plan, run: RunConfig) -> str:
     lines = [
         f"The best plan, {plan.name}, takes at most {plan.needed_gib:.1f} of a GPU's {gpu.memory_gib:g} GiB:",
         *_sizes("persistent, there during the whole run:", memory.persistent),
-        *_sizes(f"transient, on top of it when a step needs most ({memory.fullest}):", memory.transient),
+        *_sizes(f"transient, on top of it when a step needs most ({memory.peak_moment}):", memory.transient),
         f"  and {RUNTIME_GIB:g} GiB for CUDA, NCCL and cuBLAS, and {FRAGMENTATION - 1:.0%} for fragmentation",
     ]
     if memory.host:

@@ -109,6 +109,7 @@ def test_selective_keeps_nine_d() -> None:
     [
         "--model.name vit_l16 --model.depth 8 --gpus_per_node 4 --only tp=2,stage=3,recompute=selective",
         "--model.name vit_b16 --nodes 2 --gpus_per_node 1 --only tp=1,stage=2,recompute=full,offload=false",
+        "--model.name vit_b16 --gpus_per_node 8 --only tp=2,stage=3,recompute=none,offload=params",
     ],
 )
 def test_prediction_is_what_one_true_rank_needs(flags: str) -> None:
