@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_writers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_writers(commands: argparse._SubParsersAction[Parser]) -> None:
     def add(
         name: str, help: str, shard_size: int, needs_root: bool, out: str | None
     ) -> argparse.ArgumentParser:
@@ -63,7 +63,7 @@ def _add_writers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("imagefolder", "folders of images: ROOT[/train|val|test]/CLASS/*.jpg", 1000, True, None)
 
 
-def _add_tools(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_tools(commands: argparse._SubParsersAction[Parser]) -> None:
     index_command = commands.add_parser(
         "index", help="index shards, with checksums, and write their manifest"
     )

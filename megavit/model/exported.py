@@ -20,19 +20,26 @@ from megavit.model.config import ModelConfig, model_config
 from megavit.model.vit import CONFIG_FILE, POSITION, WEIGHTS_FILE, MegaVit
 from megavit.parallel.layout import layout_of
 
+_OF_A_RUN = "export"  # in a run folder
 _TYPES = ("F64", "F32", "F16", "BF16")
 
 
 @contextmanager
 def open_export(folder: Path, **overrides: Any) -> Iterator[tuple[ModelConfig, Any]]:
     """The configuration of an export, its fields replaced by `overrides`, and the open safetensors file.
+    `folder` is an export or the folder of a run that has ended, which holds one.
 
     Raises ValueError, naming the file, when one is missing or damaged and when the weights are not those of
     the configuration; the position embedding alone may be of another square grid.
     """
+    if (folder / _OF_A_RUN).is_dir() and not (folder / CONFIG_FILE).exists():
+        folder = folder / _OF_A_RUN
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
-            raise ValueError(f"{folder} is not an exported model: {file} is missing (see launch/export.py)")
+            why = "(see launch/export.py)"
+            if (folder / "checkpoints").is_dir():
+                why = f"because its run has not ended; python launch/export.py {folder} OUT writes one"
+            raise ValueError(f"{folder} is not an exported model: {file} is missing {why}")
     config = _read_config(folder / CONFIG_FILE, overrides)
     path = folder / WEIGHTS_FILE
     try:

@@ -123,8 +123,8 @@ class MegaVit(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, mesh: Mesh | None = None, **overrides: Any) -> MegaVit:
-        """Load an export (`config.json` and `model.safetensors`), in evaluation mode, on one process, or this
-        rank's shard of it on a mesh.
+        """Load an export (`config.json` and `model.safetensors`), or that of a run folder, in evaluation
+        mode, on one process, or this rank's shard of it on a mesh.
 
         `overrides` replace fields of the saved configuration; with another `image_size` the position
         embedding is resized. Raises ValueError, naming the file, for a folder that is no export or a damaged

@@ -226,6 +226,18 @@ def uses_bf16(config: dict[str, Any]) -> bool:
     return bool(_get(config, "bf16.enabled", False))
 
 
+def slow_parts(config: dict[str, Any], device_type: str) -> Iterator[str]:
+    """What of a resolved configuration makes the start silent for long, in words."""
+    if not _get(config, "optimizer.params.torch_adam", False):
+        op = "cpu_adam" if _offloads_optimizer(config) else "fused_adam"
+        yield f"DeepSpeed compiles its {op} now, unless it has before on this host; that takes about a minute"
+    if device_type == "cpu" and uses_bf16(config):
+        yield (
+            "bfloat16 is slow on most CPUs, and the first step may take minutes; --ds.bf16.enabled false "
+            "trains in float32"
+        )
+
+
 def has_cuda_compiler() -> bool:
     """Whether this host can compile DeepSpeed's ops for GPUs."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")

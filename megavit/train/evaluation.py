@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,12 +27,17 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    engine: Engine, loader: EvalLoader, bad_samples: BadSamples, step: int, watchdog: Watchdog
+    engine: Engine,
+    loader: EvalLoader,
+    bad_samples: BadSamples,
+    step: int,
+    watchdog: Watchdog,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Top-1 over the whole validation set, exact at any number of ranks: no sample dropped or counted twice.
 
     A prediction is right if it is one of the image's labels. Bad samples are recorded and left out; an image
-    without any label is no part of top-1.
+    without any label is no part of top-1. `progress` is told the number of batches that are done.
     """
     data, mesh = engine.run.data, engine.mesh
     counts = torch.zeros(3, device=mesh.device, dtype=torch.float64)  # right, labelled, usable
@@ -44,6 +50,7 @@ def evaluate(
         labelled = (labels >= 0).any(1)
         counts += torch.stack([(right * weights).sum(), (labelled * weights).sum(), weights.sum()])
         bad += batch.bad
+        progress(number + 1)
     right_count, labelled_count, usable = sum_over_dp(mesh, counts).tolist()
     if usable < loader.num_samples:
         bad_samples.record(step, gather_bad(bad, data, mesh))

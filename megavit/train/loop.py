@@ -23,7 +23,7 @@ from megavit.train.checkpoint.run_lock import RunLock
 from megavit.train.checkpoint.saver import SaveError, Saver, open_latest, restore
 from megavit.train.checkpoint.shared_io import run_together
 from megavit.train.config import RunConfig, plain_config, with_max_steps
-from megavit.train.ds_config import batch_advice, has_cuda_compiler, resolve_ds_config
+from megavit.train.ds_config import batch_advice, has_cuda_compiler, resolve_ds_config, slow_parts
 from megavit.train.engine import Engine, StepResult
 from megavit.train.evaluation import evaluate
 from megavit.train.guard import Guard, TooManySkipped
@@ -135,6 +135,8 @@ class Trainer:
         """The engine, with the weights and moments of the checkpoint, of --init_from, or of the seed."""
         run, mesh, saved = self.run, self.mesh, self.saved
         self.watchdog.at("building the engine")
+        for note in slow_parts(self.ds_config, mesh.device.type):
+            self._say(f"note: {note}")
         with children_spared():
             self.engine = Engine(run, self.ds_config, mesh, initialise=saved is None)
         if saved:
@@ -198,6 +200,7 @@ class Trainer:
         """One optimizer step: data, forward and backward, update or refusal, accounts, log line. The result's
         `read` are the weight of the global batch and the number of ranks that were asked to stop."""
         started, step = time.perf_counter(), self.step
+        self.monitor.begin_step(step)
         self.watchdog.at(f"waiting for the data of step {step + 1}")
         # All of a step's micro-batches at once: the loss is divided by the weight of the whole global batch.
         batches = [next(self._batches) for _ in range(self.engine.grad_accum)]
@@ -263,7 +266,8 @@ class Trainer:
         if resuming and (step == 0 or (logged := self.monitor.logged_top1(step)) is not None):
             return logged if step else None
         self.watchdog.at(f"evaluating after step {step}")
-        found = evaluate(self.engine, self.eval_loader, self.bad_samples, step, self.watchdog)
+        progress = self.monitor.evaluation_progress(self.eval_loader.num_batches)
+        found = evaluate(self.engine, self.eval_loader, self.bad_samples, step, self.watchdog, progress)
         self.monitor.log_eval(step, found)
         return found.top1
 

@@ -142,6 +142,23 @@ def test_from_pretrained_gives_the_same_logits(tmp_path: Path) -> None:
         MegaVit.from_pretrained(tmp_path / "m", imagesize=16)
 
 
+def test_from_pretrained_takes_a_run_folder(tmp_path: Path) -> None:
+    """Catches a run that has ended and whose folder is refused, and one that has not, without the way out."""
+    model, run = small(), tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"its run has not ended; python launch/export.py \S*run OUT"):
+        MegaVit.from_pretrained(run)
+    export(model, run / "export")
+    assert torch.equal(MegaVit.from_pretrained(run)(images(2)), model.eval()(images(2)))
+
+
+def test_images_are_square() -> None:
+    """Catches timm's (height, width), which fails deep inside or builds another model."""
+    for sides in ((16, 16), [16, 32]):
+        with pytest.raises(ValueError, match=r"model.image_size must be a whole number, got .16, "):
+            small(image_size=sides)
+
+
 def test_from_pretrained_resizes_the_position_embedding(tmp_path: Path) -> None:
     """Catches a resized model whose other weights changed, or that cannot run."""
     model = small()

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from launch.train import main
+from megavit.train.logging import monitor
 from tests.ranks import run_ranks
 from tests.train.runs import log_of, steps_of
 
@@ -20,6 +21,7 @@ START = ["--deepspeed_config", "ds_configs/zero3.json", "--model.depth", "1", "-
 
 def train(words: list[str]) -> tuple[int, str]:
     """In a test rank: the exit status and the output of `launch/train.py`."""
+    monitor._PROGRESS_S = 0  # every batch of an evaluation takes long
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
         status = main(words)
     return status, out.getvalue()
@@ -58,8 +60,10 @@ def test_epochs_and_values_of_the_json_stay_with_the_run(digits: Path, tmp_path:
     assert len(rates) == 3 and rates[0] == 1e-4 and rates[2] < 1e-4
 
     longer = [*where, "--epochs", "2", "--ds.optimizer.params.lr=2e-4"]
+    longer += ["--data.val_shards", f"{digits}/test-*.tar", "--ds.train_micro_batch_size_per_gpu", "256"]
     ((status, output),) = run_ranks(1, train, longer)
+    assert "evaluating: 1 of 2 batches" in output and "evaluating: 2 of 2 batches" in output
     assert status == 0 and "changed: max_steps 5 -> 6" in output, output
     (changes,) = [row["changes"] for row in log_of(run_dir) if row.get("event") == "resumed"][-1:]
-    assert changes == ["deepspeed.optimizer.params.lr 0.0001 -> 0.0002", "max_steps 5 -> 6"]
+    assert changes[1:] == ["deepspeed.optimizer.params.lr 0.0001 -> 0.0002", "max_steps 5 -> 6"]
     assert len(steps_of(run_dir)) == 6

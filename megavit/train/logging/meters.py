@@ -25,13 +25,14 @@ def nominal_peak(device: torch.device, dtype: torch.dtype) -> float | None:
     return None
 
 
-def rank_peak_flops(mesh: Mesh, dtype: torch.dtype) -> float:
-    """FLOP/s of one rank's device in the matmuls' dtype: the data sheet's, else the best of a few matmuls
-    (0.1 s)."""
+def rank_peak_flops(mesh: Mesh, dtype: torch.dtype) -> float | None:
+    """FLOP/s of one rank's GPU in the matmuls' dtype: the data sheet's, else the best of a few matmuls
+    (0.1 s). None on a CPU: what it can do depends on who else uses it, so a share of it tells nothing."""
+    if mesh.device.type == "cpu":
+        return None
     if peak := nominal_peak(mesh.device, dtype):
         return peak
-    on_gpu = mesh.device.type == "cuda"
-    side = 8192 if on_gpu else 1024
+    side = 8192
     a = torch.randn(side, side, device=mesh.device, dtype=dtype)
     times = []
     for _ in range(5):

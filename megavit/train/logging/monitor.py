@@ -11,6 +11,7 @@ import math
 import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 LOG_FILE = "log.jsonl"
 _PROGRESS_S = 15.0
+_SLOW_STEP_S = 10.0
 BASELINES_FILE = "baselines.json"
 
 
@@ -44,8 +46,8 @@ class Monitor:
 
     Speed is over whole optimizer steps (data, communication, optimizer, logging), the median of the steps
     since the last line. MFU is three forwards of matmul FLOPs over
-    the device's dense bf16 peak, or, where that does not apply (CPU, float32, unknown GPU), over the matmul
-    rate measured at start.
+    the device's dense bf16 peak, or, where that does not apply (float32, unknown GPU), over the matmul rate
+    measured at start; on a CPU there is none.
     """
 
     def __init__(
@@ -62,12 +64,14 @@ class Monitor:
         self._run_dir, self._ds_config = run_dir, ds_config
         self.global_batch: int = ds_config["train_batch_size"]
         dtype = torch.bfloat16 if uses_bf16(ds_config) else torch.float32
-        self.peak_flops = rank_peak_flops(mesh, dtype) * mesh.world_size
+        peak_flops = rank_peak_flops(mesh, dtype)
+        self.peak_flops = peak_flops * mesh.world_size if peak_flops else None
         self._step_times: list[float] = []
         self._data_times: list[float] = []
         self._enabled = False  # once opened, on the main rank
         self._board: Any = None
         self._next_progress_s = _PROGRESS_S
+        self._first_step: threading.Timer | None = None
 
     def open(self, first_step: int = 0) -> None:
         """Write the run's configuration into its folder and go on with the logs after step `first_step`."""
@@ -120,6 +124,15 @@ class Monitor:
                 self._on_board(lambda board, grid=grid: board.add_image("data/augmented", grid, 0))
             yield inputs
 
+    def begin_step(self, step: int) -> None:
+        """Update number `step` (from 0) begins. A line if the first of this start takes long."""
+        if self._first_step is None:
+            why = ", in which --compile compiles the blocks" if self.run.compile else ""
+            text = f"  working on step {step + 1}, the first of this start, for {_SLOW_STEP_S:.0f} s now{why}"
+            self._first_step = threading.Timer(_SLOW_STEP_S, self.say, (text,))
+            self._first_step.daemon = True
+            self._first_step.start()
+
     def log_step(
         self,
         step: int,
@@ -134,6 +147,7 @@ class Monitor:
         data_time_s: float,
     ) -> None:
         """Record update number `step` (from 0); every `log_every`-th, the first and the last are written."""
+        self._end_first_step()
         self._step_times.append(step_time_s)
         self._data_times.append(data_time_s)
         done = step + 1
@@ -144,6 +158,8 @@ class Monitor:
         self._step_times.clear()
         self._data_times.clear()
         images_per_s = self.global_batch / step_time
+        peak = self.peak_flops
+        mfu = images_per_s * train_flops(self.run.model) / peak if peak else None
         record = {
             "step": done,
             "loss": loss,
@@ -151,7 +167,7 @@ class Monitor:
             "grad_norm": grad_norm,
             "images_per_s": images_per_s,
             "tokens_per_s": images_per_s * self.run.model.num_tokens,
-            "mfu": images_per_s * train_flops(self.run.model) / self.peak_flops,
+            "mfu": mfu,
             "step_time_s": step_time,
             "data_time_s": data_time,
             "memory_gib": memory_gib(self.mesh),
@@ -161,12 +177,14 @@ class Monitor:
         }
         self._log.write(**record)
         for tag, key in _TAGS.items():
-            self._scalar(tag, record[key], done)
+            if (value := record[key]) is not None:
+                self._scalar(tag, value, done)
         bad = f"{bad_samples} bad  " if bad_samples else ""
+        share = "" if mfu is None else f"mfu {mfu:6.1%}  "
         left = int((self.run.max_steps - done) * step_time)
         self.say(
             f"step {done:>6}/{self.run.max_steps}  loss {loss:8.4f}  lr {lr:.2e}  grad {grad_norm:7.3f}  "
-            f"{images_per_s:8,.0f} img/s  mfu {record['mfu']:6.1%}  wait {data_time / step_time:4.0%}  "
+            f"{images_per_s:8,.0f} img/s  {share}wait {data_time / step_time:4.0%}  "
             f"epoch {epoch:6.2f}  {bad}{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
         )
 
@@ -237,7 +255,24 @@ class Monitor:
             done, total = progress.bytes / 2**30, progress.total_bytes / 2**30
             self.say(f"  saving: {done:.1f} of {total:.1f} GiB of rank 0's part, {progress.elapsed_s:.0f} s")
 
+    def evaluation_progress(self, batches: int) -> Callable[[int], None]:
+        """Takes the number of batches that an evaluation has done: a line now and then if it takes long."""
+        started = shown = time.monotonic()
+
+        def show(done: int) -> None:
+            nonlocal shown
+            if (now := time.monotonic()) - shown >= _PROGRESS_S:
+                shown = now
+                self.say(f"  evaluating: {done:,} of {batches:,} batches, {now - started:.0f} s")
+
+        return show
+
+    def _end_first_step(self) -> None:
+        if self._first_step is not None:
+            self._first_step.cancel()
+
     def close(self) -> None:
+        self._end_first_step()
         if self._enabled:
             self._on_board(lambda board: board.close())
             self._log.close()
