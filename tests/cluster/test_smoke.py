@@ -1,4 +1,4 @@
-"""One job on SLURM and one on two hosts, for which `make test` has time; `make test-cluster` holds the rest."""
+"""One job on SLURM and one on two hosts: `make test` has time for these. `make test-cluster` has the rest."""
 
 from __future__ import annotations
 
