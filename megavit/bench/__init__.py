@@ -1,2 +1,2 @@
 """Measurements behind `launch/bench.py`: each compares ways of doing the same work, side by side in one
-process."""
+process. README.md says what each answers, and holds the figures."""

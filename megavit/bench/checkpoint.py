@@ -1,8 +1,8 @@
 """Saving, verifying and restoring a rank's state: ours against torch.save and torch's distributed
 checkpoints.
 
-All write the same tensors (weights and two moments) and flush them to the disk. Wall time, since the disk
-counts; the order turns from round to round.
+All write the same tensors (weights and two moments) and flush them to the disk. The clock is wall time, since
+the disk counts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from megavit.bench.rounds import rounds
+from megavit.bench.report import Row
+from megavit.bench.rounds import ratio_to, rounds
 from megavit.parallel.layout import Layout
 from megavit.parallel.mesh import Mesh
 from megavit.train.checkpoint.checkpoint import Checkpoint
@@ -56,19 +57,23 @@ class FlatState:
         return {"type": "AdamW", "groups": [], "steps": dict.fromkeys(self.parameters, 1)}
 
 
-def measure(folder: Path, gib: float, count: int) -> dict[str, float]:
-    """GiB/s (median of `count` rounds) of each way, on the file system of `folder`. Holds `gib` twice."""
+def measure(folder: Path, gib: float, count: int) -> Iterator[Row]:
+    """A row for each way, from `count` rounds on the file system of `folder`. Holds `gib` GiB twice."""
     state = FlatState(8, max(1, round(gib * 2**30 / (8 * len(KINDS) * _ROW * 4))))
     flat = {f"{kind}/{name}": t for name, tensors in state.tensors.items() for kind, t in tensors.items()}
     size = sum(tensor.nbytes for tensor in flat.values()) / 2**30
     saver = Saver(folder, CheckpointConfig(keep=1), Mesh.single(), state)  # type: ignore[arg-type]
     fields = {"state": {}, "run": plain_config(RunConfig()), "ds_config": {}}
     out = {name: np.empty(len(tensors["weight"]), np.float32) for name, tensors in state.tensors.items()}
-    steps = iter(range(1, 1000))
+    stalls: list[float] = []
 
     def save() -> None:
-        saver.save(next(steps), fields)
+        saver.save(len(stalls) + 1, fields)
         saver.wait()
+        (saved,) = saver.finished()
+        if saved.error:
+            raise ValueError(f"--folder {folder.parent}: a checkpoint cannot be saved: {saved.error}")
+        stalls.append(saved.stall_s)
 
     def newest() -> Checkpoint:
         return Checkpoint.open(saver.folder / (saver.folder / "latest").read_text().strip())
@@ -103,16 +108,19 @@ def measure(folder: Path, gib: float, count: int) -> dict[str, float]:
     def torch_load() -> None:
         torch.load(folder / "torch.pt")
 
-    ways: dict[str, Callable[[], None]] = {
-        "save, with checksums and commit": save,
-        "save, torch.save": torch_save,
-        "save, torch.distributed.checkpoint": dcp_save,
-        "verify every byte": verify,
-        "restore": restore,
-        "restore, torch.load": torch_load,
-        "restore, torch.distributed.checkpoint": dcp_load,
+    # Each with the way that it is compared with.
+    ways: dict[str, tuple[Callable[[], None], str | None]] = {
+        "save, with checksums and commit": (save, "save, torch.save"),
+        "save, torch.save": (torch_save, "save, torch.save"),
+        "save, torch.distributed.checkpoint": (dcp_save, "save, torch.save"),
+        "restore": (restore, "restore, torch.load"),
+        "restore, torch.load": (torch_load, "restore, torch.load"),
+        "restore, torch.distributed.checkpoint": (dcp_load, "restore, torch.load"),
+        "verify every byte": (verify, None),
     }
-    seconds = rounds(ways, count, time.perf_counter)
-    stalls = [saved.stall_s for saved in saver.finished()]
-    speeds = {name: size / median(times) for name, times in seconds.items()}
-    return speeds | {"hold-up of training (copy to host memory)": size / median(stalls[1:])}
+    seconds = rounds({name: way for name, (way, _) in ways.items()}, count, time.perf_counter)
+    for name, (_, base) in ways.items():
+        row = {"way": name, "gib_per_s": size / median(seconds[name])}
+        yield row | (ratio_to(base, seconds, name) if base else {})
+    # The first save also allocates the host's memory.
+    yield {"way": "copy to host memory, for which training waits", "gib_per_s": size / median(stalls[1:])}

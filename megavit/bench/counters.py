@@ -1,11 +1,9 @@
 """What a training step costs whatever the clock says: FLOPs, activation memory, and the matmul rate that
-bounds it.
-
-Letters: B batch, N tokens, D width, F MLP width.
-"""
+bounds it."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,12 +12,15 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from megavit.model.config import ModelConfig
+
 
 class Memory(NamedTuple):
-    """Bytes that a step allocates: `held` after its forward pass, `peak` at most until the end of backward.
-    What exists before the step (weights, gradients, images) is in neither."""
+    """Bytes that a step allocates: `kept` for backward, when its forward pass has ended, and `peak`, the most
+    at any time until the end of backward. What exists before the step (weights, gradients, images) is in
+    neither."""
 
-    held: int
+    kept: int
     peak: int
 
 
@@ -38,6 +39,7 @@ def memory_of_step(forward: Callable[[], Tensor], clear: Callable[[], None]) -> 
     On a GPU the books are the caching allocator's, on a CPU the memory events of torch's profiler. A GPU's
     figures are rounded up to 512 bytes a tensor.
     """
+    gc.collect()  # or an earlier model might be freed while this one is measured
     for _ in range(2):  # lazy initialisation, compilation and the gradients themselves
         forward().backward()
         clear()
@@ -45,12 +47,12 @@ def memory_of_step(forward: Callable[[], Tensor], clear: Callable[[], None]) -> 
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         loss = forward()
-        held = torch.cuda.memory_allocated() - before
+        kept = torch.cuda.memory_allocated() - before
         loss.backward()
-        return Memory(held, torch.cuda.max_memory_allocated() - before)
+        return Memory(kept, torch.cuda.max_memory_allocated() - before)
     with _allocations() as events:
         loss = forward()
-    held = sum(_sizes(events))
+    kept = sum(_sizes(events))
     clear()
     del loss
     with _allocations() as events:
@@ -59,7 +61,7 @@ def memory_of_step(forward: Callable[[], Tensor], clear: Callable[[], None]) -> 
     for size in _sizes(events):
         now += size
         peak = max(peak, now)
-    return Memory(held, peak)
+    return Memory(kept, peak)
 
 
 def _allocations() -> Any:
@@ -73,25 +75,17 @@ def _sizes(profiled: Any) -> list[int]:
 
 
 class BlockMatmuls:
-    """The four matmuls of a block on `rows` = B x N tokens, forward and backward, and nothing else, `repeats`
-    times: the rate that no step with these shapes can exceed by much.
+    """The four matmuls of each block, forward and backward, on a batch of images, and nothing else: the rate
+    that no step at this shape can exceed by much.
 
     Nothing is allocated while it runs. Calling it does `flops` FLOPs.
     """
 
-    def __init__(
-        self,
-        rows: int,
-        dim: int,
-        mlp_dim: int,
-        *,
-        repeats: int = 1,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
-    ):
+    def __init__(self, config: ModelConfig, batch: int, dtype: torch.dtype, device: str):
+        rows, dim, mlp_dim = batch * config.num_patches, config.dim, config.mlp_dim
         shapes = [(dim, 3 * dim), (dim, dim), (dim, mlp_dim), (mlp_dim, dim)]  # in, out
-        self.repeats = repeats
-        self.flops = 6 * rows * repeats * sum(fan_in * fan_out for fan_in, fan_out in shapes)
+        self._depth = config.depth
+        self.flops = 6 * rows * config.depth * sum(fan_in * fan_out for fan_in, fan_out in shapes)
 
         def random(*size: int) -> Tensor:
             return torch.randn(size, dtype=dtype, device=device)
@@ -103,7 +97,7 @@ class BlockMatmuls:
 
     @torch.no_grad()
     def __call__(self) -> None:
-        for _ in range(self.repeats):
+        for _ in range(self._depth):
             for x, weight, grad, out, grad_x, grad_weight in self._layers:
                 torch.mm(x, weight.t(), out=out)
                 torch.mm(grad, weight, out=grad_x)

@@ -55,13 +55,6 @@ def fake_launch(world_size: int) -> None:
     _publish(Rank(world_size, 0, 0, 1))
 
 
-def announce_launch(world_size: int, global_rank: int, port: int) -> None:
-    """Say that this process is one of `world_size` ranks of this host that meet at `port`, for programs that
-    start their ranks themselves."""
-    _publish(Rank(world_size, global_rank, global_rank, world_size))
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
 def _publish(rank: Rank) -> None:
     names = {"WORLD_SIZE": rank.world_size, "RANK": rank.global_rank, "LOCAL_RANK": rank.local_rank}
     names |= {"LOCAL_SIZE": rank.local_size, "LOCAL_WORLD_SIZE": rank.local_size}
