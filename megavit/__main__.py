@@ -12,8 +12,10 @@ from megavit.fields import nearest
 COMMANDS = {
     "train": "train a model, on one rank; on several: deepspeed --module megavit.launch.train ...",
     "shards": "write, index and check WebDataset shards",
+    "plan": "find the best layout of a run on a cluster, with its memory and time",
     "export": "write a run's model for one process",
     "checkpoints": "list, check and compare a run's checkpoints",
+    "bench": "measure the model, the input, the trainer and checkpoints against other ways",
 }
 
 

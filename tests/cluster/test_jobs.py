@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launch import plan
+from megavit.launch import plan
 from tests.cluster.runs import (
     LIMIT_S,
     NODES,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.plan import main
+from megavit.launch.plan import main
 from megavit.recipe import RECIPES, read_recipe
 from megavit.train.config import steps_of_epochs
 from megavit.train.ds_config import load_ds_config
@@ -103,7 +103,7 @@ def test_mistakes_are_said_before_torch_is_imported() -> None:
     """Catches seconds of imports before one line that says what is wrong with a flag."""
     code = """
 import sys
-from launch.plan import main
+from megavit.launch.plan import main
 for flags in ("--gpu h1000", "--only tp=5", "--global_batch 3 --nodes 2", "--epochs 1"):
     assert main(["--model.name", "vit_22b", *flags.split()]) == 2, flags
 sys.exit(bool({"torch", "deepspeed", "numpy"} & set(sys.modules)))

@@ -344,7 +344,7 @@ def test_run_folders(
 def test_programs(capsys: pytest.CaptureFixture[str], program: str, words: str, expected: list[str]) -> None:
     """Catches a program that crashes without arguments, completes what was typed, or tells nobody the fix."""
     # train.py's main would take over this process's signals before it parses.
-    start = parse_run if program == "train" else importlib.import_module(f"launch.{program}").main
+    start = parse_run if program == "train" else importlib.import_module(f"megavit.launch.{program}").main
     holds(refusal(start, words.split(), capsys), expected)
 
 

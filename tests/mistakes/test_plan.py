@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.plan import main
+from megavit.launch.plan import main
 
 MODEL = ["--model.name", "vit_22b"]
 
