@@ -88,10 +88,10 @@ from tests.train.runs import train_here
 
 evaluate = loop.evaluate
 
-def evaluate_and_die(engine, loader, bad_samples, step, watchdog):
+def evaluate_and_die(engine, loader, bad_samples, step, *others):
     if step == {step}:
         os.kill(os.getpid(), 9)
-    return evaluate(engine, loader, bad_samples, step, watchdog)
+    return evaluate(engine, loader, bad_samples, step, *others)
 
 loop.evaluate = evaluate_and_die
 sys.exit(train_here(*pickle.load(open(sys.argv[1], "rb"))))
