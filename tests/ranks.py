@@ -23,6 +23,8 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "megavit.train.loop", "pytest"])
 
 _TIMEOUT_S = 300.0  # for one task, on a machine several times slower than this one
+# An engine of DeepSpeed is never freed, nor are the groups that it holds, of some three threads each.
+_MOST_TASKS = 20
 # Below the ports that kernels give to those who do not ask for one, so that no connection takes it meanwhile.
 _FIRST_PORT, _LAST_PORT = 10_000, 30_000
 
@@ -47,32 +49,31 @@ def run_ranks(count: int, function: Callable[..., Any], *arguments: Any, fresh: 
     it, or that look at what it has imported.
     """
     global _pool
-    if fresh:
-        pool = _Pool(stays=False)
-        try:
-            return pool.run(count, function, arguments)
-        finally:
-            pool.close()
-    _pool = _pool or _Pool(stays=True)
+    pool = _Pool(stays=False) if fresh else _pool or _Pool(stays=True)
+    if not fresh:
+        _pool = None  # it comes back if all goes well: after a failure some ranks may still wait for others
     try:
-        return _pool.run(count, function, arguments)
-    except BaseException:  # some ranks may still wait for the others
-        _pool.close()
-        _pool = None
-        raise
+        results = pool.run(count, function, arguments)
+        if not fresh and pool.tasks < _MOST_TASKS:
+            _pool = pool
+        return results
+    finally:
+        if _pool is not pool:
+            pool.close()
 
 
 class _Pool:
     """Rank processes, started when they are first needed."""
 
     def __init__(self, stays: bool):
-        self._stays = stays
+        self._stays, self.tasks = stays, 0
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
 
     def run(self, count: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
         from torch.distributed import TCPStore
 
+        self.tasks += 1
         while len(self._processes) < count:
             self._start_one()
         # The ranks meet as under torchrun: at a store which is there before them, on a port that it chose.
@@ -174,7 +175,7 @@ def _leave(environment: dict[str, str], folder: str, handlers: dict[int, Any]) -
     from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
 
-    gc.collect()  # engines hold groups
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
     comm.cdb = None

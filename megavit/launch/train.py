@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from megavit.parallel.rendezvous import wait_asleep
 from megavit.train.preempt import StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     stop = StopRequest().install()  # before the slow imports: a notice may come at any time
+    wait_asleep()
 
     from megavit.cli import parse_run
     from megavit.data.worker import start_forkserver

@@ -1,4 +1,4 @@
-"""One job on SLURM and one on two hosts: `make test` has time for these. `make test-cluster` has the rest."""
+"""One job on SLURM and one on two hosts, as `make test` has time for; `make test-cluster` holds the rest."""
 
 from __future__ import annotations
 

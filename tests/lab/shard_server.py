@@ -36,7 +36,7 @@ class _Handler(BaseHTTPRequestHandler):
         if behaviour == "slow":
             for i in range(0, len(body), 1 << 17):
                 self.wfile.write(body[i : i + (1 << 17)])
-                time.sleep(0.1)
+                time.sleep(0.25)
         elif behaviour in ("drop", "short", "stall"):
             self.wfile.write(body[: len(body) // 2])
             if behaviour == "stall":

@@ -58,11 +58,15 @@ def test_run_folder_keeps_its_contract(reference: Run) -> None:
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_same_seed_twice_is_bitwise_equal_and_another_seed_is_not(reference: Run, digits: Path) -> None:
-    """Catches any source of randomness that the seed does not fix."""
+def test_same_seed_twice_is_bitwise_equal_and_another_seed_is_not(
+    reference: Run, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches any source of randomness that the seed does not fix, and threads that spin while they wait."""
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "true")
     again = launch(reference.folder.with_name("again"), digits, *SHORT, ranks=None)
     other = train(reference.folder.with_name("other"), digits, *SHORT, "--seed", "1")
     assert again.code == other.code == 0, again.output
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in again.output  # as OpenMP has read it
     assert [row["loss"] for row in again.steps] == [row["loss"] for row in reference.steps]
     assert all(torch.equal(again.weights[name], w) for name, w in reference.weights.items())
     assert not torch.equal(other.weights["head.weight"], reference.weights["head.weight"])
