@@ -24,7 +24,7 @@ from megavit.data.write import digits_splits, write_splits
 from megavit.train.checkpoint.folder import checkpoints_of, committed, find_latest
 from tests.data.shards import flip_bit, reading_hangs, truncate
 from tests.disks import fill, small_disk
-from tests.jobs import EVERY, RANKS, STEPS, TIMEOUT_S, HostsJob, Job
+from tests.jobs import EVERY, LIMIT_S, RANKS, STEPS, TIMEOUT_S, HostsJob, Job
 from tests.lab.hosts import HostsLab, hosts_missing
 from tests.train.runs import steps_of
 
@@ -167,7 +167,7 @@ class Faults:
             job.wait_for(lambda: job.has_said("CHECKPOINT NOT SAVED", "bad_samples.jsonl cannot be written"))
             filler.unlink()
             assert job.process
-            code = job.process.wait(timeout=300)
+            code = job.process.wait(timeout=LIMIT_S)
             gone = job.wait_until_gone()
             logged = dict(job.losses())  # without the lines for which there was no room
             equal = code == 0 and STEPS in logged and logged.items() <= dict(self.whole(*flags)).items()
@@ -214,7 +214,7 @@ class Faults:
         job.wait_for(lambda: job.step() >= EVERY + 2)
         (self.folder / "less" / "train-000003.tar").unlink()
         assert job.process
-        open_until_the_end = job.process.wait(timeout=300) == 0 and job.losses() == self.whole()
+        open_until_the_end = job.process.wait(timeout=LIMIT_S) == 0 and job.losses() == self.whole()
         job.flags = (*job.flags, "--max_steps", str(STEPS + 10))
         resumed, code = job.finish()
         bad = steps_of(job.run_dir)[-1]["bad_samples"]
@@ -278,11 +278,11 @@ class Faults:
             job.wait_for(lambda: job.step() >= EVERY + 2)
             lab.cut("h2")
             started = time.monotonic()
-            while job.pids() and time.monotonic() - started < 300:
+            while job.pids() and time.monotonic() - started < LIMIT_S:
                 time.sleep(0.05)
             ranks_gone = time.monotonic() - started
             assert job.process
-            job.process.wait(timeout=120)
+            job.process.wait(timeout=LIMIT_S)
             lab.restore("h2")
             happened = (
                 f"all ranks end by their watchdogs (--timeout_s {TIMEOUT_S}), then ssh by its keepalive"

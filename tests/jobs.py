@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 STEPS, EVERY, RANKS = 40, 4, 2
 TIMEOUT_S = 20
+LIMIT_S = 900  # for what takes a minute on a quiet machine
 
 
 class Job:
@@ -129,7 +130,7 @@ class Job:
         log = self.run_dir / "log.jsonl"
         return max((row["step"] for row in steps_of(self.run_dir)), default=0) if log.exists() else 0
 
-    def wait_for(self, ready: Callable[[], Any], timeout_s: float = 300) -> None:
+    def wait_for(self, ready: Callable[[], Any], timeout_s: float = LIMIT_S) -> None:
         """Until `ready()`; the job must not end before."""
         deadline = time.monotonic() + timeout_s
         while not ready():
@@ -139,7 +140,7 @@ class Job:
                 raise AssertionError(f"not reached:\n{self.output.read_text()[-3000:]}")
             time.sleep(0.005)
 
-    def wait_until_gone(self, timeout_s: float = 300) -> float | None:
+    def wait_until_gone(self, timeout_s: float = LIMIT_S) -> float | None:
         """Seconds until no process of the job is left; None if some stay."""
         started = time.monotonic()
         while self.alive():
@@ -154,7 +155,7 @@ class Job:
         """Start again, without a fault, to the end: the step that it went on from, and the exit status."""
         self.start()
         assert self.process
-        code = self.process.wait(timeout=300)
+        code = self.process.wait(timeout=LIMIT_S)
         resumed = [row["step"] for row in log_of(self.run_dir) if row.get("event") == "resumed"]
         return (resumed[-1] if resumed else 0), code
 
