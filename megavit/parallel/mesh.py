@@ -233,8 +233,9 @@ def _device(local_rank: int) -> torch.device:
 
 
 def _keep_freed_memory() -> None:
-    """Lets glibc keep the memory of freed tensors for the next step's, up to 1 GiB a tensor: the page faults
-    of giving it back and asking again take 3 to 7% of a training step on a CPU. Nothing without glibc."""
+    """Lets glibc keep the memory of freed tensors for the next step's, up to 1 GiB a tensor. The page faults
+    of giving it back and asking again take 5% of a training step at width 1024, less at width 384 (on an
+    Intel Xeon; see bench/README.md). Nothing without glibc."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30):
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
