@@ -157,7 +157,7 @@ class ShardReader:
             return os.pread(file, member.size, member.offset)
         except MemoryError as error:
             reason = f"its {member.extension} of {member.size} bytes does not fit into memory"
-            raise self._error(shard, index, reason) from error
+            raise self.error(shard, index, reason) from error
         except OSError:
             # A network file system may have replaced the file or dropped the handle: once more with a new
             # one.
