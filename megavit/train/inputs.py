@@ -141,7 +141,7 @@ def check_replicas(batches: list[Batch], step: int, mesh: Mesh) -> None:
     """
     value = 0
     for batch in batches:
-        value = crc32(batch.images.numpy(), crc32(batch.labels.numpy(), value))
+        value = crc32(batch.images.numpy().data, crc32(batch.labels.numpy().data, value))
     extremes = max_over_tp(mesh, torch.tensor([value, -value], dtype=torch.int64, device=mesh.device))
     if int(extremes.sum()):
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from megavit.train.engine import Engine, StepResult
 from megavit.train.evaluation import evaluate
 from megavit.train.guard import Guard, TooManySkipped
 from megavit.train.inputs import (
+    Inputs,
     check_replicas,
     eval_loader,
     gather_bad,
@@ -209,7 +210,7 @@ class Trainer:
         if self.run.data.tp == "replicate" and step % self.run.data.check_every == 0:
             check_replicas(batches, step, self.mesh)
         counts = start_counts(batches, bool(stop), self.run.data, self.mesh)
-        micro_batches = (to_inputs(batch, self.run, self.mesh) for batch in batches)
+        micro_batches: Iterable[Inputs] = (to_inputs(batch, self.run, self.mesh) for batch in batches)
         if step == 0:
             micro_batches = self.monitor.show_first(micro_batches)
         _seed_dropout(self.run.seed, step, self.mesh)

@@ -68,7 +68,7 @@ def write_tensors(
     size, checksum, flushed = 0, 0, 0
     with open(path, "wb", buffering=0) as file:
         for array in itertools.chain([prologue], data):
-            view = memoryview(np.ascontiguousarray(array)).cast("B")
+            view = np.ascontiguousarray(array).data.cast("B")
             for at in range(0, len(view), _CHUNK):
                 piece = view[at : at + _CHUNK]
                 checksum = crc32(piece, checksum)

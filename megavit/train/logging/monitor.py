@@ -6,6 +6,7 @@ A disk that is full costs log lines, never the run.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -121,7 +122,7 @@ class Monitor:
                 from torchvision.utils import make_grid
 
                 grid = make_grid((inputs.images[:64].cpu() + 1) / 2, nrow=8, padding=1, pad_value=0.5)
-                self._on_board(lambda board, grid=grid: board.add_image("data/augmented", grid, 0))
+                self._on_board(functools.partial(_add_image, "data/augmented", grid))
             yield inputs
 
     def begin_step(self, step: int) -> None:
@@ -302,6 +303,10 @@ class Monitor:
         except OSError as error:
             self._board = None
             self.say(f"note: TensorBoard's file cannot be written: {error}")
+
+
+def _add_image(tag: str, image: Any, board: Any) -> None:
+    board.add_image(tag, image, 0)
 
 
 _TAGS = {
