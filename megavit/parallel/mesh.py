@@ -234,8 +234,8 @@ def _device(local_rank: int) -> torch.device:
 
 def _keep_freed_memory() -> None:
     """Lets glibc keep the memory of freed tensors for the next step's, up to 1 GiB a tensor. The page faults
-    of giving it back and asking again take 5% of a training step at width 1024, less at width 384 (on an
-    Intel Xeon; see bench/README.md). Nothing without glibc."""
+    of giving it back and asking again take 5% of a training step at width 1024; at width 384 no gain was seen
+    under ZeRO-3 (on an Intel Xeon; see bench/README.md). Nothing without glibc."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30):
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
