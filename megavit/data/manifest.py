@@ -29,6 +29,7 @@ from megavit.data.index import INDEX_SUFFIX, ShardError, ShardIndex, index_heade
 from megavit.data.json_data import json_field, kind_of, parse_json
 from megavit.data.patterns import expand_shards
 from megavit.data.sources import is_command, is_local
+from megavit.data.worker import end_with_parent
 
 MANIFEST_SUFFIX = ".manifest.json"
 DATA_FILE = "data.json"  # in a run folder: which shards it reads, in which order
@@ -345,7 +346,7 @@ def in_processes(
                 yield function(item)
                 bar.update()
             return
-        pool = ProcessPoolExecutor(workers, mp_context=get_context("forkserver"))
+        pool = ProcessPoolExecutor(workers, get_context("forkserver"), initializer=end_with_parent)
         try:
             for result in pool.map(function, items, chunksize=max(1, min(16, len(items) // (4 * workers)))):
                 yield result

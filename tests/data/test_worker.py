@@ -43,6 +43,17 @@ for line in sys.stdin:
 """
 
 
+# Indexing and checking shards share work among processes too.
+POOL = """
+import time
+from megavit.data.manifest import in_processes
+results = in_processes(time.sleep, [0, 0, 600, 600], 2, "sleeping")
+next(results), next(results)  # both have begun
+print("ready", flush=True)
+next(results)
+"""
+
+
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     write_shards(tmp_path)
@@ -93,6 +104,13 @@ def test_all_processes_end_with_the_one_that_they_work_for(shards: Path, end: st
         else:
             program.say(end if end == "exit 70" else "")
         assert program.left() == []
+
+
+def test_the_processes_of_a_killed_index_or_check_end_too() -> None:
+    program = Program(POOL)
+    assert len(program.below) >= 4
+    program.process.kill()
+    assert program.left() == []
 
 
 def test_stop_signals_leave_them_alone_and_they_start_with_their_imports_done(shards: Path) -> None:
