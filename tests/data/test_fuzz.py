@@ -5,6 +5,7 @@ The examples are the same in every run.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from hashlib import blake2b
@@ -188,11 +189,10 @@ def test_changed_indexes_are_read_or_refused(
     data = changed(index_shard(path).to_bytes(), changes, cut)
     if repair:  # a digest that fits: nothing but the content itself can tell
         line, newline, payload = data.partition(b"\n")
-        try:
+        # A first line that is no longer a JSON object cannot carry a digest; it is read as it is.
+        with contextlib.suppress(ValueError, TypeError):
             fields = json.loads(line) | {"digest": blake2b(payload, digest_size=16).hexdigest()}
             data = json.dumps(fields).encode() + newline + payload
-        except (ValueError, TypeError):
-            pass
     try:
         index = ShardIndex.from_bytes(data, "x.idx")
     except ShardError as error:

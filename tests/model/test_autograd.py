@@ -10,16 +10,8 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megavit import MegaVit
+from tests.model.test_vit import SMALL
 
-SHAPE = {
-    "image_size": 16,
-    "patch_size": 4,
-    "num_classes": 5,
-    "dim": 32,
-    "depth": 2,
-    "heads": 4,
-    "mlp_dim": 64,
-}
 VARIANTS: dict[str, dict[str, Any]] = {
     "vit-22b": {},
     "sequential": {"block": "sequential"},
@@ -30,7 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=VARIANTS)
 def model(request: pytest.FixtureRequest) -> MegaVit:
-    made = MegaVit(**(SHAPE | VARIANTS[request.param]))
+    made = MegaVit(**(SMALL | VARIANTS[request.param]))
     torch.nn.init.normal_(made.head.weight, generator=torch.Generator().manual_seed(0))
     return made
 
@@ -100,4 +92,4 @@ def test_no_images_give_no_logits(model: MegaVit) -> None:
 def test_images_that_do_not_fit_are_named(given: torch.Tensor, words: str) -> None:
     """Catches errors that come from deep inside a matmul."""
     with pytest.raises(ValueError, match=words):
-        MegaVit(**SHAPE)(given)
+        MegaVit(**SMALL)(given)
