@@ -152,8 +152,8 @@ class Command:
     """What a command line asks for.
 
     `deepspeed_config` is the path of the JSON, or empty, and `ds_overrides` the values in it that flags and
-    files replace, by dotted key. `notes` are lines for the person who wrote the
-    command: the main rank prints them. `more` holds the flags that were given beside those of every run.
+    files replace, by dotted key. `notes` are lines for the person who wrote the command: the main rank prints
+    them. `more` holds the flags that were given beside those of every run.
     """
 
     run: RunConfig
@@ -261,10 +261,8 @@ def take_ds_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 def _command(given: dict[str, Any], needs: Mapping[str, str], otherwise: Path | None) -> Command:
     known = fields_of(RunConfig)
     del given["local_rank"]
-    ds_path, files = (
-        _from_root(given.pop("deepspeed_config")),
-        [_from_root(name) for name in given.pop("config")],
-    )
+    ds_path = _from_root(given.pop("deepspeed_config"))
+    files = [_from_root(name) for name in given.pop("config")]
     flags = {name: value for name, value in given.items() if name in known or name.startswith(DS_PREFIX)}
     more = {name: value for name, value in given.items() if name not in flags}
     chosen = layered(_merged(files), flags, "the flags")
@@ -275,11 +273,8 @@ def _command(given: dict[str, Any], needs: Mapping[str, str], otherwise: Path | 
     if "model.name" in chosen and chosen["model.name"] != saved.get("model.name"):
         saved = {name: value for name, value in saved.items() if not name.startswith("model.")}
     values, overrides = split_overrides(layered(saved, chosen, "the flags and files"))
-    for name in (
-        "data.shards",
-        "data.val_shards",
-    ):  # with quotes that were meant for a remote shell, see Parser.error
-        if name in values:
+    for name in ("data.shards", "data.val_shards"):
+        if name in values:  # perhaps in quotes that were meant for a remote shell, see Parser.error
             values[name] = _from_root(values[name].strip("'"))
     found = values | {"deepspeed_config": ds_path}
     found["max_steps"] = found.get("max_steps") or found.get("epochs")

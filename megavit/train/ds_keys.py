@@ -144,7 +144,7 @@ _ZERO = Block(
 SWITCHED_OFF = {
     "autotuning": SwitchedOff("launch/plan.py searches the best layout and writes its configuration"),
     "comet": SwitchedOff("the trainer writes log.jsonl and TensorBoard files to the run folder itself"),
-    "comms_logger": SwitchedOff("it waits for every collective; launch/bench.py measures communication"),
+    "comms_logger": SwitchedOff("it waits for every collective; launch/plan.py predicts how long they take"),
     "csv_monitor": SwitchedOff("the trainer writes log.jsonl and TensorBoard files to the run folder itself"),
     "data_efficiency": SwitchedOff("the trainer reads its own data (--data.*)"),
     "flops_profiler": SwitchedOff("the trainer logs its own MFU; DeepSpeed's count is wrong under ZeRO-3"),

@@ -147,7 +147,7 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("tensorboard", ON, "TensorBoard files to the run folder itself"),
     ("csv_monitor", ON, "log.jsonl"),
     ("comet", ON, "log.jsonl"),
-    ("comms_logger", ON, "launch/bench.py measures communication"),
+    ("comms_logger", ON, "launch/plan.py predicts how long they take"),
     ("flops_profiler", ON, "the trainer logs its own MFU"),
     ("memory_breakdown", True, "false or absent"),
     ("wall_clock_breakdown", "false", "true or false"),
