@@ -69,7 +69,6 @@ def _ds_config(batch: int, stage: int, dtype: torch.dtype) -> dict[str, Any]:
         "train_batch_size": batch,
         "gradient_clipping": _CLIP,
         "bf16": {"enabled": dtype == torch.bfloat16},
-        "data_types": {"grad_accum_dtype": "fp32"},
         "optimizer": {"type": "AdamW", "params": {"lr": _LR, "weight_decay": _DECAY}},
         "zero_optimization": {"stage": stage},
     }

@@ -46,9 +46,9 @@ class Monitor:
     """Logs of one run; `log_step` is called every step and writes every `log_every`-th.
 
     Speed is over whole optimizer steps (data, communication, optimizer, logging), the median of the steps
-    since the last line. MFU is three forwards of matmul FLOPs over
-    the device's dense bf16 peak, or, where that does not apply (float32, unknown GPU), over the matmul rate
-    measured at start; on a CPU there is none.
+    since the last line. MFU is three forwards of matmul FLOPs over the device's dense bf16 peak, or, where
+    that does not apply (float32, unknown GPU), over the matmul rate measured at start; on a CPU there is
+    none.
     """
 
     def __init__(
@@ -101,7 +101,6 @@ class Monitor:
             f"{ds_config['gradient_accumulation_steps']} accumulation x {mesh.dp_size} dp; "
             f"run folder {run_dir}"
         )
-
         warmup, cooldown = run.schedule.warmup_steps, run.schedule.cooldown_steps
         if warmup + cooldown > run.max_steps:
             top = max(lr_at(step, run.max_steps, 1.0, run.schedule) for step in range(run.max_steps))
