@@ -26,6 +26,7 @@ from megavit.data.class_names import CLASSES_FILE, class_names_beside
 from megavit.fields import Field, as_type, describe, fields_of, groups_of, nearest
 from megavit.model.config import PRESET_FIELDS, PRESETS
 from megavit.recipe import (
+    DEFAULT_TASK,
     DS_PREFIX,
     IS_CHECKOUT,
     OTHER_NAMES,
@@ -37,7 +38,9 @@ from megavit.recipe import (
     read_fields,
     saved_fields,
     split_overrides,
+    task_in_file,
 )
+from megavit.tasks.config import config_class
 from megavit.train.config import RunConfig
 
 DEMO_RECIPE = RECIPES / "digits.yaml"
@@ -65,21 +68,23 @@ class Parser(argparse.ArgumentParser):
         self.common: tuple[str, ...] = ()
         self.example = ""
 
-    def add_fields(self, config: type) -> None:
-        """A flag for every field of a dataclass; those of a nested one are dotted, `--model.depth`. The
-        parsed namespace holds only what was given."""
+    def add_fields(self, config: type, **parts: type) -> None:
+        """A flag for every field of a dataclass; those of a nested one, of the class that `parts` names, if
+        it does, are dotted, `--model.depth`. The parsed namespace holds only what was given."""
         groups = {"": self.add_argument_group(_summary(config))}
-        for name, inner in groups_of(config).items():
+        for name, inner in (groups_of(config) | parts).items():
             groups[name] = self.add_argument_group(f"--{name}.*", _summary(inner))
-        for name, item in fields_of(config).items():
+        for name, item in fields_of(config, **parts).items():
             others = [other for other, meant in OTHER_NAMES.items() if meant == name]
-            options: dict[str, Any] = {"nargs": "?", "const": True} if item.hint is bool else {}
+            options: dict[str, Any] = {"type": _converter(item.hint), "metavar": _metavar(item.hint)}
+            if item.hint is bool:
+                options |= {"nargs": "?", "const": True}
+            elif get_origin(item.hint) is tuple and get_args(item.hint)[-1] is Ellipsis:
+                options = {"action": "append", "metavar": _metavar(get_args(item.hint)[0])}
             groups[name.rpartition(".")[0]].add_argument(
                 *(f"--{spelling}" for spelling in (name, *others)),
                 dest=name,
                 default=argparse.SUPPRESS,
-                type=_converter(item.hint),
-                metavar=_metavar(item.hint),
                 help=f"{item.help} ({_default(name, item)})".replace("%", "%%"),
                 **options,
             )
@@ -203,7 +208,6 @@ def make_parser(
     parser.add_argument(
         "--local_rank", "--local-rank", metavar="N", help="appended by the deepspeed launcher; not used"
     )
-    parser.add_fields(RunConfig)
     return parser
 
 
@@ -230,8 +234,10 @@ def parse(
     is; `otherwise` is the recipe of a command that names neither a file nor data nor an architecture."""
     try:
         words, overrides = take_ds_flags(sys.argv[1:] if argv is None else argv)
+        task = _named_task(words)
+        parser.add_fields(RunConfig, task=config_class(task))
         given = vars(parser.parse_args(words)) | overrides
-        return _command(given, needs, otherwise)
+        return _command(given, needs, otherwise, task)
     except ValueError as error:
         parser.error(str(error))
 
@@ -258,21 +264,38 @@ def take_ds_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     return rest, overrides
 
 
-def _command(given: dict[str, Any], needs: Mapping[str, str], otherwise: Path | None) -> Command:
-    known = fields_of(RunConfig)
+def _named_task(words: Sequence[str]) -> str:
+    """The task of a run, which decides what flags there are: of the flags, else of the last file of --config
+    that names one, else of the run folder."""
+    given: dict[str, list[str]] = {"task": [], "config": [], "run_dir": []}
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        flag, equals, value = word.partition("=")
+        name = {"--task.name": "task"}.get(flag, flag.removeprefix("--"))
+        if flag.startswith("--") and name in given:
+            given[name].append(value if equals else following)
+    files = [_from_root(file) for file in reversed(given["config"])]
+    folders = [str(Path(folder) / "config.yaml") for folder in given["run_dir"][-1:] if folder]
+    named = [*given["task"][-1:], *(task_in_file(file) for file in (*files, *folders))]
+    return next(filter(None, named), DEFAULT_TASK)
+
+
+def _command(given: dict[str, Any], needs: Mapping[str, str], otherwise: Path | None, task: str) -> Command:
+    known = fields_of(RunConfig, task=config_class(task))
     del given["local_rank"]
     ds_path = _from_root(given.pop("deepspeed_config"))
     files = [_from_root(name) for name in given.pop("config")]
     flags = {name: value for name, value in given.items() if name in known or name.startswith(DS_PREFIX)}
     more = {name: value for name, value in given.items() if name not in flags}
-    chosen = layered(_merged(files), flags, "the flags")
-    saved = saved_fields(chosen.get("run_dir", ""))
+    chosen = layered(_merged(files, task), flags, "the flags")
+    saved = saved_fields(chosen.get("run_dir", ""), task)
     if otherwise and not (saved or files or flags.keys() & {"model.name", "data.shards"}):
         files = [str(otherwise)]
-        chosen = layered(_merged(files), flags, "the flags")
+        chosen = layered(_merged(files, task), flags, "the flags")
     if "model.name" in chosen and chosen["model.name"] != saved.get("model.name"):
         saved = {name: value for name, value in saved.items() if not name.startswith("model.")}
     values, overrides = split_overrides(layered(saved, chosen, "the flags and files"))
+    # What a recipe says of the default task is not for this one.
+    values = {name: value for name, value in values.items() if name in known} | {"task.name": task}
     for name in ("data.shards", "data.val_shards"):
         if name in values:  # perhaps in quotes that were meant for a remote shell, see Parser.error
             values[name] = _from_root(values[name].strip("'"))
@@ -293,10 +316,10 @@ def _command(given: dict[str, Any], needs: Mapping[str, str], otherwise: Path | 
     return Command(make_run(values), ds_path, overrides, tuple(notes), more)
 
 
-def _merged(files: Sequence[str]) -> dict[str, Any]:
+def _merged(files: Sequence[str], task: str) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name in files:
-        merged = layered(merged, read_fields(name), name)
+        merged = layered(merged, read_fields(name, task), name)
     return merged
 
 

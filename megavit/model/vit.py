@@ -193,6 +193,11 @@ class MegaVit(nn.Module):
             return patches.mean(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
         return wide(tokens[:, self.config.num_registers])
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and of the images that `forward` takes."""
+        return self.embed.weight.dtype
+
     def compile_blocks(self) -> None:
         """torch.compile each block's forward, inside ZeRO's hooks; blocks share one compiled graph."""
         for block in self.blocks:

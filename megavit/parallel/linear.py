@@ -204,7 +204,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = init.normal("bias", Layout((out_features,), 0, parts), bias_std) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 def column_parallel(
@@ -261,3 +261,16 @@ class RowParallelLinear(nn.Module):
             return linear(x, self.weight, self.bias, addend)
         x, weight, bias = _autocast(x, self.weight, self.bias)
         return _apply_reduced(x, weight, bias, addend, self.mesh, self.output_is_dead)
+
+
+class Linear(nn.Module):
+    """[..., in] -> [..., out], whole on every TP rank: for the small layers that a task adds to the trunk.
+    The weight starts Xavier-uniform, the bias at zero. The input is converted to the weight's dtype."""
+
+    def __init__(self, in_features: int, out_features: int, init: Initializer, *, bias: bool = True):
+        super().__init__()
+        self.weight = init.xavier_uniform("weight", Layout((out_features, in_features)))
+        self.bias = init.constant("bias", Layout((out_features,)), 0.0) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x.to(self.weight.dtype), self.weight, self.bias)

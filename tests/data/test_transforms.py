@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from megavit.data.transforms import NUM_MIX_RANDOM, NUM_RANDOM
 
 from megavit.data import transforms
 from megavit.data.config import DataConfig
-from megavit.data.transforms import NUM_MIX_RANDOM, NUM_RANDOM
 
 
 def picture(side: int = 16) -> np.ndarray:

@@ -114,7 +114,7 @@ def check_export(run: Run, digits: Path) -> None:
             to_model_input(batch.images, torch.device("cpu"))
         ).argmax(1)
     assert (predicted == batch.labels[:, 0]).float().mean().item() == pytest.approx(
-        run.evaluations[-1]["eval_top1"]
+        run.evaluations[-1]["eval/val/top1"]
     )
 
 

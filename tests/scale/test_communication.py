@@ -14,9 +14,10 @@ from megavit.scale.communication import CollectiveCounter, step_traffic
 from megavit.scale.gathers import GatherLimits, replay
 from megavit.scale.inventory import inventory
 from megavit.scale.job import Layout, ZeroSettings
+from megavit.tasks.config import ClassifyConfig
+from megavit.tasks.task import blank_samples
 from megavit.train.config import RunConfig
 from megavit.train.ds_config import resolve_ds_config
-from megavit.train.inputs import Inputs
 from tests.ranks import run_ranks
 
 SMALL = ModelConfig(
@@ -30,7 +31,9 @@ def case(tp: int = 1, accum: int = 1, model: dict[str, Any] | None = None, **zer
     return {
         "tp": tp,
         "run": RunConfig(
-            model=dataclasses.replace(SMALL, **(model or {})), loss="sigmoid", recompute=recompute
+            model=dataclasses.replace(SMALL, **(model or {})),
+            task=ClassifyConfig(loss="sigmoid"),
+            recompute=recompute,
         ),
         "accum": accum,
         "ds": {
@@ -72,9 +75,8 @@ def count(cases: list[dict[str, Any]]) -> list[tuple[dict[Any, int], dict[Any, i
         ds = resolve_ds_config(item["ds"] | {"train_batch_size": layout.global_batch}, mesh.dp_size, "cpu")
         engine = Engine(run, ds, mesh)
         model = run.model
-        images = torch.rand(2, model.channels, model.image_size, model.image_size)
-        targets = torch.zeros(2, -(-model.num_classes // mesh.tp_size))
-        batches = [Inputs(images, targets, torch.ones(2))] * layout.grad_accum
+        samples = blank_samples(engine.task, 2, mesh.device)
+        batches = [engine.task.inputs(samples, mesh, training=True)] * layout.grad_accum
         for _ in range(3):
             with CollectiveCounter() as counter:
                 engine.train_step(batches, torch.tensor(float(layout.global_batch)), 1e-3)

@@ -37,8 +37,8 @@ def evaluate_once(run: RunConfig) -> tuple[Any, int]:
 
     mesh = Mesh.from_environment(run.tensor_parallel_size)
     resolved = resolve_ds_config(ds_config(3, batch=48, micro_batch=8), mesh.dp_size, "cpu")
-    loader = eval_loader(run, resolved, mesh)
-    assert loader is not None
+    engine = Engine(run, resolved, mesh)
+    loader = eval_loader(run.data.val_shards, engine.task, run.data, resolved, mesh)
     watchdog = Watchdog(600, "rank")
     alive: list[weakref.ref[Any]] = []
     most = 0
@@ -49,11 +49,11 @@ def evaluate_once(run: RunConfig) -> tuple[Any, int]:
         def __iter__(self) -> Iterator[Batch]:
             nonlocal most
             for batch in loader:
-                alive.append(weakref.ref(batch.images.untyped_storage()))
+                alive.append(weakref.ref(batch.fields["image"].untyped_storage()))
                 most = max(most, sum(found() is not None for found in alive))
                 yield batch
 
-    found = evaluate(Engine(run, resolved, mesh), Watched(), BadSamples(1, 1, 48), 0, watchdog)  # type: ignore[arg-type]
+    found = evaluate(engine, Watched(), BadSamples(1, 1, 48), 0, watchdog)  # type: ignore[arg-type]
     watchdog.stop()
     return tuple(found), most
 
@@ -75,9 +75,9 @@ def test_images_without_a_label_are_no_part_of_top1(
     write_validation(tmp_path, ['{"labels": []}', "[0]", "[0, 3]", "[4]", "[99]"] * 8)
     val_shards = str(tmp_path / "test-0.tar")
     run = small_run(digits, tmp_path / "run", data__val_shards=val_shards, tensor_parallel_size=tp)
-    for (top1, labelled, unlabelled, bad), most in run_ranks(ranks, evaluate_once, run):
-        assert (labelled, unlabelled, bad) == (24, 8, 8)
-        assert top1 == pytest.approx(2 / 3)
+    for (results, samples, bad), most in run_ranks(ranks, evaluate_once, run):
+        assert (samples, results["unlabelled"], bad) == (32, 8, 8)
+        assert results["top1"] == pytest.approx(2 / 3)
         assert most <= 2
 
 
@@ -123,7 +123,7 @@ def test_an_evaluation_that_was_killed_is_done_by_the_next_start(
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
-    return [row for row in log_of(folder) if "eval_top1" in row]
+    return [row for row in log_of(folder) if "eval" in row]
 
 
 def train_twice(run: RunConfig, raw: dict[str, Any]) -> list[float | None]:

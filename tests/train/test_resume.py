@@ -33,7 +33,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 def start(folder: Path, digits: Path, layout: str, **changes: Any) -> None:
     tp, dp, raw = LAYOUTS[layout]
-    run = small_run(digits, folder, tensor_parallel_size=tp, head_weight_decay=3.0, **changes)
+    run = small_run(digits, folder, tensor_parallel_size=tp, task__head_weight_decay=3.0, **changes)
     assert run_ranks(tp * dp, train_here, run, raw) == [""] * (tp * dp)
 
 
