@@ -55,7 +55,6 @@ class Engine:
         self.task = make_task(run.task, run.model, run.data)
         self.module = build_module(self.task, run, ds_config, mesh)
         self.parameters = logical_parameters(self.module)
-        freeze(self.module, run.freeze)
         if run.compile:  # after zero.Init, whose patched constructors torch._dynamo cannot be imported under
             for trunk in (part for part in self.module.modules() if isinstance(part, MegaVit)):
                 trunk.compile_blocks()
@@ -208,6 +207,25 @@ class Engine:
             )
 
 
+def _keep_until_backward(module: nn.Module) -> None:
+    """Let what follows frozen modules compute the gradient of its input too. Of a module none of whose inputs
+    has a gradient DeepSpeed takes the weights away as soon as the gradient of its output is there, before
+    they are used."""
+
+    def require_grad(part: nn.Module, arguments: tuple[Any, ...]) -> Any:
+        tensors = [item for item in arguments if isinstance(item, Tensor) and item.is_floating_point()]
+        if not tensors or not torch.is_grad_enabled() or any(item.requires_grad for item in tensors):
+            return None
+        first = tensors[0]
+        return tuple(item.detach().requires_grad_() if item is first else item for item in arguments)
+
+    for part in module.modules():
+        is_block = isinstance(part, ParallelBlock | SequentialBlock)
+        own = part.parameters(recurse=is_block)
+        if any(parameter.requires_grad for parameter in own):
+            part.register_forward_pre_hook(require_grad)
+
+
 class _Step:
     """What an optimizer step knows before its update, and its result as soon as the ranks have agreed."""
 
@@ -245,11 +263,16 @@ def build_module(task: Task, run: RunConfig, ds_config: dict[str, Any], mesh: Me
 
     if ds_config.get("zero_optimization", {}).get("stage", 0) < 3:
         with mesh.device:
-            return build()
+            module = build()
+        freeze(module, run.freeze)
+        return module
     # `data_parallel_group` is not optional: without it zero.Init partitions over the world and mixes TP
     # shards.
     with deepspeed.zero.Init(config_dict_or_path=ds_config, mpu=mesh, data_parallel_group=mesh.dp_group):
         module = build()
+    freeze(module, run.freeze)
+    if run.freeze:
+        _keep_until_backward(module)
     # A block's weights are gathered together, once: fewer collectives, and its forward may be compiled or
     # recomputed as plain functions because no ZeRO hook runs inside it.
     set_z3_leaf_modules(module, [ParallelBlock, SequentialBlock])
