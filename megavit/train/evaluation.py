@@ -44,8 +44,9 @@ def evaluate(
     bad: list[BadSample] = []
     for number, batch in enumerate(loader):
         watchdog.at(f"evaluating batch {number} after step {step}")
-        images, labels, weights = whole_batch(batch, data, mesh)
-        predicted = engine.predict(to_model_input(images, mesh.device)).argmax(1)
+        fields, weights = whole_batch(batch, data, mesh)
+        labels = fields["label"]
+        predicted = engine.predict(to_model_input(fields["image"], mesh.device)).argmax(1)
         right = (labels == predicted[:, None]).any(1)
         labelled = (labels >= 0).any(1)
         counts += torch.stack([(right * weights).sum(), (labelled * weights).sum(), weights.sum()])

@@ -15,8 +15,9 @@ from megavit.data.bad import BadSample
 from megavit.data.cache import ShardCache
 from megavit.data.config import DataConfig
 from megavit.data.device import blend, to_model_input
+from megavit.data.fields import Batch, Field, Labels, Picture
 from megavit.data.lanes import DataState
-from megavit.data.loader import Batch, EvalLoader, Share, TrainLoader
+from megavit.data.loader import EvalLoader, Share, TrainLoader
 from megavit.data.manifest import DATA_FILE, Manifest, open_shards
 from megavit.parallel.collectives import gather_from_tp, max_over_tp, sum_over_world
 from megavit.parallel.mesh import Mesh
@@ -33,6 +34,20 @@ class Inputs(NamedTuple):
     images: Tensor  # float32 [b, C, S, S]
     targets: Tensor  # float32 [b, ceil(K/tp)]
     weights: Tensor  # float32 [b]
+
+
+def classification_fields(run: RunConfig) -> list[Field]:
+    """What a sample of a classification run holds: `image` and `label`."""
+    model, data = run.model, run.data
+    image = Picture(
+        size=model.image_size,
+        channels=model.channels,
+        antialias=data.antialias,
+        decoder=data.decoder,
+        max_pixels=data.max_pixels,
+    )
+    none = run.loss == "sigmoid"
+    return [image, Labels(num_classes=model.num_classes, max_labels=data.max_labels, allow_none=none)]
 
 
 def share_of(data: DataConfig, mesh: Mesh) -> Share:
@@ -58,14 +73,13 @@ def train_loader(
     """This rank's training data, from a saved state or the start on."""
     return TrainLoader(
         shards,
-        run.model,
+        classification_fields(run),
         run.data,
         seed=run.seed,
         global_batch=ds_config["train_batch_size"],
         micro_batch=ds_config["train_micro_batch_size_per_gpu"],
         share=share_of(run.data, mesh),
         cache=_cache(run.data),
-        allow_unlabelled=run.loss == "sigmoid",
         state=state,
         data_file=Path(run.run_dir) / DATA_FILE if run.run_dir else None,
         left_out=left_out,
@@ -78,12 +92,11 @@ def eval_loader(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> EvalLo
         return None
     return EvalLoader(
         open_data(run.data.val_shards, run.data, mesh),
-        run.model,
+        classification_fields(run),
         run.data,
         batch=ds_config["train_micro_batch_size_per_gpu"],
         share=share_of(run.data, mesh),
         cache=_cache(run.data),
-        allow_unlabelled=run.loss == "sigmoid",
     )
 
 
@@ -92,25 +105,25 @@ def _cache(data: DataConfig) -> ShardCache:
 
 
 @torch.no_grad()
-def whole_batch(batch: Batch, data: DataConfig, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
-    """uint8 images [b, S, S, C], labels [b, M] and weights [b] of the whole micro-batch, on the device.
+def whole_batch(batch: Batch, data: DataConfig, mesh: Mesh) -> tuple[dict[str, Tensor], Tensor]:
+    """The fields, by name [b, *shape], and the weights [b] of the whole micro-batch, on the device.
 
-    Under `tp: split` three all-gathers over the TP group, 150 kB an image at 224 pixels.
+    Under `tp: split` an all-gather over the TP group for each of them, 150 kB an image at 224 pixels.
     """
-    size = len(batch.flips)
-    parts = [part.to(mesh.device, non_blocking=True) for part in (batch.images, batch.labels, batch.weights)]
-    if data.tp == "split":
-        parts = [gather_from_tp(mesh, part, 0)[:size] for part in parts]
-    images, labels, weights = parts
-    return images, labels, weights
+
+    def whole(part: Tensor) -> Tensor:
+        part = part.to(mesh.device, non_blocking=True)
+        return gather_from_tp(mesh, part, 0)[: len(batch.flips)] if data.tp == "split" else part
+
+    return {name: whole(part) for name, part in batch.fields.items()}, whole(batch.weights)
 
 
 @torch.no_grad()
 def to_inputs(batch: Batch, run: RunConfig, mesh: Mesh) -> Inputs:
     """A training micro-batch on the device. Collective over the TP group."""
-    images, labels, weights = whole_batch(batch, run.data, mesh)
-    targets = local_targets(run.loss, labels, run.model.num_classes, mesh, run.label_smoothing)
-    pixels = to_model_input(images, mesh.device, batch.flips)
+    fields, weights = whole_batch(batch, run.data, mesh)
+    targets = local_targets(run.loss, fields["label"], run.model.num_classes, mesh, run.label_smoothing)
+    pixels = to_model_input(fields["image"], mesh.device, batch.flips)
     if batch.blends is not None:
         pixels, targets = blend(pixels, targets, weights, batch.blends)
     return Inputs(pixels, targets, weights)
@@ -141,10 +154,11 @@ def check_replicas(batches: list[Batch], step: int, mesh: Mesh) -> None:
     """
     value = 0
     for batch in batches:
-        value = crc32(batch.images.numpy().data, crc32(batch.labels.numpy().data, value))
+        for part in batch.fields.values():
+            value = crc32(part.numpy().data, value)
     extremes = max_over_tp(mesh, torch.tensor([value, -value], dtype=torch.int64, device=mesh.device))
     if int(extremes.sum()):
         raise ValueError(
-            f"the ranks of TP group {mesh.dp_rank} decoded different images for step {step + 1}: their "
+            f"the ranks of TP group {mesh.dp_rank} decoded different samples for step {step + 1}: their "
             f"processors or image libraries differ; use --data.tp split, which shares one decoded batch"
         )

@@ -42,14 +42,14 @@ def test_its_state_survives_a_checkpoint() -> None:
 
 def train_with_poison(run: RunConfig, raw: dict[str, Any], poisoned: list[str]) -> str:
     """`train_here`, but images whose batch holds one of the `poisoned` slots (epoch:position) become NaN."""
-    from megavit.data.loader import Batch
+    from megavit.data.fields import Batch
     from megavit.train import inputs, loop
 
     original = inputs.to_inputs
 
     def to_inputs(batch: Batch, *rest: Any) -> inputs.Inputs:
         made = original(batch, *rest)
-        key = int(batch.labels.sum()) * 1000 + int(batch.images.float().mean() * 100)
+        key = int(batch.fields["label"].sum()) * 1000 + int(batch.fields["image"].float().mean() * 100)
         Path(run.run_dir).mkdir(parents=True, exist_ok=True)
         with open(Path(run.run_dir) / "keys", "a") as file:
             file.write(f"{key}\n")
