@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -59,6 +59,9 @@ class Field(ABC):
         fill: what the slots of bad samples hold, and the empty ones that make the parts of a TP group equal.
     """
 
+    # Whether it is a square of pixels, [S, S, ...], which the device mirrors with the picture.
+    is_spatial: ClassVar[bool] = False
+
     name: str
     extensions: tuple[str, ...]
     shape: tuple[int, ...]
@@ -99,6 +102,8 @@ class Picture(Field):
         channels: 1 (grey) or 3 (RGB); whatever the file has is converted.
         antialias, decoder, max_pixels: as in `DataConfig`.
     """
+
+    is_spatial = True
 
     name: str = "image"
     extensions: tuple[str, ...] = IMAGE_EXTENSIONS
@@ -201,6 +206,8 @@ class Plane(Field):
         scale: the unit in which the file counts; KITTI's depth in 1/256 m is `dtype="float32", invalid=0,
             scale=1 / 256`.
     """
+
+    is_spatial = True
 
     name: str
     extensions: tuple[str, ...]
