@@ -2,8 +2,8 @@
 
 Where to crop is the caller's business (`choose_box`), as are random numbers, flips and labels. A JPEG goes
 through simplejpeg, which, unlike Pillow and OpenCV, raises when libjpeg warns of damage; PNG and WebP go
-through Pillow, and nothing else is opened. EXIF orientation is ignored, as by torchvision's and big_vision's
-training loaders.
+through Pillow, and nothing else is opened. An image with an EXIF orientation is shown upright: sizes and
+boxes are those of the upright image.
 
 Letters: S image side, C channels, H and W the sides of the crop.
 """
@@ -22,9 +22,8 @@ import simplejpeg
 import torch
 from PIL import Image
 
+from megavit.data.exif import UPRIGHT, Box, orientation, stored_box, turned, upright_size
 from megavit.data.images import DecodeError, check_pixels, open_image, pillow_errors
-
-Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels; right and bottom are exclusive
 
 _START, _END = b"\xff\xd8", b"\xff\xd9"  # first and last marker of a JPEG
 _PACKAGES = {"cv2": "opencv-python-headless", "nvidia.nvimgcodec": "nvidia-nvimgcodec-cu13"}
@@ -71,18 +70,17 @@ class Decoder:
         decode with antialias, 1.18 times without.
         """
         assert out.shape == (self.size, self.size, self.channels) and out.flags.c_contiguous
+        turn = orientation(data)
+
+        def box_in_file(width: int, height: int) -> Box:
+            upright = upright_size(width, height, turn)
+            return stored_box(_inside(choose_box(*upright), *upright), width, height, turn)
+
         decode = self._from_jpeg if data.startswith(_START) else self._from_pillow
-        crop = decode(data, choose_box)
-        if crop.shape == out.shape:
-            out[:] = crop
-        elif self.antialias:
-            # functional.interpolate returns planar memory for a batch of one, and making rows of that costs
-            # as much as the resize. The operator below it writes to the row as it lies.
-            torch.ops.aten._upsample_bilinear2d_aa.out(
-                _planes(crop), out.shape[:2], False, None, None, out=_planes(out)
-            )
-        else:
-            _opencv().resize(crop, out.shape[:2], dst=out)  # INTER_LINEAR
+        crop = decode(data, box_in_file)
+        if turn != UPRIGHT:
+            crop = turned(crop, turn)
+        resize(crop, self.antialias, out)
 
     def _from_jpeg(self, data: bytes, choose_box: Callable[[int, int], Box]) -> np.ndarray:
         """uint8 [H, W, C], a view with the rows of the whole image where that was decoded."""
@@ -92,8 +90,8 @@ class Decoder:
             raise DecodeError(f"JPEG header: {error}") from error
         if colors in ("CMYK", "YCCK"):  # Pillow knows that Adobe stores these inverted
             return self._from_pillow(data, choose_box)
-        check_pixels(width, height, self.max_pixels)
-        left, top, right, bottom = box = _inside(choose_box(width, height), width, height)
+        check_pixels(width, height, self.max_pixels, data)
+        left, top, right, bottom = box = choose_box(width, height)
         # The region decoder stops reading below the box: a file that ends early must go the strict way.
         if self.backend == "region" and data.endswith(_END):
             region = _region_decoder(self.channels)(data, box)
@@ -108,13 +106,28 @@ class Decoder:
     def _from_pillow(self, data: bytes, choose_box: Callable[[int, int], Box]) -> np.ndarray:
         """uint8 [H, W, C]. Palettes are looked up, alpha is dropped, 16 bits keep their upper 8."""
         image = open_image(data, self.max_pixels)
-        box = _inside(choose_box(*image.size), *image.size)
+        box = choose_box(*image.size)
         with pillow_errors():
             image = image.crop(box)  # decodes; a truncated file raises
             if image.mode.startswith("I;16"):  # convert() would clip 16 bits at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             pixels = np.array(image.convert("L" if self.channels == 1 else "RGB"))
         return pixels.reshape(*pixels.shape[:2], self.channels)
+
+
+def resize(pixels: np.ndarray, antialias: bool, out: np.ndarray) -> None:
+    """uint8 or float32 [H, W, C] into `out` [S, S, C] of the same type, bilinear; a copy if the sizes are
+    equal."""
+    if pixels.shape == out.shape:
+        out[:] = pixels
+    elif antialias:
+        # functional.interpolate returns planar memory for a batch of one, and making rows of that costs
+        # as much as the resize. The operator below it writes to the row as it lies.
+        torch.ops.aten._upsample_bilinear2d_aa.out(
+            _planes(pixels), out.shape[:2], False, None, None, out=_planes(out)
+        )
+    else:
+        _opencv().resize(pixels, out.shape[:2], dst=out)  # INTER_LINEAR
 
 
 def _inside(box: Box, width: int, height: int) -> Box:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 from PIL import Image
 
+from megavit.data.exif import orientation, upright_size
+
 # Of the extensions that are read, as Pillow calls them. It knows 40 more, and starts Ghostscript for one.
 FORMATS = ("JPEG", "PNG", "WEBP")
 
@@ -22,13 +24,14 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
     file is called, for a damaged header, and for more than `max_pixels`."""
     with pillow_errors():
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    check_pixels(*image.size, max_pixels)
+    check_pixels(*image.size, max_pixels, data)
     return image
 
 
-def check_pixels(width: int, height: int, max_pixels: int) -> None:
-    """DecodeError if there are too many."""
+def check_pixels(width: int, height: int, max_pixels: int, data: bytes) -> None:
+    """DecodeError if the image in `data`, stored as `width` x `height` pixels, has too many."""
     if width * height > max_pixels:
+        width, height = upright_size(width, height, orientation(data))
         raise DecodeError(f"{width}x{height} pixels are more than --data.max_pixels {max_pixels}")
 
 

@@ -130,6 +130,6 @@ def check_replicas(batches: list[Batch], step: int, mesh: Mesh) -> None:
     extremes = max_over_tp(mesh, torch.tensor([value, -value], dtype=torch.int64, device=mesh.device))
     if int(extremes.sum()):
         raise ValueError(
-            f"the ranks of TP group {mesh.dp_rank} decoded different images for step {step + 1}: their "
+            f"the ranks of TP group {mesh.dp_rank} decoded different samples for step {step + 1}: their "
             f"processors or image libraries differ; use --data.tp split, which shares one decoded batch"
         )

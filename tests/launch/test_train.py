@@ -17,6 +17,7 @@ from megavit.data.lanes import Lanes, Order
 from megavit.data.loader import EvalLoader
 from megavit.data.manifest import open_shards
 from megavit.recipe import read_recipe
+from megavit.tasks.task import make_task
 from tests.launch.commands import DEMO, ROOT, SHORT, Run, launch, train
 
 
@@ -107,13 +108,14 @@ def test_every_layout_gives_the_same_run(
 def check_export(run: Run, digits: Path) -> None:
     """The exported model, in this one process, classifies the test set as the run's last evaluation did."""
     demo = read_recipe(DEMO)
-    loader = EvalLoader(open_shards(f"{digits}/test-*.tar"), demo.model, demo.data, batch=360)
+    fields = make_task(demo.task, demo.model, demo.data).fields()
+    loader = EvalLoader(open_shards(f"{digits}/test-*.tar"), fields, demo.data, batch=360)
     (batch,) = list(loader)
     with torch.no_grad():
         predicted = MegaVit.from_pretrained(run.folder / "export")(
-            to_model_input(batch.images, torch.device("cpu"))
+            to_model_input(batch.fields["image"], torch.device("cpu"))
         ).argmax(1)
-    assert (predicted == batch.labels[:, 0]).float().mean().item() == pytest.approx(
+    assert (predicted == batch.fields["label"][:, 0]).float().mean().item() == pytest.approx(
         run.evaluations[-1]["eval/val/top1"]
     )
 

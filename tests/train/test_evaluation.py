@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.dist]
 def evaluate_once(run: RunConfig) -> tuple[Any, int]:
     """What one evaluation of untrained weights finds, and the most batches of images alive at a time."""
     from megavit.data.bad import BadSamples
-    from megavit.data.loader import Batch
+    from megavit.data.fields import Batch
     from megavit.parallel.mesh import Mesh
     from megavit.train.ds_config import resolve_ds_config
     from megavit.train.engine import Engine
