@@ -62,9 +62,6 @@ class Field(ABC):
     # Whether it is a square of pixels, [S, S, ...], which the device mirrors with the picture.
     is_spatial: ClassVar[bool] = False
 
-    # Whether it is a square of pixels, which is mirrored with the picture.
-    is_spatial: ClassVar[bool] = False
-
     name: str
     extensions: tuple[str, ...]
     shape: tuple[int, ...]
