@@ -21,6 +21,9 @@ class DataConfig:
             local ones, wildcards, e.g. data/train-{000000..000099}.tar; http(s), s3, gs and pipe are fetched
             whole.
         val_shards: validation shards, same notation; empty trains without evaluation.
+        class_names: text file with the names of the classes, one a line in the order of the class ids; empty
+            takes classes.txt beside the training shards, if there is one. The run folder and the export keep
+            them.
         workers: decoding processes per rank; 0 decodes in the training process. Not given, there is one for
             each core that the rank has, and no more than 4.
         augment: inception (random crop of crop_area of the image, aspect 3/4 to 4/3) or none (the evaluation
@@ -60,6 +63,7 @@ class DataConfig:
 
     shards: str = ""
     val_shards: str = ""
+    class_names: str = ""
     workers: int | None = None
     augment: Augment = "inception"
     crop_area: tuple[float, float] = (0.05, 1.0)

@@ -22,7 +22,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from megavit.data.images import DecodeError, check_pixels, open_image, pillow_errors
+from megavit.data.images import FORMATS, DecodeError, check_pixels, open_image, pillow_errors
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels; right and bottom are exclusive
 
@@ -42,6 +42,7 @@ class Decoder:
     it on shards whose checksums are verified. nvImageCodec writes to stderr when loaded and on damage.
     max_pixels: an image with more, by its header, is refused. Decoding takes up to 16 bytes a pixel (WebP;
     PNG 14, JPEG 3, or 9 if it is progressive and 14 if it is CMYK).
+    formats: of the files that are opened, as Pillow calls them.
     """
 
     channels: int
@@ -49,6 +50,7 @@ class Decoder:
     antialias: bool = True
     backend: str = "full"
     max_pixels: int = 50_000_000
+    formats: tuple[str, ...] = FORMATS
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -70,9 +72,18 @@ class Decoder:
         ValueError for a box outside the image. Cost for 400x500 pixels at 224: 1.37 times the bare JPEG
         decode with antialias, 1.18 times without.
         """
+        if data.startswith(_START):
+            self._resize(self._from_jpeg(data, choose_box), out)
+        else:
+            self.load_image(open_image(data, self.max_pixels, self.formats), choose_box, out)
+
+    def load_image(self, image: Image.Image, choose_box: Callable[[int, int], Box], out: np.ndarray) -> None:
+        """`load` of an image that Pillow has opened already, of any format and size."""
+        self._resize(self._from_pillow(image, choose_box), out)
+
+    def _resize(self, crop: np.ndarray, out: np.ndarray) -> None:
+        """Copy or resize uint8 [H, W, C] into `out`, uint8 [S, S, C]."""
         assert out.shape == (self.size, self.size, self.channels) and out.flags.c_contiguous
-        decode = self._from_jpeg if data.startswith(_START) else self._from_pillow
-        crop = decode(data, choose_box)
         if crop.shape == out.shape:
             out[:] = crop
         elif self.antialias:
@@ -91,7 +102,7 @@ class Decoder:
         except ValueError as error:
             raise DecodeError(f"JPEG header: {error}") from error
         if colors in ("CMYK", "YCCK"):  # Pillow knows that Adobe stores these inverted
-            return self._from_pillow(data, choose_box)
+            return self._from_pillow(open_image(data, self.max_pixels), choose_box)
         check_pixels(width, height, self.max_pixels)
         left, top, right, bottom = box = _inside(choose_box(width, height), width, height)
         # The region decoder stops reading below the box: a file that ends early must go the strict way.
@@ -105,16 +116,27 @@ class Decoder:
             raise DecodeError(f"JPEG: {error}") from error
         return pixels[top:bottom, left:right]
 
-    def _from_pillow(self, data: bytes, choose_box: Callable[[int, int], Box]) -> np.ndarray:
+    def _from_pillow(self, image: Image.Image, choose_box: Callable[[int, int], Box]) -> np.ndarray:
         """uint8 [H, W, C]. Palettes are looked up, alpha is dropped, 16 bits keep their upper 8."""
-        image = open_image(data, self.max_pixels)
         box = _inside(choose_box(*image.size), *image.size)
-        with pillow_errors():
+        with pillow_errors(self.formats):
             image = image.crop(box)  # decodes; a truncated file raises
-            if image.mode.startswith("I;16"):  # convert() would clip 16 bits at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = _in_8_bits(image)
+        with pillow_errors(self.formats):
             pixels = np.array(image.convert("L" if self.channels == 1 else "RGB"))
         return pixels.reshape(*pixels.shape[:2], self.channels)
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """An image of more than 8 bits with their upper 8, where `convert` would clip at 255. DecodeError for
+    numbers that have no such scale."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    pixels = np.asarray(image)
+    # Pillow has whole numbers of 16 bits as I;16 or, by version and format, as I, which is of 32.
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 1 << 16:
+        raise DecodeError("its pixels are floating point or of 32 bits; save it with 8 or 16 bits")
+    return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
 def _inside(box: Box, width: int, height: int) -> Box:

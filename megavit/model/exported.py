@@ -32,8 +32,7 @@ def open_export(folder: Path, **overrides: Any) -> Iterator[tuple[ModelConfig, A
     Raises ValueError, naming the file, when one is missing or damaged and when the weights are not those of
     the configuration; the position embedding alone may be of another square grid.
     """
-    if (folder / _OF_A_RUN).is_dir() and not (folder / CONFIG_FILE).exists():
-        folder = folder / _OF_A_RUN
+    folder = export_folder(folder)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             why = "(see launch/export.py)"
@@ -51,6 +50,13 @@ def open_export(folder: Path, **overrides: Any) -> Iterator[tuple[ModelConfig, A
             yield config, weights
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def export_folder(folder: Path) -> Path:
+    """`folder`, or the export in it if it is the folder of a run."""
+    if (folder / _OF_A_RUN).is_dir() and not (folder / CONFIG_FILE).exists():
+        return folder / _OF_A_RUN
+    return folder
 
 
 def stored_shapes(weights: Any) -> dict[str, tuple[int, ...]]:

@@ -235,4 +235,4 @@ def flat_config(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 # Fields that belong to one start of a run rather than to the run: a new start does not take them over.
-LAUNCH_FIELDS = ("run_dir", "init_from", "stop_at_step", "epochs")
+LAUNCH_FIELDS = ("run_dir", "init_from", "stop_at_step", "epochs", "data.class_names")

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megavit.data.class_names import CLASSES_FILE, class_names_of_run, write_class_names
+from megavit.data.preprocessing import PREPROCESSING_FILE, Preprocessing
 from megavit.model.config import ModelConfig, model_config
 from megavit.model.exported import check_depth, logical_shapes, open_export, stored_shapes
 from megavit.model.vit import CONFIG_FILE, POSITION, WEIGHTS_FILE, resize_position
@@ -25,20 +28,30 @@ from megavit.train.checkpoint.manifest import WEIGHT, CheckpointError
 from megavit.train.checkpoint.tensorfile import Entry, progress_bar, write_tensors
 from megavit.train.zero_state import ZeroState
 
+_PARTIAL = "export.partial"  # a folder in the export while it is written
 _HEAD = ("head.weight", "head.bias")
 
 
 def export_weights(
-    source: Checkpoint, out: Path, *, verify: bool = True, progress: Callable[[int], None] | None = None
+    source: Checkpoint,
+    out: Path,
+    *,
+    class_names: Sequence[str] | None = None,
+    verify: bool = True,
+    progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Write `out/model.safetensors` (float32, names and shapes of the tp=1 model) and `out/config.json`.
+    """Write `out/model.safetensors` (float32, names and shapes of the tp=1 model), `out/config.json`,
+    `out/preprocessing.json` and, if the classes have names, `out/classes.txt`; `megavit.load` reads them.
 
-    One process, no GPU; memory for the largest tensor. `progress` is told the number of bytes of each piece
-    read for `verify` or written. CheckpointError if a file is damaged (without `verify` only if it is
-    missing, short or of other tensors), and if the checkpoint is not one of its own configuration.
+    The names are those that the run folder keeps, unless `class_names` are given. One process, no GPU; memory
+    for the largest tensor. `progress` is told the number of bytes of each piece read for `verify` or written.
+    CheckpointError if a file is damaged (without `verify` only if it is missing, short or of other tensors),
+    and if the checkpoint is not one of its own configuration; ValueError if the names are not one a class.
     """
     shapes = {name: layout.shape for name, layout in source.layouts.items()}
     _check_model(source, shapes)
+    preprocessing = _preprocessing(source)
+    names = _class_names(source, class_names)
     if verify:
         with _bar(
             sum(file.bytes for file in source.files), f"verify {source.folder.name}", progress
@@ -47,20 +60,46 @@ def export_weights(
                 raise CheckpointError("\n".join(problems))
     out.mkdir(parents=True, exist_ok=True)
     entries = {name: Entry("F32", shape) for name, shape in shapes.items()}
-    weights, config = (out / f"{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE))
+    partial = out / _PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir()
     try:
         size = sum(entry.num_bytes for entry in entries.values())
         with _bar(size, f"export to {out}", progress) as count:
             tensors = (source.tensor(WEIGHT, name) for name in entries)
-            write_tensors(weights, entries, tensors, {"format": "pt", "step": str(source.step)}, count)
-        config.write_text(json.dumps(source.run["model"], indent=2) + "\n")
-        os.replace(config, out / CONFIG_FILE)
-        os.replace(weights, out / WEIGHTS_FILE)
+            write_tensors(
+                partial / WEIGHTS_FILE, entries, tensors, {"format": "pt", "step": str(source.step)}, count
+            )
+        (partial / CONFIG_FILE).write_text(json.dumps(source.run["model"], indent=2) + "\n")
+        preprocessing.write(partial / PREPROCESSING_FILE)
+        if names:
+            write_class_names(partial, names)
+        else:
+            (out / CLASSES_FILE).unlink(missing_ok=True)  # an earlier export's
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == WEIGHTS_FILE):  # the weights last
+            os.replace(file, out / file.name)
     finally:
-        weights.unlink(missing_ok=True)
-        config.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
         source.close()
     return out
+
+
+def _preprocessing(source: Checkpoint) -> Preprocessing:
+    try:
+        return Preprocessing.of_run(source.run)
+    except ValueError as error:
+        raise CheckpointError(f"{source.folder / MANIFEST_FILE}: {error}") from error
+
+
+def _class_names(source: Checkpoint, given: Sequence[str] | None) -> list[str]:
+    """The names to export, an empty list if there are none."""
+    num_classes = source.run["model"]["num_classes"]
+    if given is None:
+        # RUN_DIR/checkpoints/step_00001000
+        return class_names_of_run(source.folder.absolute().parents[1], "", "", num_classes)
+    if len(given) != num_classes:
+        raise ValueError(f"there are {len(given)} class names for the {num_classes} classes of the model")
+    return list(given)
 
 
 def _check_model(source: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
