@@ -92,8 +92,8 @@ class Preprocessing:
             found = parse_json(path.read_bytes())
         except FileNotFoundError as error:
             raise ValueError(
-                f"{path} is missing: this export, of an earlier version, does not say how photos are cropped and "
-                f"what its outputs mean. Write it again with python launch/export.py RUN_DIR {folder}"
+                f"{path} is missing: this export, of an earlier version, does not say how photos are cropped "
+                f"and what its outputs mean. Write it again with python launch/export.py RUN_DIR {folder}"
             ) from error
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
