@@ -61,8 +61,8 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--json",
         action="store_true",
-        help='print a JSON object a line: {"file": ..., "top": [{"class": ID, "name": ..., "probability": ...}, '
-        "...]}",
+        help='print a JSON object a line: {"file": ..., "top": [{"class": ID, "name": ..., "probability": '
+        "...}, ...]}",
     )
     parser.add_argument(
         "--batch_size", type=int, default=32, help="photos that go through the model together (32)"

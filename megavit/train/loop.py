@@ -402,7 +402,7 @@ class Trainer:
         # The other ranks stay: a launcher may take the first one that ends for the end of the job.
         self.watchdog.at("exporting the weights")
         run_together(self.mesh, export, lambda _: self.watchdog.at("exporting the weights"))
-        self._say(f"exported the weights to {out} (MegaVit.from_pretrained loads them)")
+        self._say(f"exported the model to {out} (megavit.load and launch/predict.py use it)")
 
     def _say(self, text: str) -> None:
         say(self.mesh, text)
