@@ -72,28 +72,13 @@ class Decoder:
         ValueError for a box outside the image. Cost for 400x500 pixels at 224: 1.37 times the bare JPEG
         decode with antialias, 1.18 times without.
         """
-        if data.startswith(_START):
-            self._resize(self._from_jpeg(data, choose_box), out)
-        else:
-            self.load_image(open_image(data, self.max_pixels, self.formats), choose_box, out)
+        assert out.shape == (self.size, self.size, self.channels) and out.flags.c_contiguous
+        decode = self._from_jpeg if data.startswith(_START) else self._from_pillow
+        resize(decode(data, choose_box), self.antialias, out)
 
     def load_image(self, image: Image.Image, choose_box: Callable[[int, int], Box], out: np.ndarray) -> None:
         """`load` of an image that Pillow has opened already, of any format and size."""
-        self._resize(self._from_pillow(image, choose_box), out)
-
-    def _resize(self, crop: np.ndarray, out: np.ndarray) -> None:
-        """Copy or resize uint8 [H, W, C] into `out`, uint8 [S, S, C]."""
-        assert out.shape == (self.size, self.size, self.channels) and out.flags.c_contiguous
-        if crop.shape == out.shape:
-            out[:] = crop
-        elif self.antialias:
-            # functional.interpolate returns planar memory for a batch of one, and making rows of that costs
-            # as much as the resize. The operator below it writes to the row as it lies.
-            torch.ops.aten._upsample_bilinear2d_aa.out(
-                _planes(crop), out.shape[:2], False, None, None, out=_planes(out)
-            )
-        else:
-            _opencv().resize(crop, out.shape[:2], dst=out)  # INTER_LINEAR
+        resize(self._from_image(image, choose_box), self.antialias, out)
 
     def _from_jpeg(self, data: bytes, choose_box: Callable[[int, int], Box]) -> np.ndarray:
         """uint8 [H, W, C], a view with the rows of the whole image where that was decoded."""
@@ -102,7 +87,7 @@ class Decoder:
         except ValueError as error:
             raise DecodeError(f"JPEG header: {error}") from error
         if colors in ("CMYK", "YCCK"):  # Pillow knows that Adobe stores these inverted
-            return self._from_pillow(open_image(data, self.max_pixels), choose_box)
+            return self._from_pillow(data, choose_box)
         check_pixels(width, height, self.max_pixels)
         left, top, right, bottom = box = _inside(choose_box(width, height), width, height)
         # The region decoder stops reading below the box: a file that ends early must go the strict way.
@@ -116,7 +101,10 @@ class Decoder:
             raise DecodeError(f"JPEG: {error}") from error
         return pixels[top:bottom, left:right]
 
-    def _from_pillow(self, image: Image.Image, choose_box: Callable[[int, int], Box]) -> np.ndarray:
+    def _from_pillow(self, data: bytes, choose_box: Callable[[int, int], Box]) -> np.ndarray:
+        return self._from_image(open_image(data, self.max_pixels, self.formats), choose_box)
+
+    def _from_image(self, image: Image.Image, choose_box: Callable[[int, int], Box]) -> np.ndarray:
         """uint8 [H, W, C]. Palettes are looked up, alpha is dropped, 16 bits keep their upper 8."""
         box = _inside(choose_box(*image.size), *image.size)
         with pillow_errors(self.formats):
@@ -125,6 +113,20 @@ class Decoder:
         with pillow_errors(self.formats):
             pixels = np.array(image.convert("L" if self.channels == 1 else "RGB"))
         return pixels.reshape(*pixels.shape[:2], self.channels)
+
+
+def resize(pixels: np.ndarray, antialias: bool, out: np.ndarray) -> None:
+    """uint8 [H, W, C] into `out`, uint8 [S, S, C], bilinear; a copy if the sizes are equal."""
+    if pixels.shape == out.shape:
+        out[:] = pixels
+    elif antialias:
+        # functional.interpolate returns planar memory for a batch of one, and making rows of that costs
+        # as much as the resize. The operator below it writes to the row as it lies.
+        torch.ops.aten._upsample_bilinear2d_aa.out(
+            _planes(pixels), out.shape[:2], False, None, None, out=_planes(out)
+        )
+    else:
+        _opencv().resize(pixels, out.shape[:2], dst=out)  # INTER_LINEAR
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
