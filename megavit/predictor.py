@@ -93,7 +93,7 @@ class Predictor:
                     raise row
                 if isinstance(row, ValueError):
                     is_file = isinstance(found[number], str | os.PathLike)
-                    where = "" if is_file or len(found) == 1 else f"photo {number} of {len(found)}: "
+                    where = "" if is_file or len(found) == 1 else f"photos[{number}]: "
                     raise ValueError(f"{where}{row}") from row
             parts.append(self.predict(torch.stack([row for row in rows if isinstance(row, Tensor)])))
         logits = torch.cat([part.logits for part in parts])
@@ -133,10 +133,16 @@ def load(
     """The model in an export, or in the folder of a run that has ended, ready for photos.
 
     `device` is the first GPU where there is one, and else the CPU. `dtype` is float32, or bfloat16 ("bf16"),
-    which is faster on GPUs and rounds probabilities to about 1%. ValueError, naming the file and the fix, for
-    a folder that is no whole export, for one of a model without classes, and for a device that is not here.
+    which is faster on GPUs and less exact; a run whose DeepSpeed JSON enables it evaluates in it too. Where
+    the export names no classes, their names are their numbers.
+
+    ValueError, naming the file and the fix, for a folder that is no whole export (one of an earlier version
+    lacks preprocessing.json), for a model without classes, and for a device that is not here.
     """
-    on, of = _device(device), _dtype(dtype)  # mistakes come before the weights, which take long to read
+    chosen_device, chosen_dtype = (
+        _device(device),
+        _dtype(dtype),
+    )  # before the weights, which take long to read
     folder = export_folder(Path(folder))
     with open_export(folder) as (config, _):
         if not config.num_classes:
@@ -154,7 +160,7 @@ def load(
     if preprocessing.link == "none":
         raise ValueError(f"{folder} holds no classifier of photos: {PREPROCESSING_FILE} has the link none")
     names = _names(folder, config.num_classes)
-    model = MegaVit.from_pretrained(folder).to(device=on, dtype=of)
+    model = MegaVit.from_pretrained(folder).to(chosen_device, chosen_dtype)
     return Predictor(model, preprocessing, names, batch_size)
 
 

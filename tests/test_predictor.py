@@ -298,7 +298,7 @@ def test_wrong_options_of_load(folder: Path, options: dict[str, Any], words: str
         (torch.randn(3, 8, 8), r"must lie in \[0, 1\]"),
         (torch.full((3, 8, 8), float("nan")), r"must lie in \[0, 1\], got nan"),
         (torch.zeros(1, 1, 3, 8, 8), "is no photo"),
-        ([np.zeros((8, 8), np.uint8), b"x"], "photo 1 of 2: not an image"),
+        ([np.zeros((8, 8), np.uint8), b"x"], r"photos\[1\]: not an image"),
         (Image.new("F", (8, 8)), "floating point"),
     ],
 )
