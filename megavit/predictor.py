@@ -139,10 +139,8 @@ def load(
     ValueError, naming the file and the fix, for a folder that is no whole export (one of an earlier version
     lacks preprocessing.json), for a model without classes, and for a device that is not here.
     """
-    chosen_device, chosen_dtype = (
-        _device(device),
-        _dtype(dtype),
-    )  # before the weights, which take long to read
+    # Mistakes come before the weights, which take long to read.
+    chosen_device, chosen_dtype = _device(device), _dtype(dtype)
     folder = export_folder(Path(folder))
     with open_export(folder) as (config, _):
         if not config.num_classes:
