@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from megavit import coming_from
-from megavit.data.class_names import CLASSES_FILE, class_names_beside
+from megavit.data.class_names import class_names_file, read_class_names
 from megavit.fields import Field, as_type, describe, fields_of, groups_of, nearest
 from megavit.model.config import PRESET_FIELDS, PRESETS
 from megavit.recipe import (
@@ -296,7 +296,7 @@ def _command(given: dict[str, Any], needs: Mapping[str, str], otherwise: Path | 
     values, overrides = split_overrides(layered(saved, chosen, "the flags and files"))
     # What a recipe says of the default task is not for this one.
     values = {name: value for name, value in values.items() if name in known} | {"task.name": task}
-    for name in ("data.shards", "data.val_shards"):
+    for name in ("data.shards", "data.val_shards", "data.class_names"):
         if name in values:  # perhaps in quotes that were meant for a remote shell, see Parser.error
             values[name] = _from_root(values[name].strip("'"))
     found = values | {"deepspeed_config": ds_path}
@@ -324,23 +324,30 @@ def _merged(files: Sequence[str], task: str) -> dict[str, Any]:
 
 
 def _take_number_of_classes(values: dict[str, Any]) -> Iterator[str]:
-    """Set `model.num_classes` to the number of names beside the training shards, if there are names and it is
-    not given; what is to be said about it. ValueError if a model has too few."""
-    names = class_names_beside(values.get("data.shards", ""))
-    if not names:
+    """Set `model.num_classes` to the number of names that are given or lie beside the training shards, if
+    there are names and it is not given; what is to be said about it. ValueError if a model has too few, or
+    more than are named in a file that is given."""
+    names_given = values.get("data.class_names", "")
+    path = class_names_file(values.get("data.shards", ""), names_given)
+    if path is None:
         return
-    where = f"{len(names)} classes in {Path(values['data.shards']).parent / CLASSES_FILE}"
+    names = read_class_names(path)
+    where = f"{len(names)} classes in {path}"
     if "model.num_classes" not in values:
         values["model.num_classes"] = len(names)
         yield f"note: model.num_classes is {len(names)}: there are {where}"
     given = values["model.num_classes"]
-    if given > len(names):
-        yield f"note: model.num_classes is {given}, but there are only {where}"
     if given < len(names):
         raise ValueError(
             f"model.num_classes {given} is too small: there are {where}; leave it out, or give "
             f"--model.num_classes {len(names)}"
         )
+    if given > len(names) and names_given:
+        raise ValueError(
+            f"model.num_classes is {given}, but --data.class_names names only {where}; name every class"
+        )
+    if given > len(names):
+        yield f"note: model.num_classes is {given}, but there are only {where}, which are not taken as names"
 
 
 def _note_validation_shards(

@@ -365,6 +365,28 @@ def test_the_model_has_as_many_classes_as_the_data(tmp_path: Path) -> None:
     assert command(*OWN).run.model.num_classes == 1000 and command(*OWN).notes == ()
 
 
+def test_the_classes_are_named_by_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches names that lose against those beside the shards, or that do not fit the model, and a list that
+    a run that goes on asks for again."""
+    write_class_names(tmp_path, ["cat", "dog"])
+    names = tmp_path / "mine.txt"
+    names.write_text("a\nb\nc\n")
+    words = [*OWN, "--data.shards", f"{tmp_path}/x.tar", "--data.class_names", str(names)]
+    found = command(*words)
+    assert found.run.model.num_classes == 3 and found.run.data.class_names == str(names)
+    assert found.notes == (f"note: model.num_classes is 3: there are 3 classes in {names}",)
+    for number, said in ((2, "too small: there are 3 classes"), (4, "name every class")):
+        with pytest.raises(SystemExit):
+            command(*words, "--model.num_classes", str(number))
+        assert said in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain_config(found.run)))
+    again = command("--deepspeed_config", "ds_configs/zero3.json", "--run_dir", str(tmp_path))
+    assert again.run.data.class_names == "" and again.run.model.num_classes == 3
+    with pytest.raises(SystemExit):
+        command(*OWN, "--data.class_names", "none.txt")
+    assert "none.txt cannot be read: No such file" in capsys.readouterr().err
+
+
 def test_a_recipes_validation_shards_with_other_training_shards_are_said() -> None:
     """Catches a run on shards of one's own that is evaluated on the recipe's, without a word."""
     recipe = ["--config", "launch/recipes/cifar10.yaml"]

@@ -26,6 +26,9 @@ class DataConfig:
         val: more validation sets, each as NAME=SHARDS, or NAME@STEPS=SHARDS to evaluate it every so many
             steps instead of every eval_every, e.g. real@1000=data/real-{00..07}.tar; may be repeated. Their
             results are logged as eval/NAME/*.
+        class_names: text file with the names of the classes, one a line in the order of the class ids; empty
+            takes classes.txt beside the training shards, if there is one. The run folder and the export keep
+            them.
         workers: decoding processes per rank; 0 decodes in the training process. Not given, there is one for
             each core that the rank has, and no more than 4.
         augment: inception (random crop of crop_area of the image, aspect 3/4 to 4/3) or none (the evaluation
@@ -66,6 +69,7 @@ class DataConfig:
     shards: str = ""
     val_shards: str = ""
     val: tuple[str, ...] = ()
+    class_names: str = ""
     workers: int | None = None
     augment: Augment = "inception"
     crop_area: tuple[float, float] = (0.05, 1.0)

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from megavit.data.exif import UPRIGHT, Box, orientation, stored_box, turned, upright_size
-from megavit.data.images import DecodeError, check_pixels, open_image, pillow_errors
+from megavit.data.images import FORMATS, DecodeError, check_pixels, open_image, pillow_errors
 
 _START, _END = b"\xff\xd8", b"\xff\xd9"  # first and last marker of a JPEG
 _PACKAGES = {"cv2": "opencv-python-headless", "nvidia.nvimgcodec": "nvidia-nvimgcodec-cu13"}
@@ -41,6 +41,7 @@ class Decoder:
     it on shards whose checksums are verified. nvImageCodec writes to stderr when loaded and on damage.
     max_pixels: an image with more, by its header, is refused. Decoding takes up to 16 bytes a pixel (WebP;
     PNG 14, JPEG 3, or 9 if it is progressive and 14 if it is CMYK).
+    formats: of the files that are opened, as Pillow calls them.
     """
 
     channels: int
@@ -48,6 +49,7 @@ class Decoder:
     antialias: bool = True
     backend: str = "full"
     max_pixels: int = 50_000_000
+    formats: tuple[str, ...] = FORMATS
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -82,6 +84,10 @@ class Decoder:
             crop = turned(crop, turn)
         resize(crop, self.antialias, out)
 
+    def load_image(self, image: Image.Image, choose_box: Callable[[int, int], Box], out: np.ndarray) -> None:
+        """`load` of an image that Pillow has opened already, of any format and size."""
+        resize(self._from_image(image, lambda *size: _inside(choose_box(*size), *size)), self.antialias, out)
+
     def _from_jpeg(self, data: bytes, choose_box: Callable[[int, int], Box]) -> np.ndarray:
         """uint8 [H, W, C], a view with the rows of the whole image where that was decoded."""
         try:
@@ -104,13 +110,15 @@ class Decoder:
         return pixels[top:bottom, left:right]
 
     def _from_pillow(self, data: bytes, choose_box: Callable[[int, int], Box]) -> np.ndarray:
+        return self._from_image(open_image(data, self.max_pixels, self.formats), choose_box)
+
+    def _from_image(self, image: Image.Image, choose_box: Callable[[int, int], Box]) -> np.ndarray:
         """uint8 [H, W, C]. Palettes are looked up, alpha is dropped, 16 bits keep their upper 8."""
-        image = open_image(data, self.max_pixels)
         box = choose_box(*image.size)
-        with pillow_errors():
+        with pillow_errors(self.formats):
             image = image.crop(box)  # decodes; a truncated file raises
-            if image.mode.startswith("I;16"):  # convert() would clip 16 bits at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = _in_8_bits(image)
+        with pillow_errors(self.formats):
             pixels = np.array(image.convert("L" if self.channels == 1 else "RGB"))
         return pixels.reshape(*pixels.shape[:2], self.channels)
 
@@ -128,6 +136,18 @@ def resize(pixels: np.ndarray, antialias: bool, out: np.ndarray) -> None:
         )
     else:
         _opencv().resize(pixels, out.shape[:2], dst=out)  # INTER_LINEAR
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """An image of more than 8 bits with their upper 8, where `convert` would clip at 255. DecodeError for
+    numbers that have no such scale."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    pixels = np.asarray(image)
+    # Pillow has whole numbers of 16 bits as I;16 or, by version and format, as I, which is of 32.
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 1 << 16:
+        raise DecodeError("its pixels are floating point or of 32 bits; save it with 8 or 16 bits")
+    return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
 def _inside(box: Box, width: int, height: int) -> Box:

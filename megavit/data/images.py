@@ -19,11 +19,11 @@ class DecodeError(ValueError):
     """The bytes are no usable image; the message says why."""
 
 
-def open_image(data: bytes, max_pixels: int) -> Image.Image:
-    """The image in `data`, with no pixel decoded. DecodeError for another format than FORMATS, whatever the
+def open_image(data: bytes, max_pixels: int, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """The image in `data`, with no pixel decoded. DecodeError for another format than `formats`, whatever the
     file is called, for a damaged header, and for more than `max_pixels`."""
-    with pillow_errors():
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    with pillow_errors(formats):
+        image = Image.open(io.BytesIO(data), formats=formats)
     check_pixels(*image.size, max_pixels, data)
     return image
 
@@ -36,7 +36,7 @@ def check_pixels(width: int, height: int, max_pixels: int, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def pillow_errors() -> Iterator[None]:
+def pillow_errors(formats: tuple[str, ...] = FORMATS) -> Iterator[None]:
     """Turns every exception inside into a DecodeError.
 
     Pillow's plugins raise whatever a damaged field runs into: OSError, SyntaxError, struct.error and more.
@@ -44,7 +44,7 @@ def pillow_errors() -> Iterator[None]:
     try:
         yield
     except Image.UnidentifiedImageError as error:  # its own text is the address of a buffer
-        raise DecodeError(f"not an image of a known format ({', '.join(FORMATS)})") from error
+        raise DecodeError(f"not an image of a known format ({', '.join(formats)})") from error
     except Image.DecompressionBombError as error:
         raise DecodeError(f"too many pixels for --data.max_pixels: {error}") from error
     except Exception as error:

@@ -53,9 +53,10 @@ def open_export(folder: Path, **overrides: Any) -> Iterator[tuple[ModelConfig, A
 
 
 def export_folder(folder: Path) -> Path:
-    """The export in `folder`: itself, or that of a run."""
-    is_run = (folder / _OF_A_RUN).is_dir() and not (folder / CONFIG_FILE).exists()
-    return folder / _OF_A_RUN if is_run else folder
+    """`folder`, or the export in it if it is the folder of a run."""
+    if (folder / _OF_A_RUN).is_dir() and not (folder / CONFIG_FILE).exists():
+        return folder / _OF_A_RUN
+    return folder
 
 
 def stored_shapes(weights: Any) -> dict[str, tuple[int, ...]]:

@@ -245,4 +245,4 @@ MOVED_FIELDS = {
     "head_weight_decay": "task.head_weight_decay",
 }
 # Fields that belong to one start of a run rather than to the run: a new start does not take them over.
-LAUNCH_FIELDS = ("run_dir", "init_from", "stop_at_step", "epochs")
+LAUNCH_FIELDS = ("run_dir", "init_from", "stop_at_step", "epochs", "data.class_names")

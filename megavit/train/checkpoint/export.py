@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from megavit.data.class_names import CLASSES_FILE, class_names_of_run, write_class_names
+from megavit.data.preprocessing import PREPROCESSING_FILE, Preprocessing
 from megavit.model.config import ModelConfig, model_config
 from megavit.model.exported import check_depth, logical_shapes
 from megavit.model.vit import CONFIG_FILE, WEIGHTS_FILE
@@ -32,26 +36,32 @@ from megavit.train.config import flat_config
 from megavit.train.zero_state import ZeroState
 
 TASK_WEIGHTS_FILE = "task.safetensors"  # what the task adds to the trunk
+_PARTIAL = "export.partial"  # a folder in the export while it is written
 
 
 def export_weights(
     source: Checkpoint,
     out: Path,
     *,
+    class_names: Sequence[str] | None = None,
     init_from: str = "",
     verify: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Write `out/model.safetensors` (float32, names and shapes of the tp=1 model) and `out/config.json`,
-    which are the trunk and its classifier, and, if the task adds weights of its own, `out/task.safetensors`.
+    """Write `out/model.safetensors` (float32, names and shapes of the tp=1 model), `out/config.json`,
+    `out/preprocessing.json` and, if the classes have names, `out/classes.txt`; `megavit.load` reads them. If
+    the task adds weights to the trunk, they are written to `out/task.safetensors`.
 
-    Frozen weights come from the export that they were taken from, or a copy of it in `init_from`. One
-    process, no GPU; memory for the largest tensor. `progress` is told the number of bytes of each piece read
-    for `verify` or written. CheckpointError if a file is damaged (without `verify` only if it is missing,
-    short or of other tensors), and if the checkpoint is not one of its own configuration.
+    The names are those that the run folder keeps, unless `class_names` are given. Frozen weights come from
+    the export that they were taken from, or a copy of it in `init_from`. One process, no GPU; memory for the
+    largest tensor. `progress` is told the number of bytes of each piece read for `verify` or written.
+    CheckpointError if a file is damaged (without `verify` only if it is missing, short or of other tensors),
+    and if the checkpoint is not one of its own configuration; ValueError if the names are not one a class.
     """
     layouts = source.layouts | source.frozen.layouts
     config = _trunk_config(source, {name: layout.shape for name, layout in layouts.items()})
+    preprocessing = _preprocessing(source)
+    names = _class_names(source, class_names, config.num_classes)
     if verify:
         with _bar(
             sum(file.bytes for file in source.files), f"verify {source.folder.name}", progress
@@ -62,44 +72,74 @@ def export_weights(
     if source.frozen.exported:
         check_digest(source.frozen, folder)
     out.mkdir(parents=True, exist_ok=True)
-    trunk = [name for name in layouts if name in logical_shapes(config)]
-    files = {WEIGHTS_FILE: trunk, TASK_WEIGHTS_FILE: [name for name in layouts if name not in trunk]}
-    files = {name: names for name, names in files.items() if names}
-    partial = {name: out / f"{name}.partial" for name in (CONFIG_FILE, *files)}
-    metadata = {"format": "pt", "step": str(source.step)}
+    partial = out / _PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir()
     try:
+        size = sum(4 * math.prod(layout.shape) for layout in layouts.values())
         with (
-            _bar(
-                sum(4 * _numel(layout) for layout in layouts.values()), f"export to {out}", progress
-            ) as count,
+            _bar(size, f"export to {out}", progress) as count,
             frozen_reader(source.frozen, folder, config, _initial(source)) as read,
         ):
-            for file, names in files.items():
-                entries = {name: Entry("F32", layouts[name].shape) for name in names}
-                tensors = (_tensor(source, name, read) for name in names)
-                write_tensors(partial[file], entries, tensors, metadata, count)
-        partial[CONFIG_FILE].write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        for name, path in partial.items():
-            os.replace(path, out / name)
+            _write_weights(source, partial, layouts, {*logical_shapes(config)}, read, count)
+        (partial / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        preprocessing.write(partial / PREPROCESSING_FILE)
+        if names:
+            write_class_names(partial, names)
+        for file in (CLASSES_FILE, TASK_WEIGHTS_FILE):
+            if not (partial / file).exists():
+                (out / file).unlink(missing_ok=True)  # an earlier export's
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == WEIGHTS_FILE):  # the weights last
+            os.replace(path, out / path.name)
     finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
         source.close()
     return out
 
 
-def _numel(layout: Layout) -> int:
-    return int(np.prod(layout.shape))
+def _write_weights(
+    source: Checkpoint,
+    out: Path,
+    layouts: dict[str, Layout],
+    trunk: set[str],
+    read_frozen: Read,
+    count: Callable[[int], None],
+) -> None:
+    """The weights of the trunk in one file, those that the task adds in another, one tensor at a time."""
+
+    def tensor(name: str) -> np.ndarray:
+        if name in source.layouts:
+            return source.tensor(WEIGHT, name)
+        whole = np.empty(layouts[name].shape, np.float32)
+        read_frozen(name, layouts[name].boxes(0, 1, 0, whole.size), {WEIGHT: whole.reshape(-1)})
+        return whole
+
+    metadata = {"format": "pt", "step": str(source.step)}
+    files = {WEIGHTS_FILE: [name for name in layouts if name in trunk]}
+    files[TASK_WEIGHTS_FILE] = [name for name in layouts if name not in trunk]
+    for file, names in files.items():
+        if names:
+            entries = {name: Entry("F32", layouts[name].shape) for name in names}
+            write_tensors(out / file, entries, (tensor(name) for name in names), metadata, count)
 
 
-def _tensor(source: Checkpoint, name: str, read_frozen: Read) -> np.ndarray:
-    """A whole logical tensor, float32."""
-    if name in source.layouts:
-        return source.tensor(WEIGHT, name)
-    layout = source.frozen.layouts[name]
-    whole = np.empty(layout.shape, np.float32)
-    read_frozen(name, layout.boxes(0, 1, 0, whole.size), {WEIGHT: whole.reshape(-1)})
-    return whole
+def _preprocessing(source: Checkpoint) -> Preprocessing:
+    try:
+        return Preprocessing.of_run(source.run)
+    except ValueError as error:
+        raise CheckpointError(f"{source.folder / MANIFEST_FILE}: {error}") from error
+
+
+def _class_names(source: Checkpoint, given: Sequence[str] | None, num_classes: int) -> list[str]:
+    """The names to export, an empty list if there are none."""
+    if not num_classes:
+        return []
+    if given is None:
+        # RUN_DIR/checkpoints/step_00001000
+        return class_names_of_run(source.folder.absolute().parents[1], "", "", num_classes)
+    if len(given) != num_classes:
+        raise ValueError(f"there are {len(given)} class names for the {num_classes} classes of the model")
+    return list(given)
 
 
 def _initial(source: Checkpoint) -> Read:
