@@ -62,7 +62,7 @@ def test_digits_are_predicted_as_the_run_did(digits: Path, tmp_path: Path) -> No
     top1 = np.mean(
         [best[0][0] == f"digit {label}" for best, label in zip(found.top(1), test.labels, strict=True)]
     )
-    assert top1 == run.evaluations[-1]["eval_top1"] > 0.2
+    assert top1 == run.evaluations[-1]["eval/val/top1"] > 0.2
     assert torch.equal(found.probabilities, found.logits.sigmoid())
     # A run that goes on keeps its names, whatever becomes of those beside the shards.
     (shards_dir / "classes.txt").write_text("".join(f"{i}\n" for i in range(10)))
@@ -105,7 +105,7 @@ def test_photos_are_predicted_as_the_run_did(tmp_path: Path) -> None:
     files = sorted((tmp_path / "in" / "val").rglob("*.jpg"))
     found = predictor(files)
     top1 = np.mean([best[0][0] == file.parent.name for best, file in zip(found.top(1), files, strict=True)])
-    assert top1 == run.evaluations[-1]["eval_top1"]
+    assert top1 == run.evaluations[-1]["eval/val/top1"]
     assert 0.34 < top1 < 1, "a top-1 that says something"
     assert torch.equal(found.probabilities, found.logits.softmax(1))
 

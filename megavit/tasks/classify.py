@@ -6,10 +6,12 @@ Letters: b micro-batch, S image side, C channels, K classes, /tp a rank's share,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from megavit.data.class_names import class_names_of_run, write_class_names
 from megavit.data.device import blend, to_model_input
 from megavit.data.fields import Field, Labels
 from megavit.model.config import Recompute
@@ -40,6 +42,14 @@ class Classify(Task):
     Config = ClassifyConfig
     config: ClassifyConfig
     metric = "top1"
+
+    def open(self, run_dir: Path) -> None:
+        data = self.data
+        self._names = class_names_of_run(run_dir, data.shards, data.class_names, self.model.num_classes)
+
+    def keep(self, run_dir: Path) -> None:
+        if self._names:
+            write_class_names(run_dir, self._names)
 
     def fields(self) -> Sequence[Field]:
         labels = Labels(

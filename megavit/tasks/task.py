@@ -11,6 +11,7 @@ Letters: b micro-batch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -37,6 +38,14 @@ class HasSamples(Protocol):
     """A part of a micro-batch on the host, or the whole of it on the device."""
 
     @property
+    def open(self, run_dir: Path) -> None:
+        """On the main rank, before anything is built: read what the run needs beside its samples, from the
+        data or from the run folder of a run that goes on. ValueError, naming the file, if it does not fit."""
+
+    def keep(self, run_dir: Path) -> None:
+        """On the main rank, once the run folder is open: write what `open` found, for whoever uses the
+        run."""
+
     def fields(self) -> dict[str, Tensor]: ...
     @property
     def weights(self) -> Tensor: ...
@@ -72,6 +81,14 @@ class Task:
 
     def __init__(self, config: TaskConfig, model: ModelConfig, data: DataConfig):
         self.config, self.model, self.data = config, model, data
+
+    def open(self, run_dir: Path) -> None:
+        """On the main rank, before anything is built: read what the run needs beside its samples, from the
+        data or from the run folder of a run that goes on. ValueError, naming the file, if it does not fit."""
+
+    def keep(self, run_dir: Path) -> None:
+        """On the main rank, once the run folder is open: write what `open` found, for whoever uses the
+        run."""
 
     def fields(self) -> Sequence[Field]:
         """What is decoded of each sample. The first picture decides how the others are cropped."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from megavit.data.bad import BAD_SAMPLES_FILE, BadSamples, TooManyBadSamples
-from megavit.data.class_names import class_names_of_run, write_class_names
 from megavit.data.lanes import DataState, mix
 from megavit.data.loader import Batch, EvalLoader
 from megavit.data.manifest import DATA_FILE
@@ -118,7 +117,7 @@ class Trainer:
         self.last_step = run.stop_at_step or run.max_steps
         if self.saved:
             check_resumable(self.saved, run)
-        self._class_names = mesh.on_main(lambda: _class_names(run, self.run_dir))
+        mesh.on_main(lambda: self.task.open(self.run_dir))
         left_out = self.saved.state["left_out"] if self.saved else ()
         self._take_position(self.saved, [(first, last) for first, last in left_out])
         self._rollbacks: Counter[int] = Counter()
@@ -170,8 +169,7 @@ class Trainer:
         self.saver = Saver(self.run_dir, run.checkpoint, mesh, self.engine.state, self.step)
         if mesh.is_main:
             self.loader.save_order(self.run_dir / DATA_FILE, self.step)
-            if self._class_names:
-                write_class_names(self.run_dir, self._class_names)
+            self.task.keep(self.run_dir)
             (self.run_dir / PREEMPTED_FILE).unlink(missing_ok=True)
 
     def _restore(self, saved: Checkpoint) -> None:
@@ -451,10 +449,6 @@ class Trainer:
 
     def _heartbeat(self, phase: str, idle_s: float) -> None:
         self.monitor.event(self.step, "heartbeat", phase=phase, idle_s=round(idle_s, 1))
-
-
-def _class_names(run: RunConfig, run_dir: Path) -> list[str]:
-    return class_names_of_run(run_dir, run.data.shards, run.data.class_names, run.model.num_classes)
 
 
 def _is_due(step: int, every: int) -> bool:
