@@ -86,7 +86,7 @@ def test_no_images_give_no_logits(model: MegaVit) -> None:
         (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), r"images are torch.uint8, .* in \[-1, 1\] first"),
         (torch.zeros(1, 3, 16, 16, dtype=torch.float64), r"convert them with images.to\(torch.float32\)"),
         (torch.zeros(3, 16, 16), r"images of shape \(3, 16, 16\) do not fit"),
-        (torch.zeros(1, 16, 16, 3), r"takes \[batch, 3, 16, 16\]"),
+        (torch.zeros(1, 16, 16, 3), r"takes \[batch, 3, height, width\]"),
     ],
 )
 def test_images_that_do_not_fit_are_named(given: torch.Tensor, words: str) -> None:

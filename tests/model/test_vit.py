@@ -1,4 +1,4 @@
-"""The model as a user meets it: constructors, shapes, errors, maps, loading."""
+"""The model as a user meets it: constructors, shapes, errors, loading, recomputation."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_logits_have_the_promised_shape(pool: str, registers: int) -> None:
     """Catches prefix tokens lost or pooled by mistake."""
     model = small(pool=pool, num_registers=registers)
     assert model(images(3)).shape == (3, 5)
-    tokens, _ = model.encode(images(3))
+    tokens = model.forward_features(images(3))
     assert tokens.shape == (3, 16 + registers + (pool == "cls"), 32)
     assert small(pool=pool, num_classes=0)(images(3)).shape == (3, 32)
 
@@ -53,8 +53,8 @@ def test_logits_have_the_promised_shape(pool: str, registers: int) -> None:
 def test_mean_pool_leaves_registers_out() -> None:
     """Catches registers averaged into the feature."""
     model = small(pool="mean", num_registers=2)
-    tokens, _ = model.encode(images(2))
-    assert torch.equal(model.pool_tokens(tokens), tokens[:, 2:].mean(1))
+    tokens = model.forward_features(images(2))
+    assert torch.equal(model.forward_head(tokens, pre_logits=True), tokens[:, 2:].mean(1))
 
 
 def test_patch_embedding_is_the_convolution() -> None:
@@ -65,15 +65,6 @@ def test_patch_embedding_is_the_convolution() -> None:
         torch.nn.functional.conv2d(images(2), weight, model.embed.bias, stride=4).flatten(2).transpose(1, 2)
     )
     assert torch.allclose(model.embed(images(2)) - model.embed.position, expected, atol=1e-5)
-
-
-def test_attention_maps_and_their_logits() -> None:
-    """Catches an explicit path that computes something else than the fused one."""
-    model = small(depth=3)
-    logits, maps = model(images(2), return_maps=True)
-    assert (logits - model(images(2))).abs().max() < 1e-5
-    assert [tuple(m.shape) for m in maps] == [(2, 4, 16, 16)] * 3
-    assert all(torch.allclose(m.sum(-1), torch.ones(2, 4, 16), atol=1e-5) for m in maps)
 
 
 def test_dropout_acts_in_training_only() -> None:
@@ -118,9 +109,13 @@ def test_unknown_preset_names_the_nearest() -> None:
 
 
 def test_wrong_image_names_both_shapes() -> None:
-    """Catches a position embedding broadcast over the wrong grid."""
-    with pytest.raises(ValueError, match=r"\(2, 3, 20, 20\).*16, 16"):
-        small()(images(2, side=20))
+    """Catches pixels that are left out of the patches, and a fix that does not fit either."""
+    with pytest.raises(ValueError, match=r"\(2, 3, 16, 22\).* from 16 x 22 to 16 x 24") as error:
+        small()(torch.zeros(2, 3, 16, 22))
+    assert "4 x 4 pixels" in str(error.value)
+    for shape in ((2, 3, 0, 16), (2, 3, 1, 16)):
+        with pytest.raises(ValueError, match="to 4 x 16"):
+            small()(torch.zeros(shape))
     with pytest.raises(ValueError, match=r"\(2, 1, 16, 16\)"):
         small()(images(2, channels=1))
 
@@ -171,8 +166,8 @@ def test_from_pretrained_resizes_the_position_embedding(tmp_path: Path) -> None:
 def test_resize_position_keeps_a_linear_ramp_monotonic_and_the_identity_exact() -> None:
     """Catches rows and columns exchanged in the grid."""
     ramp = torch.arange(4.0).repeat_interleave(4)[:, None]  # value = row
-    assert torch.equal(resize_position(ramp, 4), ramp)
-    large = resize_position(ramp, 8).view(8, 8)
+    assert torch.equal(resize_position(ramp, (4, 4)), ramp)
+    large = resize_position(ramp, (8, 8)).view(8, 8)
     assert torch.allclose(large, large[:, :1].expand(8, 8))
     assert (large[1:, 0] >= large[:-1, 0]).all() and large[7, 0] > large[0, 0]
 
@@ -220,7 +215,7 @@ def test_every_policy_compiles_to_one_graph(policy: str) -> None:
     torch.compiler.reset()
     forward = torch.compile(model.blocks[0].forward, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 16, 32, requires_grad=True)
-    grads = [torch.autograd.grad(way(x)[0].square().sum(), x)[0] for way in (forward, model.blocks[0])]
+    grads = [torch.autograd.grad(way(x).square().sum(), x)[0] for way in (forward, model.blocks[0])]
     torch.testing.assert_close(*grads)
 
 
@@ -293,8 +288,8 @@ def test_features_and_logits_are_float32_in_bfloat16_models(pool: str) -> None:
     model = MegaVit(**SMALL, pool=pool).to(torch.bfloat16)
     with torch.no_grad():
         model.head.weight.normal_()
-    tokens, _ = model.encode(images(2).to(torch.bfloat16))
-    features = model.pool_tokens(tokens)
+    tokens = model.forward_features(images(2).to(torch.bfloat16))
+    features = model.forward_head(tokens, pre_logits=True)
     logits = model(images(2).to(torch.bfloat16))
     assert features.dtype == logits.dtype == torch.float32
     expected = features @ model.head.weight.float().t() + model.head.bias.float()

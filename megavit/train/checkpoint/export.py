@@ -114,7 +114,7 @@ def load_exported(folder: Path, state: ZeroState, config: ModelConfig, mesh: Mes
                 raise ValueError(
                     f"--init_from {folder}: {name} has shape {shapes[name]}, this model needs {layout.shape}"
                 )
-            position = resize_position(file.get_tensor(name), config.grid_size)
+            position = resize_position(file.get_tensor(name), (config.grid_size, config.grid_size))
             notes.append(f"position embedding resized from {shapes[name][0]} to {layout.shape[0]} tokens")
 
         def read(name: str, boxes: list[Box], out: dict[str, np.ndarray]) -> None:
