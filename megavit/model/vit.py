@@ -7,8 +7,9 @@ Letters: B batch, C channels, P patch side, N tokens, H heads, D width. The mode
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from megavit.model.config import ModelConfig, Recompute, model_config, model_pre
 from megavit.model.head import Classifier, MapHead, wide
 from megavit.model.observe import Observers, require_grad
 from megavit.parallel.collectives import dropout
-from megavit.parallel.init import Initializer
+from megavit.parallel.init import Initializer, initialise
 from megavit.parallel.layout import Layout, layout_of
 from megavit.parallel.linear import is_autocast_enabled, linear
 from megavit.parallel.mesh import Mesh
@@ -131,28 +132,59 @@ class MegaVit(nn.Module):
         return cls.from_config(model_preset(name, **overrides), mesh=mesh, seed=seed, recompute=recompute)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, mesh: Mesh | None = None, **overrides: Any) -> MegaVit:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        mesh: Mesh | None = None,
+        recompute: Recompute = "none",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **overrides: Any,
+    ) -> MegaVit:
         """Load an export (`config.json` and `model.safetensors`), or that of a run folder, in evaluation
         mode, on one process, or this rank's shard of it on a mesh.
 
-        `overrides` replace fields of the saved configuration; with another `image_size` the position
-        embedding is resized. Raises ValueError, naming the file, for a folder that is no export or a damaged
-        one, and, before any memory is allocated, for weights that do not match the configuration.
+        `overrides` replace fields of the saved configuration. With another `image_size` the position
+        embedding is resized; `num_classes=0` leaves the classifier out, and another number makes a new one
+        and warns of it. Weights come one tensor at a time, in `dtype` (default: torch's) and on `device`
+        (default: the mesh's, or torch's), so that no second copy of the model is held.
+
+        Raises ValueError, naming the file, for a folder that is no export or a damaged one, and, before any
+        memory is allocated, for weights that do not match the configuration.
         """
-        from megavit.model.exported import open_export
+        from megavit.model.exported import HEAD, open_export, stored_shapes
 
         with open_export(Path(folder), **overrides) as (config, weights):
-            model = cls.from_config(config, mesh=mesh)
-            model.load_logical(weights.get_tensor)
+            device = device or (mesh.device if mesh else torch.get_default_device())
+            with _default_dtype(dtype), torch.device(device):
+                model = cls.from_config(config, mesh=mesh, recompute=recompute, deferred_init=True)
+            stored, parameters = stored_shapes(weights), dict(model.named_parameters())
+            fresh = [
+                name
+                for name in HEAD
+                if name in parameters and layout_of(parameters[name]).shape != stored.get(name)
+            ]
+            model.load_logical(weights.get_tensor, leave=fresh)
+        if fresh:
+            warnings.warn(
+                f"{' and '.join(fresh)} are newly initialised for {config.num_classes} classes: in {folder} "
+                f"head.weight is {stored.get(HEAD[0], 'missing')}. Train them before you use the logits.",
+                stacklevel=2,
+            )
         return model.eval()
 
     @torch.no_grad()
-    def load_logical(self, get: Callable[[str], Tensor]) -> None:
-        """Copy logical tensors, fetched one at a time with `get(name)`, into this rank's shards.
+    def load_logical(self, get: Callable[[str], Tensor], leave: Sequence[str] = ()) -> None:
+        """Copy logical tensors, fetched one at a time with `get(name)`, into this rank's shards. Those called
+        `leave` get their initial values instead.
 
         Raises ValueError when shapes do not match; the position embedding alone is resized to fit.
         """
         for name, parameter in self.named_parameters():
+            if name in leave:
+                initialise(parameter, self.mesh)
+                continue
             layout, logical = layout_of(parameter), get(name)
             if name == POSITION:
                 logical = resize_position(logical, (self.config.grid_size, self.config.grid_size))
@@ -302,6 +334,17 @@ class MegaVit(nn.Module):
                 else f"convert them with images.to({weight.dtype}), or use torch.autocast"
             )
             raise ValueError(f"images are {img.dtype}, the model's weights {weight.dtype}; {hint}")
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """torch.set_default_dtype for a while, if there is one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def resize_position(position: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,54 @@ def test_from_pretrained_resizes_the_position_embedding(tmp_path: Path) -> None:
     assert torch.equal(larger.blocks[1].mlp.up.weight, model.blocks[1].mlp.up.weight)
 
 
+@pytest.mark.filterwarnings("error")
+def test_from_pretrained_without_a_classifier(tmp_path: Path) -> None:
+    """Catches features that are not those of the classifier, and an export without one that is refused."""
+    model = small().eval()
+    export(model, tmp_path / "m")
+    features = MegaVit.from_pretrained(tmp_path / "m", num_classes=0)
+    assert features.head is None
+    expected = model.forward_head(model.forward_features(images(2)), pre_logits=True)
+    assert torch.equal(features(images(2)), expected)
+    export(features, tmp_path / "headless")
+    assert torch.equal(MegaVit.from_pretrained(tmp_path / "headless")(images(2)), expected)
+
+
+def test_from_pretrained_says_that_a_classifier_is_new(tmp_path: Path) -> None:
+    """Catches a classifier that holds uninitialised memory, or of which nobody hears; and one that is thrown
+    away though it fits."""
+    model = small()
+    export(model, tmp_path / "m")
+    with pytest.warns(UserWarning, match=r"head.weight and head.bias are newly .* 7 classes.*\(5, 32\)"):
+        other = MegaVit.from_pretrained(tmp_path / "m", num_classes=7)
+    fresh = MegaVit(**(SMALL | {"num_classes": 7}))
+    assert torch.equal(other.head.weight, fresh.head.weight) and torch.equal(other.head.bias, fresh.head.bias)
+    assert torch.equal(other.blocks[1].attn.qkv.weight, model.blocks[1].attn.qkv.weight)
+    export(small(num_classes=0), tmp_path / "headless")
+    with pytest.warns(UserWarning, match="head.weight is missing"):
+        MegaVit.from_pretrained(tmp_path / "headless", num_classes=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same = MegaVit.from_pretrained(tmp_path / "m", num_classes=5)
+    assert torch.equal(same.head.weight, model.head.weight)
+
+
+def test_from_pretrained_in_another_type_and_on_another_device(tmp_path: Path) -> None:
+    """Catches a copy in float32 of every weight, and a default of torch's that stays changed."""
+    model = small()
+    export(model, tmp_path / "m")
+    loaded = MegaVit.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert all(
+        torch.equal(mine, p.bfloat16())
+        for mine, p in zip(loaded.parameters(), model.parameters(), strict=True)
+    )
+    assert torch.get_default_dtype() == torch.float32 and torch.empty(0).device.type == "cpu"
+    on_meta = MegaVit.from_pretrained(tmp_path / "m", device="meta")
+    assert {p.device.type for p in on_meta.parameters()} == {"meta"}
+    assert MegaVit.from_pretrained(tmp_path / "m", recompute="full").blocks[0].recompute == "full"
+
+
 def test_resize_position_keeps_a_linear_ramp_monotonic_and_the_identity_exact() -> None:
     """Catches rows and columns exchanged in the grid."""
     ramp = torch.arange(4.0).repeat_interleave(4)[:, None]  # value = row
@@ -182,8 +231,11 @@ def test_from_pretrained_refuses_what_does_not_fit(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "m" / "model.safetensors")
     with pytest.raises(ValueError, match=r"missing \['norm.weight'\], unknown \['extra'\]"):
         MegaVit.from_pretrained(tmp_path / "m")
-    with pytest.raises(ValueError, match=r"missing|head.weight"):
+    with pytest.raises(ValueError, match=r"missing \['norm.weight'\]"):
         MegaVit.from_pretrained(tmp_path / "m", num_classes=7)
+    export(small(), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"mlp.up.weight has shape \(64, 32\), the model needs \(96, 32\)"):
+        MegaVit.from_pretrained(tmp_path / "other", mlp_dim=96)
 
 
 RECOMPUTED = [

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megavit.model.config import ModelConfig, model_config
-from megavit.model.exported import check_depth, logical_shapes, open_export, stored_shapes
+from megavit.model.exported import HEAD, check_depth, logical_shapes, open_export, stored_shapes
 from megavit.model.vit import CONFIG_FILE, POSITION, WEIGHTS_FILE, resize_position
 from megavit.parallel.layout import Box, layout_of
 from megavit.parallel.mesh import Mesh
@@ -24,8 +24,6 @@ from megavit.train.checkpoint.checkpoint import MANIFEST_FILE, Checkpoint
 from megavit.train.checkpoint.manifest import WEIGHT, CheckpointError
 from megavit.train.checkpoint.tensorfile import Entry, progress_bar, write_tensors
 from megavit.train.zero_state import ZeroState
-
-_HEAD = ("head.weight", "head.bias")
 
 
 def export_weights(
@@ -105,7 +103,7 @@ def load_exported(folder: Path, state: ZeroState, config: ModelConfig, mesh: Mes
     with open_export(folder) as (_, file):
         shapes = stored_shapes(file)
         fresh = [name for name in layouts if name not in shapes]
-        other_head = [name for name in _HEAD if name in layouts and shapes.get(name) != layouts[name].shape]
+        other_head = [name for name in HEAD if name in layouts and shapes.get(name) != layouts[name].shape]
         position = None
         for name, layout in layouts.items():
             if name in fresh or name in other_head or shapes[name] == layout.shape:
