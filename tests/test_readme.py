@@ -11,13 +11,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SNIPPETS = {
+    f"{path} {number}": snippet
+    for path in ("README.md", "megavit/model/README.md")
+    for number, snippet in enumerate(
+        re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), flags=re.DOTALL)
+    )
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
-def test_snippets_run(snippet: str) -> None:
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_snippets_run(name: str) -> None:
     """Catches documentation that no longer works."""
+    snippet = SNIPPETS[name]
     done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     if "# 22385134489" in snippet:
