@@ -3,6 +3,7 @@ recompute policy."""
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from typing import Any
 
@@ -16,6 +17,7 @@ from megavit.model.block import attention_weights
 from megavit.parallel.mesh import Mesh
 from tests.model.test_vit import SMALL, images
 from tests.ranks import run_ranks
+from tests.train.test_engine import BATCH, RUN, ds_config, inputs
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "vit-22b": {},
@@ -292,3 +294,41 @@ def differences_from_single(tp_size: int) -> list[str]:
 def test_ranks_observe_their_heads_of_a_single_process(tp_size: int) -> None:
     """Catches gradients that lack a sum over ranks, and maps of other heads than the rank's own."""
     assert run_ranks(tp_size, differences_from_single, tp_size) == [[]] * tp_size
+
+
+def differences_under_zero3(recompute: Any) -> list[str]:
+    """What a trained engine's partitioned model tells, against a plain model with its weights; also of images
+    of another size, after a step that moved the position embedding."""
+    from megavit.train.ds_config import resolve_ds_config
+    from megavit.train.ds_patches import safe_get_full_fp32_param
+    from megavit.train.engine import Engine
+
+    run = dataclasses.replace(RUN, recompute=recompute)
+    mesh = Mesh.from_environment(1)
+    engine = Engine(run, resolve_ds_config(ds_config(3, BATCH // 2), mesh.world_size, "cpu"), mesh)
+    plain, wrong = MegaVit.from_config(run.model), []
+    for step, (height, width) in enumerate([(8, 8), (12, 4), (12, 4)]):
+        engine.train_step(inputs(run, mesh, step, BATCH // 2), torch.tensor(6.0), 3e-2)
+        with torch.no_grad():
+            for mine, theirs in zip(plain.parameters(), engine.model.parameters(), strict=True):
+                mine.copy_(safe_get_full_fp32_param(theirs).view(mine.shape))
+        results = []
+        for model, forward in ((plain, plain), (engine.model, engine._deepspeed)):
+            with model.observe(Recorder()) as recorder:
+                logits = forward(torch.linspace(-1, 1, height * width).view(1, 1, height, width))
+            logits[:, 1].sum().backward()
+            results.append(recorder)
+        if not results[0].grads.keys() == results[0].seen.keys() == results[1].grads.keys():
+            wrong.append(f"{recompute}, {step}: {results[1].grads.keys()}")
+        elif not (close(results[1].seen, results[0].seen) and close(results[1].grads, results[0].grads)):
+            wrong.append(f"{recompute}, {step}: values")
+        engine._deepspeed.zero_grad()
+    return wrong
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_partitioned_models_are_observed_too(recompute: str) -> None:
+    """Catches ZeRO-3's copies of a module's outputs, which no gradient reaches, and a position embedding that
+    is resized from what was gathered before."""
+    assert run_ranks(2, differences_under_zero3, recompute) == [[]] * 2
