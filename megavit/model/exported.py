@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megavit.model.config import ModelConfig, model_config
-from megavit.model.vit import CONFIG_FILE, POSITION, WEIGHTS_FILE, MegaVit
+from megavit.model.embed import POSITION
+from megavit.model.vit import CONFIG_FILE, WEIGHTS_FILE, MegaVit
 from megavit.parallel.layout import layout_of
 
 HEAD = ("head.weight", "head.bias")  # a classifier of other classes is another one

@@ -1,4 +1,4 @@
-"""MegaVit: patch embedding, blocks, pooling, classifier; its constructors, and loading exported weights.
+"""MegaVit: patch embedding, blocks, pooling, classifier; its constructors, features, and loading weights.
 
 Letters: B batch, C channels, P patch side, N tokens, H heads, D width. The model never sees DeepSpeed:
 `train.engine` builds it inside `deepspeed.zero.Init` and hands in the mesh.
@@ -14,47 +14,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from megavit.model.block import Norm, Observe, make_block
 from megavit.model.config import ModelConfig, Recompute, model_config, model_preset
+from megavit.model.embed import POSITION, PatchEmbedding, resize_position
 from megavit.model.head import Classifier, MapHead, wide
 from megavit.model.observe import Observers, require_grad
 from megavit.parallel.collectives import dropout
 from megavit.parallel.init import Initializer, initialise
 from megavit.parallel.layout import Layout, layout_of
-from megavit.parallel.linear import is_autocast_enabled, linear
 from megavit.parallel.mesh import Mesh
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-POSITION = "embed.position"  # the one weight that is resized to fit another image size
-
-
-class PatchEmbedding(nn.Module):
-    """[B, C, height, width] -> [B, N, D], N patches row by row: a convolution of stride P as one matmul, plus
-    a learned position embedding, resized if the image is not of the configured size."""
-
-    def __init__(self, config: ModelConfig, init: Initializer):
-        super().__init__()
-        self.patch_size = config.patch_size
-        fan_in = config.channels * config.patch_size**2
-        self.weight = init.lecun_normal("weight", Layout((config.dim, fan_in)))
-        self.bias = init.constant("bias", Layout((config.dim,)), 0.0)
-        self.position = init.normal("position", Layout((config.num_patches, config.dim)), config.dim**-0.5)
-
-    def grid(self, img: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches of images [B, C, height, width]."""
-        return img.shape[-2] // self.patch_size, img.shape[-1] // self.patch_size
-
-    def forward(self, img: Tensor) -> Tensor:
-        p = self.patch_size
-        patches = rearrange(img, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
-        # Resized anew each time: it costs less than a hundredth of a forward pass, and a copy that is kept
-        # would have to know of every way in which weights change (optimizers, ZeRO-3's gathering, loading).
-        return linear(patches, self.weight, self.bias) + resize_position(self.position, self.grid(img))
 
 
 class MegaVit(nn.Module):
@@ -284,7 +258,7 @@ class MegaVit(nn.Module):
     ) -> Tensor:
         """The token state [B, N, D] after the first `depth` blocks, not normalised. `keep` is called with
         each block's number and output."""
-        self._check_image(img)
+        self.embed.check(img)
         x = self.embed(img)
         x = dropout(self.mesh, x, self.config.emb_dropout, self.training, sharded=False)
         if self.prefix is not None:
@@ -311,30 +285,6 @@ class MegaVit(nn.Module):
         for block in self.blocks:
             block.forward = _unless_observed(torch.compile(block.forward), block.forward)
 
-    def _check_image(self, img: Tensor) -> None:
-        channels, patch = self.config.channels, self.config.patch_size
-        takes = f"[batch, {channels}, height, width]"
-        if img.ndim != 4 or img.shape[1] != channels:
-            raise ValueError(
-                f"images of shape {tuple(img.shape)} do not fit this model, which takes {takes}; "
-                f"permute them or build it with another number of channels"
-            )
-        sides = tuple(img.shape[2:])
-        if any(side % patch or not side for side in sides):
-            height, width = (max(1, round(side / patch)) * patch for side in sides)
-            raise ValueError(
-                f"images of shape {tuple(img.shape)} do not fit this model, whose patches have {patch} x "
-                f"{patch} pixels; resize or crop them from {sides[0]} x {sides[1]} to {height} x {width}"
-            )
-        weight = self.embed.weight
-        if img.dtype != weight.dtype and not is_autocast_enabled(weight.device.type):
-            hint = (
-                "scale them to floating point in [-1, 1] first, as megavit.data.device.to_model_input does"
-                if not img.is_floating_point()
-                else f"convert them with images.to({weight.dtype}), or use torch.autocast"
-            )
-            raise ValueError(f"images are {img.dtype}, the model's weights {weight.dtype}; {hint}")
-
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
@@ -345,19 +295,6 @@ def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def resize_position(position: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A position embedding [n^2, D] of an n x n grid, resized bilinearly to [rows * columns, D]; float32 at
-    least inside."""
-    old = round(position.shape[0] ** 0.5)
-    if old * old != position.shape[0]:
-        raise ValueError(f"a position embedding of {position.shape[0]} tokens is no square grid")
-    if grid == (old, old):
-        return position
-    image = rearrange(wide(position), "(h w) d -> 1 d h w", h=old)
-    image = F.interpolate(image, size=grid, mode="bilinear", antialias=True)
-    return rearrange(image, "1 d h w -> (h w) d").to(position.dtype)
 
 
 def _block_numbers(indices: int | Sequence[int] | None, depth: int) -> set[int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megavit import MegaVit
-from megavit.model.vit import resize_position
+from megavit.model.embed import resize_position
 from tests.model.test_vit import SMALL, export, small
 
 

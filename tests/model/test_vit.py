@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megavit import MegaVit
 from megavit.model.count import repeated_flops
-from megavit.model.vit import resize_position
+from megavit.model.embed import resize_position
 
 SMALL = {
     "image_size": 16,

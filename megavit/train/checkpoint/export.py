@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from megavit.model.config import ModelConfig, model_config
+from megavit.model.embed import POSITION, resize_position
 from megavit.model.exported import HEAD, check_depth, logical_shapes, open_export, stored_shapes
-from megavit.model.vit import CONFIG_FILE, POSITION, WEIGHTS_FILE, resize_position
+from megavit.model.vit import CONFIG_FILE, WEIGHTS_FILE
 from megavit.parallel.layout import Box, layout_of
 from megavit.parallel.mesh import Mesh
 from megavit.train.checkpoint.checkpoint import MANIFEST_FILE, Checkpoint
