@@ -14,16 +14,23 @@ from tests.exports import write_export
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SNIPPETS = {
+    f"{path} {number}": snippet
+    for path in ("README.md", "megavit/model/README.md")
+    for number, snippet in enumerate(
+        re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), flags=re.DOTALL)
+    )
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
-def test_snippets_run(snippet: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_snippets_run(name: str, tmp_path: Path) -> None:
     """Catches documentation that no longer works."""
+    snippet = SNIPPETS[name]
     write_export(tmp_path / "exported")
-    for name in ("photo.jpg", "other.png"):
-        Image.new("RGB", (40, 30), "red").save(tmp_path / name)
+    for photo in ("photo.jpg", "other.png"):
+        Image.new("RGB", (40, 30), "red").save(tmp_path / photo)
     command = [sys.executable, "-c", snippet]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

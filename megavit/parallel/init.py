@@ -92,8 +92,7 @@ class Initializer:
         fill: Callable[[InitialValues, Sequence[Box], np.ndarray], None],
         scale: float = 0.0,
     ) -> torch.nn.Parameter:
-        tp_rank, tp_size = self.mesh.tp_rank, self.mesh.tp_size
-        parameter = torch.nn.Parameter(torch.empty(layout.local_shape(tp_size)))
+        parameter = torch.nn.Parameter(torch.empty(layout.local_shape(self.mesh.tp_size)))
         path = f"{self.path}.{name}" if self.path else name
         values = InitialValues(layout, f"{self.seed}/{path}", fill, scale)
         parameter.logical_name = path  # type: ignore[attr-defined]
@@ -103,10 +102,7 @@ class Initializer:
         # one once.
         parameter.model_parallel = layout.dim is not None  # type: ignore[attr-defined]
         if not parameter.is_meta and not self.deferred:
-            flat = np.zeros(parameter.numel(), np.float32)
-            values.read(layout.boxes(tp_rank, tp_size, 0, flat.size), flat)
-            with torch.no_grad():
-                parameter.copy_(torch.from_numpy(flat).view(parameter.shape))
+            initialise(parameter, self.mesh)
         return parameter
 
 
@@ -130,6 +126,14 @@ def logical_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]
             )
         found[name] = parameter
     return found
+
+
+@torch.no_grad()
+def initialise(parameter: torch.nn.Parameter, mesh: Mesh) -> None:
+    """Fill this rank's shard with its initial values."""
+    values, flat = initial_values_of(parameter), np.zeros(parameter.numel(), np.float32)
+    values.read(values.layout.boxes(mesh.tp_rank, mesh.tp_size, 0, flat.size), flat)
+    parameter.copy_(torch.from_numpy(flat).view(parameter.shape))
 
 
 def initial_values_of(parameter: torch.nn.Parameter) -> InitialValues:

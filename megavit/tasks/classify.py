@@ -20,7 +20,7 @@ from megavit.parallel.init import Initializer
 from megavit.parallel.mesh import Mesh
 from megavit.tasks.config import ClassifyConfig, Loss
 from megavit.tasks.loss import image_losses, local_targets
-from megavit.tasks.task import Group, Samples, Sums, Task
+from megavit.tasks.task import DeviceBatch, Group, Sums, Task
 
 _TOP = 5
 
@@ -63,7 +63,7 @@ class Classify(Task):
         trunk = self.trunk(init, recompute, num_classes=self.model.num_classes)
         return Classification(trunk, self.config.loss)
 
-    def inputs(self, samples: Samples, mesh: Mesh, *, training: bool) -> Inputs:
+    def inputs(self, samples: DeviceBatch, mesh: Mesh, *, training: bool) -> Inputs:
         config, labels, weights = self.config, samples.fields["label"], samples.weights
         smoothing = config.label_smoothing if training else 0.0
         targets = local_targets(config.loss, labels, self.model.num_classes, mesh, smoothing)

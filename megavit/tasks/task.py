@@ -26,7 +26,7 @@ from megavit.parallel.mesh import Mesh
 from megavit.tasks.config import TaskConfig, load_task
 
 
-class Samples(NamedTuple):
+class DeviceBatch(NamedTuple):
     """A whole micro-batch on the device, the same on all ranks of a TP group."""
 
     fields: dict[str, Tensor]  # by name, [b, ...]; what has the shape of the picture is mirrored with it
@@ -34,18 +34,10 @@ class Samples(NamedTuple):
     blends: Tensor | None = None  # float32 [b, 6], see `data.transforms.blends`
 
 
-class HasSamples(Protocol):
+class AnyBatch(Protocol):
     """A part of a micro-batch on the host, or the whole of it on the device."""
 
     @property
-    def open(self, run_dir: Path) -> None:
-        """On the main rank, before anything is built: read what the run needs beside its samples, from the
-        data or from the run folder of a run that goes on. ValueError, naming the file, if it does not fit."""
-
-    def keep(self, run_dir: Path) -> None:
-        """On the main rank, once the run folder is open: write what `open` found, for whoever uses the
-        run."""
-
     def fields(self) -> dict[str, Tensor]: ...
     @property
     def weights(self) -> Tensor: ...
@@ -81,6 +73,14 @@ class Task:
 
     def __init__(self, config: TaskConfig, model: ModelConfig, data: DataConfig):
         self.config, self.model, self.data = config, model, data
+
+    def open(self, run_dir: Path) -> None:
+        """On the main rank, before anything is built: read what the run needs beside its samples, from the
+        data or from the run folder of a run that goes on. ValueError, naming the file, if it does not fit."""
+
+    def keep(self, run_dir: Path) -> None:
+        """On the main rank, once the run folder is open: write what `open` found, for whoever uses the
+        run."""
 
     def open(self, run_dir: Path) -> None:
         """On the main rank, before anything is built: read what the run needs beside its samples, from the
@@ -126,12 +126,12 @@ class Task:
             deferred_init=init.deferred,
         )
 
-    def inputs(self, samples: Samples, mesh: Mesh, *, training: bool) -> Any:
+    def inputs(self, samples: DeviceBatch, mesh: Mesh, *, training: bool) -> Any:
         """What the root module takes: tensors, or a (named) tuple of them. On the device, without
         gradients."""
         raise NotImplementedError(f"{type(self).__name__} must define inputs")
 
-    def weight(self, samples: HasSamples) -> Tensor:
+    def weight(self, samples: AnyBatch) -> Tensor:
         """The number of units in the samples, float32 []: what sums are divided by. Here, of samples that
         could be used."""
         return samples.weights.sum()
@@ -148,7 +148,7 @@ class Task:
         return {name: float(value) / max(units, 1.0) for name, value in sums.items()}
 
 
-def blank_samples(task: Task, count: int, device: torch.device) -> Samples:
+def blank_samples(task: Task, count: int, device: torch.device) -> DeviceBatch:
     """`count` samples whose fields hold their fill values, of weight 1: for measuring."""
     fields = {
         field.name: torch.full(
@@ -156,7 +156,7 @@ def blank_samples(task: Task, count: int, device: torch.device) -> Samples:
         )
         for field in task.fields()
     }
-    return Samples(fields, torch.ones(count, device=device))
+    return DeviceBatch(fields, torch.ones(count, device=device))
 
 
 # Matrices that are not kernels: big_vision decays '.*/kernel' only.

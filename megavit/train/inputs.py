@@ -21,7 +21,7 @@ from megavit.data.loader import EvalLoader, Share, TrainLoader
 from megavit.data.manifest import DATA_FILE, Manifest, open_shards
 from megavit.parallel.collectives import gather_from_tp, max_over_tp, sum_over_world
 from megavit.parallel.mesh import Mesh
-from megavit.tasks.task import Samples, Task
+from megavit.tasks.task import DeviceBatch, Task
 from megavit.train.config import RunConfig
 
 
@@ -81,7 +81,7 @@ def _cache(data: DataConfig) -> ShardCache:
 
 
 @torch.no_grad()
-def to_samples(batch: Batch, fields: Sequence[Field], data: DataConfig, mesh: Mesh) -> Samples:
+def to_samples(batch: Batch, fields: Sequence[Field], data: DataConfig, mesh: Mesh) -> DeviceBatch:
     """The whole micro-batch on the device, mirrored. Collective over the TP group.
 
     Under `tp: split` an all-gather a field over the TP group, 150 kB an image at 224 pixels.
@@ -95,7 +95,7 @@ def to_samples(batch: Batch, fields: Sequence[Field], data: DataConfig, mesh: Me
     found = {field.name: whole(batch.fields[field.name]) for field in fields}
     if flips is not None:
         found |= {field.name: mirror(found[field.name], flips) for field in fields if field.is_spatial}
-    return Samples(found, whole(batch.weights), batch.blends)
+    return DeviceBatch(found, whole(batch.weights), batch.blends)
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ def held_bytes(config: ModelConfig, recompute: Recompute, batch: int) -> int:
     x = torch.randn(batch, config.num_tokens, config.dim, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for block in model.blocks:
-            x, _ = block(x)
+            x = block(x)
     return sum(kept.values())
 
 

@@ -43,11 +43,11 @@ def test_its_state_survives_a_checkpoint() -> None:
 def train_with_poison(run: RunConfig, raw: dict[str, Any], poisoned: list[str]) -> str:
     """`train_here`, but images whose batch holds one of the `poisoned` slots (epoch:position) become NaN."""
     from megavit.tasks.classify import Classify, Inputs
-    from megavit.tasks.task import Samples
+    from megavit.tasks.task import DeviceBatch
 
     original = Classify.inputs
 
-    def inputs(task: Classify, samples: Samples, mesh: Any, *, training: bool) -> Inputs:
+    def inputs(task: Classify, samples: DeviceBatch, mesh: Any, *, training: bool) -> Inputs:
         made = original(task, samples, mesh, training=training)
         fields = samples.fields
         key = int(fields["label"].sum()) * 1000 + int(fields["image"].float().mean() * 100)

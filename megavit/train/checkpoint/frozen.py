@@ -14,14 +14,14 @@ import numpy as np
 from isal.isal_zlib import crc32
 
 from megavit.model.config import ModelConfig
-from megavit.model.exported import export_folder, open_export, stored_shapes
-from megavit.model.vit import POSITION, WEIGHTS_FILE, resize_position
+from megavit.model.embed import POSITION, resize_position
+from megavit.model.exported import HEAD, export_folder, open_export, stored_shapes
+from megavit.model.vit import WEIGHTS_FILE
 from megavit.parallel.layout import Box, Layout
 from megavit.parallel.mesh import Mesh
 from megavit.train.checkpoint.manifest import WEIGHT, CheckpointError, Frozen
 
 _CHUNK = 64 << 20  # bytes that one rank reads at a time for the digest
-_HEAD = ("head.weight", "head.bias")
 
 
 def export_digest(folder: str | Path, mesh: Mesh | None = None) -> str:
@@ -72,7 +72,7 @@ class ExportedWeights:
         self._file, self._shapes = file, stored_shapes(file)
         shapes = self._shapes
         self.other_head = [
-            name for name in _HEAD if name in layouts and shapes.get(name) != layouts[name].shape
+            name for name in HEAD if name in layouts and shapes.get(name) != layouts[name].shape
         ]
         self.names = [name for name in layouts if name in shapes and name not in self.other_head]
         self.unused = sorted(shapes.keys() - layouts.keys())
@@ -84,7 +84,7 @@ class ExportedWeights:
                 continue
             if name != POSITION or shape[1] != needed[1]:
                 raise ValueError(f"--init_from {folder}: {name} has shape {shape}, this model needs {needed}")
-            self._position = resize_position(file.get_tensor(name), config.grid_size)
+            self._position = resize_position(file.get_tensor(name), (config.grid_size, config.grid_size))
             self.resized = f"position embedding resized from {shape[0]} to {needed[0]} tokens"
 
     def read(self, name: str, boxes: Sequence[Box], out: dict[str, np.ndarray]) -> None:
