@@ -82,14 +82,6 @@ class Task:
         """On the main rank, once the run folder is open: write what `open` found, for whoever uses the
         run."""
 
-    def open(self, run_dir: Path) -> None:
-        """On the main rank, before anything is built: read what the run needs beside its samples, from the
-        data or from the run folder of a run that goes on. ValueError, naming the file, if it does not fit."""
-
-    def keep(self, run_dir: Path) -> None:
-        """On the main rank, once the run folder is open: write what `open` found, for whoever uses the
-        run."""
-
     def fields(self) -> Sequence[Field]:
         """What is decoded of each sample. The first picture decides how the others are cropped."""
         return [self.picture()]
