@@ -67,6 +67,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options | {"allow_abbrev": False})
         self.common: tuple[str, ...] = ()
         self.example = ""
+        self.task = DEFAULT_TASK  # whose fields are among the flags
 
     def add_fields(self, config: type, **parts: type) -> None:
         """A flag for every field of a dataclass; those of a nested one, of the class that `parts` names, if
@@ -169,10 +170,16 @@ class Command:
 
 
 def make_parser(
-    prog: str, description: str, *, example: str = "", common: Sequence[str] = _COMMON_FLAGS
+    prog: str,
+    description: str,
+    *,
+    example: str = "",
+    common: Sequence[str] = _COMMON_FLAGS,
+    argv: Sequence[str] | None = (),
 ) -> Parser:
-    """A parser with the flags of a run. `--help` shows the `common` ones, named without their dashes, and an
-    `example`, which are arguments of the command."""
+    """A parser with the flags of a run, those of the task that the command line `argv` asks for. `--help`
+    shows the `common` ones, named without their dashes, and an `example`, which are arguments of the
+    command."""
     usage = f"{prog} --deepspeed_config FILE [--config FILE] [--FLAG VALUE ...]"
     parser = Parser(prog=prog, usage=usage, description=description, add_help=False)
     parser.common, parser.example = tuple(common), example and f"{prog} {example}"
@@ -208,6 +215,11 @@ def make_parser(
     parser.add_argument(
         "--local_rank", "--local-rank", metavar="N", help="appended by the deepspeed launcher; not used"
     )
+    try:
+        parser.task = _named_task(sys.argv[1:] if argv is None else argv)
+        parser.add_fields(RunConfig, task=config_class(parser.task))
+    except ValueError as error:
+        parser.error(str(error))
     return parser
 
 
@@ -223,6 +235,7 @@ def parse_run(argv: Sequence[str] | None = None) -> Command:
         example="--deepspeed_config ds_configs/zero2_imagenet1k.json \\\n"
         "      --config launch/recipes/imagenet1k_vit_s16.yaml --data.shards 'data/train-*.tar' \\\n"
         "      --ds.optimizer.params.lr 1e-3 --run_dir runs/first",
+        argv=argv,
     )
     return parse(parser, argv, needs=_TRAINING_NEEDS, otherwise=DEMO_RECIPE)
 
@@ -234,10 +247,8 @@ def parse(
     is; `otherwise` is the recipe of a command that names neither a file nor data nor an architecture."""
     try:
         words, overrides = take_ds_flags(sys.argv[1:] if argv is None else argv)
-        task = _named_task(words)
-        parser.add_fields(RunConfig, task=config_class(task))
         given = vars(parser.parse_args(words)) | overrides
-        return _command(given, needs, otherwise, task)
+        return _command(given, needs, otherwise, parser.task)
     except ValueError as error:
         parser.error(str(error))
 
