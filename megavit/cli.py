@@ -279,7 +279,7 @@ def _named_task(words: Sequence[str]) -> str:
     """The task of a run, which decides what flags there are: of the flags, else of the last file of --config
     that names one, else of the run folder."""
     given: dict[str, list[str]] = {"task": [], "config": [], "run_dir": []}
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         flag, equals, value = word.partition("=")
         name = {"--task.name": "task"}.get(flag, flag.removeprefix("--"))
         if flag.startswith("--") and name in given:

@@ -15,6 +15,7 @@ from megavit.parallel.init import logical_parameters
 from megavit.parallel.layout import layout_of
 from megavit.parallel.mesh import Mesh
 from megavit.tasks.classify import Inputs
+from megavit.tasks.config import ClassifyConfig
 from megavit.tasks.loss import image_losses, local_targets
 from megavit.tasks.task import make_task
 from megavit.train.config import RunConfig
@@ -125,7 +126,7 @@ CASES = {
     "stage 0, tp 2": (2, 2, {}, ds_config(0)),
     "stage 1, dp 2": (2, 1, {}, ds_config(1)),
     "stage 2, dp 2 x tp 2": (4, 2, {}, ds_config(2, micro_batch=2)),
-    "stage 3, one rank": (1, 1, {"loss": "softmax"}, ds_config(3)),
+    "stage 3, one rank": (1, 1, {"task": ClassifyConfig(loss="softmax")}, ds_config(3)),
     "stage 3, dp 2 x tp 2, accumulation": (4, 2, {}, ds_config(3, micro_batch=1)),
     "stage 3, tp 4": (4, 4, {}, ds_config(3)),
     "stage 3, dp 2, selective": (2, 1, {"recompute": "selective"}, ds_config(3)),
