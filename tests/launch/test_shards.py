@@ -29,15 +29,8 @@ def test_index_verify_stats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         return code, said.out + said.err
 
     made = write_shards(tmp_path, indexed=False)
-    index = [
-        sys.executable,
-        SHARDS,
-        "index",
-        f"{tmp_path}/x-{{000..005}}.tar",
-        "--out",
-        str(tmp_path / "index"),
-    ]
-    done = subprocess.run(index, capture_output=True, text=True)
+    words = [f"{tmp_path}/x-{{000..005}}.tar", "--out", str(tmp_path / "index")]
+    done = subprocess.run([sys.executable, SHARDS, "index", *words], capture_output=True, text=True)
     assert done.returncode == 0 and "6 shards, 240 samples" in done.stdout, done
     manifest = str(tmp_path / "index" / "x.manifest.json")
     code, text = call("verify", manifest)
