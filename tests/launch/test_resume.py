@@ -105,7 +105,7 @@ def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
     raise AssertionError("the run ended before")
 
 
-@pytest.mark.parametrize(("name", "ranks", "workers"), [("USR1", None, 2), ("TERM", 2, 1)])
+@pytest.mark.parametrize(("name", "ranks", "workers"), [("USR1", None, 2), ("TERM", 2, 0)])
 def test_a_stop_signal_saves_and_the_next_start_goes_on(
     whole: Run, digits: Path, tmp_path: Path, name: str, ranks: int | None, workers: int
 ) -> None:
