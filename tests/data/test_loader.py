@@ -11,6 +11,7 @@ import resource
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -342,11 +343,18 @@ def test_a_killed_worker_is_an_error_that_names_its_sample(train: str) -> None:
 
 
 @pytest.mark.dist
-def test_a_worker_that_hangs_is_an_error_that_names_its_sample(tmp_path: Path) -> None:
+def test_a_worker_that_hangs_is_an_error_that_names_its_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a run that waits for ever for a file system that does not answer."""
     write_shards(tmp_path, shards=1, samples=60)
+    loader = train_loader(str(tmp_path / "x.manifest.json"), workers=1, timeout_s=60.0)
+    # However long the worker takes to start: the time is over as soon as it reads.
+    clock = SimpleNamespace(monotonic=lambda: np.inf if loader.reading() else 0.0)
+    monkeypatch.setattr("megavit.data.worker.time", clock)
+    monkeypatch.setattr("megavit.data.loader.CHECK_S", 0.5)
     with reading_hangs([tmp_path / "x-000.tar"]):
-        batches = train_loader(str(tmp_path / "x.manifest.json"), workers=1, timeout_s=15.0).batches(0, 1)
+        batches = loader.batches(0, 1)
         with pytest.raises(WorkerError, match=r"no batch in time.*was reading sample \d+ of .*x-000\.tar"):
             next(batches)
 

@@ -40,7 +40,7 @@ Way = Callable[[Path], object]
 
 def reports(way: Way, folder: Path) -> str:
     """The message of the error that `way` ends with; it must be an error of ours, in one line."""
-    with alarm(60), pytest.raises(OWN_ERRORS) as caught:
+    with alarm(), pytest.raises(OWN_ERRORS) as caught:
         way(folder)
     assert type(caught.value) in OWN_ERRORS, f"{type(caught.value)} leaks out: {caught.value}"
     return one_line(str(caught.value))
@@ -645,7 +645,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str)
     argv = [word.replace("{tmp}", str(tmp_path)) for word in words.split()]
     if argv[0] in ("index", "verify", "stats"):
         argv += ["--cache_dir", str(tmp_path / "cache")]
-    with alarm(60):
+    with alarm():
         assert command.main(argv) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "shard/s" not in line]
     (message,) = [line for line in lines if line.startswith("error: ")]
@@ -684,7 +684,7 @@ def test_stats_count_what_training_cannot_use(tmp_path: Path, capsys: pytest.Cap
         "--cache_dir",
         str(tmp_path / "cache"),
     ]
-    with alarm(60):
+    with alarm():
         assert command.main(argv) == 0
     out = capsys.readouterr().out
     # Too large for the limits of the test above only, or for its number of classes.

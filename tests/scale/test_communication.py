@@ -61,6 +61,8 @@ CASES = [
     case(tp=2, stage=0, model={"pool": "mean", "num_registers": 3}),
     case(tp=2, stage=0, model={"layer_scale": 0.1}, recompute="selective"),
 ]
+# Four ranks are for what two cannot be: tensor- and data-parallel at once, and shares of more than a half.
+CASES_OF = {2: CASES[:8], 4: [CASES[0], *CASES[4:5], *CASES[6:]]}
 
 
 def count(cases: list[dict[str, Any]]) -> list[tuple[dict[Any, int], dict[Any, int]]]:
@@ -87,11 +89,11 @@ def count(cases: list[dict[str, Any]]) -> list[tuple[dict[Any, int], dict[Any, i
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", CASES_OF)
 def test_bytes_of_a_step_are_those_of_the_formula(ranks: int) -> None:
     """Catches a formula that is not what DeepSpeed and the TP layers send, to the byte; scalars (loss, norm)
     aside."""
-    for results in run_ranks(ranks, count, CASES):
+    for results in run_ranks(ranks, count, CASES_OF[ranks]):
         for number, (counted, predicted) in enumerate(results):
             for key in counted.keys() | predicted.keys():
                 if key[1] > 1:
