@@ -49,7 +49,7 @@ class _Trial:
         torch.set_num_threads(1)  # there is a process for each core
         fields = [Picture(size=224), Labels(num_classes=2**31 - 1)]  # labels are int32
         self._samples = Samples(manifest, fields, DataConfig(), cache)
-        self._row = {name: values[0] for name, values in self._samples.empty(1).items()}
+        self._row = [column[0, ...] for column in self._samples.empty(1)]
 
     def decode(self, shard: int, index: int) -> None:
         """SampleError if training could not use the sample."""

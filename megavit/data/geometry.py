@@ -115,7 +115,7 @@ def decide(width: int, height: int, config: DataConfig, u: np.ndarray | None) ->
     if u is None:
         return Geometry(width, height, eval_box(width, height, config.eval_crop))
     box = train_box(width, height, config, u)
-    return Geometry(width, height, box, _affine(config, u), bool(flips(config, u)))
+    return Geometry(width, height, box, _affine(config, u), bool(config.flip and u[7] < 0.5))
 
 
 def train_box(width: int, height: int, config: DataConfig, u: np.ndarray) -> Box:

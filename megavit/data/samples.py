@@ -34,7 +34,8 @@ class Samples:
             raise ValueError(f"none of the fields {', '.join(names) or '(none)'} of a sample is a Picture")
         self.reader = ShardReader(manifest, cache)
         self.picture, self.config = pictures[0], config
-        self._fields = tuple(fields)
+        # The picture first: it decides the geometry.
+        self._fields = sorted(fields, key=lambda field: field is not self.picture)
         self.record: Callable[[str, int], None] | None = None  # told of each sample before it is read
 
     def batch(
@@ -42,42 +43,43 @@ class Samples:
     ) -> Batch:
         """The samples' batch of `padded` rows, augmented by the uniforms `random` [n, NUM_RANDOM], or, if
         None, as for evaluation. `flips` and `blends` are left to the caller."""
-        rows = self.empty(padded)
+        columns = self.empty(padded)
         weights = np.zeros(padded, np.float32)
         bad = []
         self.reader.fetch(set(shards))
         for number, (shard, index) in enumerate(zip(shards, indexes, strict=True)):
-            row = {name: values[number, ...] for name, values in rows.items()}
+            row = [column[number, ...] for column in columns]
             try:
                 self.load(shard, index, row, None if random is None else random[number])
                 weights[number] = 1.0
             except SampleError as error:
-                for field in self._fields:
-                    row[field.name][...] = field.fill
+                for field, values in zip(self._fields, row, strict=True):
+                    values[...] = field.fill
                 bad.append(error.bad)
+        found = zip(self._fields, columns, strict=True)
         return Batch(
-            {name: torch.from_numpy(values) for name, values in rows.items()},
+            {field.name: torch.from_numpy(values) for field, values in found},
             torch.from_numpy(weights),
             flips=torch.zeros(0, dtype=torch.bool),
             blends=None,
             bad=bad,
         )
 
-    def empty(self, count: int) -> dict[str, np.ndarray]:
+    def empty(self, count: int) -> list[np.ndarray]:
         """For each field [count, *shape], filled."""
-        return {field.name: field.empty(count) for field in self._fields}
+        return [field.empty(count) for field in self._fields]
 
-    def load(self, shard: int, index: int, row: dict[str, np.ndarray], u: np.ndarray | None) -> None:
-        """Decode a sample into `row`, one array [*shape] a field, augmented by the uniforms `u` [NUM_RANDOM],
-        or, if None, as for evaluation. SampleError if it cannot be used; the row is then undefined."""
+    def load(self, shard: int, index: int, row: list[np.ndarray], u: np.ndarray | None) -> None:
+        """Decode a sample into `row`, a row of each array of `empty`, augmented by the uniforms `u`
+        [NUM_RANDOM], or, if None, as for evaluation. SampleError if it cannot be used; the row is then
+        undefined."""
         if self.record:
             self.record(self.reader.manifest.urls[shard], index)
         members = self.reader.members(shard, index)
         try:
             chosen = [_choose(field, members) for field in self._fields]
-            wanted = dict.fromkeys(chosen)  # each once, in order
-            found = dict(zip(wanted, self.reader.read(shard, index, wanted), strict=True))
-            self._decode([(member.extension, found[member]) for member in chosen], row, u)
+            data = self._read(shard, index, [members[extension] for extension in dict.fromkeys(chosen)])
+            self._decode(chosen, data, row, u)
         except SampleError:
             raise
         except ValueError as error:
@@ -86,29 +88,30 @@ class Samples:
             reason = f"it cannot be used: {type(error).__name__}: {error}".removesuffix(": ")
             raise self.reader.error(shard, index, reason) from error
 
+    def _read(self, shard: int, index: int, members: list[Member]) -> dict[str, bytes]:
+        data = self.reader.read(shard, index, members)
+        return {member.extension: found for member, found in zip(members, data, strict=True)}
+
     def _decode(
-        self, members: list[tuple[str, bytes]], row: dict[str, np.ndarray], u: np.ndarray | None
+        self, chosen: list[str], data: dict[str, bytes], row: list[np.ndarray], u: np.ndarray | None
     ) -> None:
-        """Decode the fields from the (extension, bytes) of their members."""
-        picture = self.picture
-        extension, data = members[self._fields.index(picture)]
+        """Decode each field from the bytes of the member that was chosen for it."""
+        extension = chosen[0]
         choose = partial(decide, config=self.config, u=u)
         try:
-            geometry = picture.decode_first(data, extension, choose, row[picture.name])
+            geometry = self.picture.decode_first(data[extension], extension, choose, row[0])
         except DecodeError as error:
             raise ValueError(f"it cannot be decoded: {error}") from error
-        for field, (extension, data) in zip(self._fields, members, strict=True):
-            if field is picture:
-                continue
+        for field, extension, out in zip(self._fields[1:], chosen[1:], row[1:], strict=True):
             try:
-                field.decode(data, extension, geometry, row[field.name])
+                field.decode(data[extension], extension, geometry, out)
             except DecodeError as error:
                 raise ValueError(f"its {extension} cannot be decoded: {error}") from error
 
 
-def _choose(field: Field, members: dict[str, Member]) -> Member:
-    """The member that holds a field."""
-    for name in field.extensions:
-        if name in members:
-            return members[name]
+def _choose(field: Field, members: dict[str, Member]) -> str:
+    """The extension of the member that holds a field."""
+    for extension in field.extensions:
+        if extension in members:
+            return extension
     raise ValueError(f"it has {', '.join(members)} but no {' or '.join(field.extensions)}")

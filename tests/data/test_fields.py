@@ -109,14 +109,14 @@ def test_all_fields_of_a_sample_show_the_same_place(shards: str, load: Callable[
     """Catches a plane cropped, turned or mirrored otherwise than its picture, or half a pixel beside it."""
     batch = load(shards, FIELDS)
     found = on_device(batch)
-    assert load is evaluation or 0 < batch.flips.sum() < 8
+    if load is training:
+        assert 0 < batch.flips.sum() < 8 and 0.01 < (found["place"] == -1).mean() < 0.5
     for number in range(8):
         image, place = found["image"][number].astype(float), found["place"][number]
         outside = (place == -1).all(2)
         # Blue is 255 everywhere in the picture, and black only beyond its border.
         assert np.array_equal(outside, image[:, :, 2] == 0)
         inside = ~outside
-        assert (inside.mean() < 1) == (load is training)
         x, y = place[inside].T
         colors = found["colors"][number]
         assert (colors[outside] == -1).all()
@@ -282,7 +282,7 @@ class Caption(Field):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_field_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     """Catches a field that worker processes cannot import, or do not call."""
     (tmp_path / "own_caption.py").write_text(OWN)
