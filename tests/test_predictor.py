@@ -23,6 +23,7 @@ from megavit.data.write import digits_arrays
 from megavit.launch import shards
 from megavit.predictor import Predictions, Predictor
 from megavit.recipe import read_recipe
+from megavit.tasks.task import make_task
 from tests.exports import NAMES, write_export
 from tests.launch.commands import DEMO, SHORT, again, train, train_with
 
@@ -123,13 +124,14 @@ def test_pixels_are_those_of_the_evaluation(tmp_path: Path, channels: int, antia
     run = read_recipe(DEMO)
     data = dataclasses.replace(run.data, eval_crop=0.875, antialias=antialias)
     config = dataclasses.replace(run.model, channels=channels, image_size=32, num_classes=1)
-    loader = EvalLoader(open_shards(f"{tmp_path}/out/train-*.tar"), config, data, batch=8)
+    fields = make_task(run.task, config, data).fields()
+    loader = EvalLoader(open_shards(f"{tmp_path}/out/train-*.tar"), fields, data, batch=8)
     (batch,) = list(loader)
     half = (0.5,) * channels
     reader = PhotoReader(Preprocessing(32, channels, 0.875, "bilinear", antialias, half, half, "softmax"))
     mine = [reader.load(path) for path in (tmp_path / "in" / "cat").iterdir()]
     key = lambda row: row.numpy().tobytes()  # noqa: E731
-    assert sorted(map(key, mine)) == sorted(map(key, batch.images))
+    assert sorted(map(key, mine)) == sorted(map(key, batch.fields["image"]))
 
 
 def test_every_form_of_a_photo_is_predicted_alike(model: Predictor, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from megavit.data.decode import Box, Decoder
+from megavit.data.geometry import eval_box
 from megavit.data.images import FORMATS, DecodeError, pillow_errors
 from megavit.data.preprocessing import Preprocessing
-from megavit.data.transforms import eval_box
 
 Photo = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 
