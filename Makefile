@@ -1,4 +1,4 @@
-# make train | test | test-fast | test-cluster | lint | data | clean; the first target that needs it makes .venv.
+# make train | test | test-fast | test-smoke | test-cluster | lint | data | clean; the first target that needs it makes .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,11 +8,11 @@ MASTER_PORT ?= 29500
 
 # Whole clusters, SLURM's limits in minutes, jobs killed again and again: tests for which `make test` has no time.
 LABS := tests/cluster/test_lab.py tests/cluster/test_jobs.py tests/test_faults.py
-TEST := python -m pytest $(LABS:%=--ignore=%)
-# Exactly what failed, and an error (5) if that is nothing.
-FAILED := python -m pytest --last-failed --last-failed-no-failures none $(LABS:%=--ignore=%)
+# One job on each kind of cluster: SLURM, two hosts, mpirun, torchrun.
+SMOKE := tests/cluster/test_smoke.py tests/cluster/test_launchers.py
+TEST := python -m pytest --ignore=tests/cluster --ignore=tests/test_faults.py
 
-.PHONY: train test test-twice test-fast test-cluster lint data clean
+.PHONY: train test test-fast test-smoke test-cluster lint data clean
 .DELETE_ON_ERROR:
 
 train: $(DIGITS)
@@ -23,15 +23,17 @@ data: $(DIGITS)
 test: $(INSTALLED)
 	. $(BIN)/activate && $(TEST)
 
-# For CI: tests that fail are run once more, since a machine may have a bad moment. Only 1 means that tests
-# failed; whatever else ends pytest (an interruption, an error of its own, no tests) is final.
-test-twice: $(INSTALLED)
-	. $(BIN)/activate && { $(TEST); status=$$?; } ; test $$status = 0 || { test $$status = 1 && \
-		echo "RETRIED: the tests that failed above run once more" && $(FAILED) && \
-		echo "RETRIED: the tests that failed at first have passed now"; }
-
 test-fast: $(INSTALLED)
 	. $(BIN)/activate && $(TEST) -m "not dist and not slow and not slurm"
+
+# What fails is run once more, since daemons and networks may have a bad moment. Only 1 means that tests failed;
+# whatever else ends pytest (an interruption, an error of its own, no tests) is final. The second run is of
+# exactly what failed, and is an error if that is nothing.
+test-smoke: $(INSTALLED)
+	. $(BIN)/activate && { python -m pytest $(SMOKE); status=$$?; } ; test $$status = 0 || { test $$status = 1 && \
+		echo "RETRIED: the tests that failed above run once more" && \
+		python -m pytest --last-failed --last-failed-no-failures none $(SMOKE) && \
+		echo "RETRIED: the tests that failed at first have passed now"; }
 
 test-cluster: $(INSTALLED)
 	. $(BIN)/activate && python -m pytest $(LABS)

@@ -10,9 +10,10 @@ from megavit.train.config import RunConfig
 
 if TYPE_CHECKING:
     from megavit.model.vit import MegaVit
+    from megavit.predictor import load
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "MegaVit", "ModelConfig", "RunConfig", "__version__"]
+__all__ = ["PRESETS", "MegaVit", "ModelConfig", "RunConfig", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from megavit.model.vit import MegaVit
 
         return MegaVit
+    if name == "load":
+        from megavit.predictor import load
+
+        return load
     raise AttributeError(f"module 'megavit' has no attribute {name!r}")

@@ -14,6 +14,7 @@ COMMANDS = {
     "shards": "write, index and check WebDataset shards",
     "plan": "find the best layout of a run on a cluster, with its memory and time",
     "export": "write a run's model for one process",
+    "predict": "say what photos show",
     "checkpoints": "list, check and compare a run's checkpoints",
     "bench": "measure the model, the input, the trainer and checkpoints against other ways",
 }

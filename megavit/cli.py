@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from megavit import coming_from
-from megavit.data.class_names import CLASSES_FILE, class_names_beside
+from megavit.data.class_names import class_names_file, read_class_names
 from megavit.fields import Field, as_type, describe, fields_of, groups_of, nearest
 from megavit.model.config import PRESET_FIELDS, PRESETS
 from megavit.recipe import (
+    DEFAULT_TASK,
     DS_PREFIX,
     IS_CHECKOUT,
     OTHER_NAMES,
@@ -37,7 +38,9 @@ from megavit.recipe import (
     read_fields,
     saved_fields,
     split_overrides,
+    task_in_file,
 )
+from megavit.tasks.config import config_class
 from megavit.train.config import RunConfig
 
 DEMO_RECIPE = RECIPES / "digits.yaml"
@@ -64,22 +67,25 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options | {"allow_abbrev": False})
         self.common: tuple[str, ...] = ()
         self.example = ""
+        self.task = DEFAULT_TASK  # whose fields are among the flags
 
-    def add_fields(self, config: type) -> None:
-        """A flag for every field of a dataclass; those of a nested one are dotted, `--model.depth`. The
-        parsed namespace holds only what was given."""
+    def add_fields(self, config: type, **parts: type) -> None:
+        """A flag for every field of a dataclass; those of a nested one, of the class that `parts` names, if
+        it does, are dotted, `--model.depth`. The parsed namespace holds only what was given."""
         groups = {"": self.add_argument_group(_summary(config))}
-        for name, inner in groups_of(config).items():
+        for name, inner in (groups_of(config) | parts).items():
             groups[name] = self.add_argument_group(f"--{name}.*", _summary(inner))
-        for name, item in fields_of(config).items():
+        for name, item in fields_of(config, **parts).items():
             others = [other for other, meant in OTHER_NAMES.items() if meant == name]
-            options: dict[str, Any] = {"nargs": "?", "const": True} if item.hint is bool else {}
+            options: dict[str, Any] = {"type": _converter(item.hint), "metavar": _metavar(item.hint)}
+            if item.hint is bool:
+                options |= {"nargs": "?", "const": True}
+            elif get_origin(item.hint) is tuple and get_args(item.hint)[-1] is Ellipsis:
+                options = {"action": "append", "metavar": _metavar(get_args(item.hint)[0])}
             groups[name.rpartition(".")[0]].add_argument(
                 *(f"--{spelling}" for spelling in (name, *others)),
                 dest=name,
                 default=argparse.SUPPRESS,
-                type=_converter(item.hint),
-                metavar=_metavar(item.hint),
                 help=f"{item.help} ({_default(name, item)})".replace("%", "%%"),
                 **options,
             )
@@ -164,10 +170,16 @@ class Command:
 
 
 def make_parser(
-    prog: str, description: str, *, example: str = "", common: Sequence[str] = _COMMON_FLAGS
+    prog: str,
+    description: str,
+    *,
+    example: str = "",
+    common: Sequence[str] = _COMMON_FLAGS,
+    argv: Sequence[str] | None = (),
 ) -> Parser:
-    """A parser with the flags of a run. `--help` shows the `common` ones, named without their dashes, and an
-    `example`, which are arguments of the command."""
+    """A parser with the flags of a run, those of the task that the command line `argv` asks for. `--help`
+    shows the `common` ones, named without their dashes, and an `example`, which are arguments of the
+    command."""
     usage = f"{prog} --deepspeed_config FILE [--config FILE] [--FLAG VALUE ...]"
     parser = Parser(prog=prog, usage=usage, description=description, add_help=False)
     parser.common, parser.example = tuple(common), example and f"{prog} {example}"
@@ -203,7 +215,11 @@ def make_parser(
     parser.add_argument(
         "--local_rank", "--local-rank", metavar="N", help="appended by the deepspeed launcher; not used"
     )
-    parser.add_fields(RunConfig)
+    try:
+        parser.task = _named_task(sys.argv[1:] if argv is None else argv)
+        parser.add_fields(RunConfig, task=config_class(parser.task))
+    except ValueError as error:
+        parser.error(str(error))
     return parser
 
 
@@ -219,6 +235,7 @@ def parse_run(argv: Sequence[str] | None = None) -> Command:
         example="--deepspeed_config ds_configs/zero2_imagenet1k.json \\\n"
         "      --config launch/recipes/imagenet1k_vit_s16.yaml --data.shards 'data/train-*.tar' \\\n"
         "      --ds.optimizer.params.lr 1e-3 --run_dir runs/first",
+        argv=argv,
     )
     return parse(parser, argv, needs=_TRAINING_NEEDS, otherwise=DEMO_RECIPE)
 
@@ -231,7 +248,7 @@ def parse(
     try:
         words, overrides = take_ds_flags(sys.argv[1:] if argv is None else argv)
         given = vars(parser.parse_args(words)) | overrides
-        return _command(given, needs, otherwise)
+        return _command(given, needs, otherwise, parser.task)
     except ValueError as error:
         parser.error(str(error))
 
@@ -258,22 +275,39 @@ def take_ds_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     return rest, overrides
 
 
-def _command(given: dict[str, Any], needs: Mapping[str, str], otherwise: Path | None) -> Command:
-    known = fields_of(RunConfig)
+def _named_task(words: Sequence[str]) -> str:
+    """The task of a run, which decides what flags there are: of the flags, else of the last file of --config
+    that names one, else of the run folder."""
+    given: dict[str, list[str]] = {"task": [], "config": [], "run_dir": []}
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        flag, equals, value = word.partition("=")
+        name = {"--task.name": "task"}.get(flag, flag.removeprefix("--"))
+        if flag.startswith("--") and name in given:
+            given[name].append(value if equals else following)
+    files = [_from_root(file) for file in reversed(given["config"])]
+    folders = [str(Path(folder) / "config.yaml") for folder in given["run_dir"][-1:] if folder]
+    named = [*given["task"][-1:], *(task_in_file(file) for file in (*files, *folders))]
+    return next(filter(None, named), DEFAULT_TASK)
+
+
+def _command(given: dict[str, Any], needs: Mapping[str, str], otherwise: Path | None, task: str) -> Command:
+    known = fields_of(RunConfig, task=config_class(task))
     del given["local_rank"]
     ds_path = _from_root(given.pop("deepspeed_config"))
     files = [_from_root(name) for name in given.pop("config")]
     flags = {name: value for name, value in given.items() if name in known or name.startswith(DS_PREFIX)}
     more = {name: value for name, value in given.items() if name not in flags}
-    chosen = layered(_merged(files), flags, "the flags")
-    saved = saved_fields(chosen.get("run_dir", ""))
+    chosen = layered(_merged(files, task), flags, "the flags")
+    saved = saved_fields(chosen.get("run_dir", ""), task)
     if otherwise and not (saved or files or flags.keys() & {"model.name", "data.shards"}):
         files = [str(otherwise)]
-        chosen = layered(_merged(files), flags, "the flags")
+        chosen = layered(_merged(files, task), flags, "the flags")
     if "model.name" in chosen and chosen["model.name"] != saved.get("model.name"):
         saved = {name: value for name, value in saved.items() if not name.startswith("model.")}
     values, overrides = split_overrides(layered(saved, chosen, "the flags and files"))
-    for name in ("data.shards", "data.val_shards"):
+    # What a recipe says of the default task is not for this one.
+    values = {name: value for name, value in values.items() if name in known} | {"task.name": task}
+    for name in ("data.shards", "data.val_shards", "data.class_names"):
         if name in values:  # perhaps in quotes that were meant for a remote shell, see Parser.error
             values[name] = _from_root(values[name].strip("'"))
     found = values | {"deepspeed_config": ds_path}
@@ -293,31 +327,38 @@ def _command(given: dict[str, Any], needs: Mapping[str, str], otherwise: Path | 
     return Command(make_run(values), ds_path, overrides, tuple(notes), more)
 
 
-def _merged(files: Sequence[str]) -> dict[str, Any]:
+def _merged(files: Sequence[str], task: str) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name in files:
-        merged = layered(merged, read_fields(name), name)
+        merged = layered(merged, read_fields(name, task), name)
     return merged
 
 
 def _take_number_of_classes(values: dict[str, Any]) -> Iterator[str]:
-    """Set `model.num_classes` to the number of names beside the training shards, if there are names and it is
-    not given; what is to be said about it. ValueError if a model has too few."""
-    names = class_names_beside(values.get("data.shards", ""))
-    if not names:
+    """Set `model.num_classes` to the number of names that are given or lie beside the training shards, if
+    there are names and it is not given; what is to be said about it. ValueError if a model has too few, or
+    more than are named in a file that is given."""
+    names_given = values.get("data.class_names", "")
+    path = class_names_file(values.get("data.shards", ""), names_given)
+    if path is None:
         return
-    where = f"{len(names)} classes in {Path(values['data.shards']).parent / CLASSES_FILE}"
+    names = read_class_names(path)
+    where = f"{len(names)} classes in {path}"
     if "model.num_classes" not in values:
         values["model.num_classes"] = len(names)
         yield f"note: model.num_classes is {len(names)}: there are {where}"
     given = values["model.num_classes"]
-    if given > len(names):
-        yield f"note: model.num_classes is {given}, but there are only {where}"
     if given < len(names):
         raise ValueError(
             f"model.num_classes {given} is too small: there are {where}; leave it out, or give "
             f"--model.num_classes {len(names)}"
         )
+    if given > len(names) and names_given:
+        raise ValueError(
+            f"model.num_classes is {given}, but --data.class_names names only {where}; name every class"
+        )
+    if given > len(names):
+        yield f"note: model.num_classes is {given}, but there are only {where}, which are not taken as names"
 
 
 def _note_validation_shards(

@@ -41,7 +41,7 @@ COMING_FROM: dict[tuple[str, ...], str] = {
     ),
     ("weight_decay", "wd"): (
         "it is in the DeepSpeed JSON; write --ds.optimizer.params.weight_decay 0.05 to change it, and "
-        "--head_weight_decay for the classifier's"
+        "--task.head_weight_decay for the classifier's"
     ),
     ("opt", "optim", "optimizer"): "AdamW is the only optimizer; its settings are --ds.optimizer.params.*",
     ("opt_betas", "opt_eps", "beta1", "beta2", "adam_beta1", "adam_beta2", "adam_epsilon", "eps"): (
@@ -68,7 +68,7 @@ COMING_FROM: dict[tuple[str, ...], str] = {
     ("warmup", "warmup_steps", "num_warmup_steps", "warmup_epochs", "warmup_ratio"): (
         "write --schedule.warmup_steps 10000"
     ),
-    ("smoothing",): "write --label_smoothing 0.1",
+    ("smoothing",): "write --task.label_smoothing 0.1",
     ("mixup", "mixup_alpha"): "write --data.mixup 0.2",
     ("cutmix", "cutmix_alpha"): "write --data.cutmix 1.0",
     ("scale", "rrc_scale"): "write --data.crop_area [0.08,1.0]",

@@ -29,12 +29,12 @@ class Field:
     help: str
 
 
-@functools.cache
-def fields_of(config: type) -> dict[str, Field]:
-    """The fields of a dataclass by name; those of a nested dataclass under dotted names (`model.depth`)."""
+def fields_of(config: type, **parts: type) -> dict[str, Field]:
+    """The fields of a dataclass by name; those of a nested dataclass under dotted names (`model.depth`).
+    `parts` are classes that take the place of those which the annotations of nested dataclasses name."""
     found: dict[str, Field] = {}
     hints, descriptions = _hints(config), describe_fields(config)
-    groups = groups_of(config)
+    groups = groups_of(config) | parts
     for field in dataclasses.fields(config):
         if field.name in groups:
             found |= {f"{field.name}.{name}": item for name, item in fields_of(groups[field.name]).items()}
@@ -50,10 +50,13 @@ def groups_of(config: type) -> dict[str, type]:
 
 
 def describe_fields(config: type) -> dict[str, str]:
-    """The `Args:` section of a dataclass's docstring, one text per field."""
-    lines = inspect.getdoc(config) or ""
-    _, _, section = lines.partition("\nArgs:\n")
+    """The `Args:` section of a dataclass's docstring, one text per field, and those of its bases."""
     found: dict[str, str] = {}
+    for base in config.__bases__:
+        if dataclasses.is_dataclass(base):
+            found |= describe_fields(base)
+    lines = inspect.cleandoc(config.__doc__ or "")
+    _, _, section = lines.partition("\nArgs:\n")
     name = ""
     for line in section.splitlines():
         if start := re.match(r" {4}(\w+): (.*)", line):
@@ -93,6 +96,9 @@ def as_type(value: Any, hint: Any) -> Any:
     elif origin is Literal:
         if isinstance(value, str) and value in options:
             return value
+    elif origin is tuple and options[-1] is Ellipsis:
+        if isinstance(value, list | tuple):
+            return tuple(as_type(part, options[0]) for part in value)
     elif origin is tuple:
         if isinstance(value, list | tuple) and len(value) == len(options):
             return tuple(as_type(part, option) for part, option in zip(value, options, strict=True))
@@ -118,6 +124,8 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(option) for option in options)
     if origin is Literal:
         return str(options[0]) if len(options) == 1 else f"one of {', '.join(map(str, options))}"
+    if origin is tuple and options[-1] is Ellipsis:
+        return f"a list, each {describe(options[0])}"
     if origin is tuple:
         return f"[{', '.join(describe(option) for option in options)}]"
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
@@ -145,7 +153,8 @@ def _is_finite(value: numbers.Real) -> bool:
 
 @functools.cache
 def _hints(config: type) -> dict[str, Any]:
-    return get_type_hints(config)
+    hints = get_type_hints(config)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config)}
 
 
 def require_positive(owner: str, config: Any, *names: str) -> None:

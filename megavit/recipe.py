@@ -16,15 +16,17 @@ import yaml
 
 from megavit.fields import as_type, fields_of, groups_of, nearest, shown
 from megavit.model.config import model_preset
-from megavit.train.config import LAUNCH_FIELDS, RunConfig
+from megavit.tasks.config import TaskConfig, config_class
+from megavit.train.config import LAUNCH_FIELDS, MOVED_FIELDS, RunConfig
 
 _PACKAGE = Path(__file__).resolve().parent
 # Recipes and DeepSpeed JSONs lie beside the package in a checkout; an installed package has a copy of them.
 IS_CHECKOUT = (_PACKAGE.parent / "launch" / "recipes").is_dir()
 PROJECT_ROOT = _PACKAGE.parent if IS_CHECKOUT else _PACKAGE / "_project"
 RECIPES = PROJECT_ROOT / "launch" / "recipes"
+DEFAULT_TASK = TaskConfig.name
 # Fields that people write otherwise: Python has no name `async`.
-OTHER_NAMES = {"checkpoint.async": "checkpoint.async_save"}
+OTHER_NAMES = {"checkpoint.async": "checkpoint.async_save", "task": "task.name", **MOVED_FIELDS}
 DS_PREFIX = "ds."  # before the dotted key of a value of the DeepSpeed JSON that is replaced
 # Two ways of saying the same thing: the one that is given later replaces the other.
 _LENGTHS = {"max_steps": "epochs", "epochs": "max_steps"}
@@ -39,7 +41,8 @@ def read_recipe(path: str | Path) -> RunConfig:
 def make_run(fields: Mapping[str, Any]) -> RunConfig:
     """A run from fields under dotted names; what they leave out has its default, and in the architecture that
     of the preset `model.name`. ValueError for a value that does not fit."""
-    groups = groups_of(RunConfig)
+    task = config_class(fields.get("task.name", DEFAULT_TASK))
+    groups = groups_of(RunConfig) | {"task": task}
     parts: dict[str, dict[str, Any]] = {name: {} for name in ("", *groups)}
     for name, value in fields.items():
         group, _, field = name.rpartition(".")
@@ -69,14 +72,14 @@ def layered(fields: Mapping[str, Any], more: Mapping[str, Any], where: str) -> d
     return {name: value for name, value in fields.items() if name not in replaced} | dict(more)
 
 
-def saved_fields(run_dir: str) -> dict[str, Any]:
+def saved_fields(run_dir: str, task: str = "") -> dict[str, Any]:
     """The fields of the run that a folder holds, without those that belong to one start of it; empty if it
     holds none. ValueError for a file that is no run configuration."""
     path = Path(run_dir) / "config.yaml"
     if not run_dir or not path.exists():
         return {}
     try:
-        fields = read_fields(path)
+        fields = read_fields(path, task)
     except ValueError as error:
         raise ValueError(f"{error}; repair the run folder's configuration or remove it") from error
     if not fields:
@@ -84,8 +87,9 @@ def saved_fields(run_dir: str) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in LAUNCH_FIELDS}
 
 
-def read_fields(path: str | Path) -> dict[str, Any]:
-    """The fields that a YAML file gives, under dotted names (`model.depth`), each of its type.
+def read_fields(path: str | Path, task: str = "") -> dict[str, Any]:
+    """The fields that a YAML file gives, under dotted names (`model.depth`), each of its type. Those of
+    `task.*` are of the task called `task`; if that is empty, of the one that the file names, or the default.
 
     ValueError, in one line with the file, the line and the key, for a key that is unknown or given twice, a
     value of another type, and a file that is no YAML or cannot be read.
@@ -100,7 +104,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     try:
-        return _Reader(text).fields()
+        return _Reader(text, config_class(task or named_task(text) or DEFAULT_TASK)).fields()
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path}{line}: {error.problem or 'this is no YAML'}") from error
@@ -108,6 +112,28 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply for a configuration") from error
+
+
+def task_in_file(path: str | Path) -> str:
+    """The name of the task that a YAML file gives, or nothing, also if it cannot be read."""
+    try:
+        return named_task(Path(path).read_text("utf-8-sig"))
+    except (OSError, UnicodeDecodeError):  # `read_fields` says what is wrong
+        return ""
+
+
+def named_task(text: str) -> str:
+    """The name of the task in a YAML file's text, or nothing. What is wrong with the text is left to
+    `read_fields`."""
+    try:
+        root = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return ""
+    if not isinstance(root, dict):
+        return ""
+    task = root.get("task", root.get("task.name"))
+    found = task.get("name") if isinstance(task, dict) else task
+    return found if isinstance(found, str) else ""
 
 
 def parse_value(text: str) -> Any:
@@ -154,9 +180,11 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 class _Reader:
     """One file's mapping, walked with the fields of a run in hand."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, task: type[TaskConfig]):
         self._loader = _Loader(text)
-        self._known = fields_of(RunConfig)
+        # A recipe for the default task may be used with another one: what belongs to the former is left out
+        # by the caller.
+        self._known = fields_of(RunConfig, task=config_class(DEFAULT_TASK)) | fields_of(RunConfig, task=task)
         self._groups = {*(name.rpartition(".")[0] for name in self._known), "ds"} - {""}
         self._lines: dict[str, int] = {}
 
@@ -175,7 +203,10 @@ class _Reader:
             if not isinstance(key, yaml.ScalarNode):
                 raise self._error(key, "a key must be a name")
             name = f"{group}.{key.value}" if group else str(key.value)
-            name = OTHER_NAMES.get(name, name)
+            if name not in self._groups or (
+                isinstance(value, yaml.ScalarNode) and value.value
+            ):  # `task: NAME`
+                name = OTHER_NAMES.get(name, name)
             line = key.start_mark.line + 1
             if name in self._lines:
                 raise self._error(

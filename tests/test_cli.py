@@ -70,7 +70,7 @@ def test_an_architecture_brings_no_recipe() -> None:
         run = parse("--model.name", name, "--data.shards", "/d/x.tar", "--max_steps", "100")
         assert run == RunConfig(max_steps=100, model=model_preset(name), data=DataConfig(shards="/d/x.tar"))
     assert run.schedule.name == "cosine" and run.schedule.cooldown_steps == 0
-    assert run.head_weight_decay is None and run.data.val_shards == ""
+    assert run.task.head_weight_decay is None and run.data.val_shards == ""
 
 
 def test_the_command_that_names_nothing_is_the_demo() -> None:
@@ -82,7 +82,7 @@ def test_the_command_that_names_nothing_is_the_demo() -> None:
     assert run.data.shards.endswith("data/digits/train-*.tar")
     assert dataclasses.replace(run, data=data) == read_recipe(RECIPES / "digits.yaml")
     assert run == parse("--config", "launch/recipes/digits.yaml")
-    assert (run.loss, run.head_weight_decay, run.max_steps) == ("sigmoid", 0.05, 750)
+    assert (run.task.loss, run.task.head_weight_decay, run.max_steps) == ("sigmoid", 0.05, 750)
     assert run.schedule == ScheduleConfig("cosine", 75, 0) and run.model == model_preset("vit_tiny")
     assert parse("--seed", "3", "--run_dir", "no_such_folder").model.name == "vit_tiny"
 
@@ -101,7 +101,7 @@ def test_a_recipe_with_another_architecture() -> None:
 def test_vit_22b_recipe_is_the_papers() -> None:
     """Catches a recipe that drifted from the paper's (arXiv 2302.05442, appendix)."""
     run = parse("--config", "launch/recipes/vit_22b_jft.yaml", "--data.shards", "x")
-    assert (run.max_steps, run.loss, run.head_weight_decay) == (177_000, "sigmoid", 3.0)
+    assert (run.max_steps, run.task.loss, run.task.head_weight_decay) == (177_000, "sigmoid", 3.0)
     assert run.schedule == ScheduleConfig("rsqrt", 10_000, 30_000, 10_000)
     assert run.data == DataConfig(shards="x", workers=8) and run.model == model_preset("vit_22b")
     assert (run.recompute, run.log_every) == ("selective", 10) and run.model.head_bias == -10.0
@@ -144,7 +144,7 @@ def test_spellings_of_flags() -> None:
     assert (run.model.qk_norm, run.data.antialias, run.checkpoint.async_save) == (False, True, False)
     assert (run.data.crop_area, run.model.head_bias, run.model.layer_scale) == ((0.4, 1.0), -10.0, 1e-5)
     assert (run.data.max_bad_fraction, run.data.skips) == (1e-3, ((10, 20),))
-    assert run.head_weight_decay is None
+    assert run.task.head_weight_decay is None
     assert (
         parse(*OWN, "--checkpoint.async_save=false", "--model.layer_scale", "null").model.layer_scale is None
     )
@@ -174,7 +174,7 @@ def test_spellings_in_files(tmp_path: Path) -> None:
         "seed": 10,
         "checkpoint.async_save": False,
         "max_steps": 1000,
-        "head_weight_decay": None,
+        "task.head_weight_decay": None,
     }
 
 
@@ -363,6 +363,28 @@ def test_the_model_has_as_many_classes_as_the_data(tmp_path: Path) -> None:
     assert more.run.model.num_classes == 9 and "is 9, but there are only 5 classes" in more.notes[0]
     assert command(*OWN, "--data.shards", f"{tmp_path}/x.tar", "--model.num_classes", "5").notes == ()
     assert command(*OWN).run.model.num_classes == 1000 and command(*OWN).notes == ()
+
+
+def test_the_classes_are_named_by_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches names that lose against those beside the shards, or that do not fit the model, and a list that
+    a run that goes on asks for again."""
+    write_class_names(tmp_path, ["cat", "dog"])
+    names = tmp_path / "mine.txt"
+    names.write_text("a\nb\nc\n")
+    words = [*OWN, "--data.shards", f"{tmp_path}/x.tar", "--data.class_names", str(names)]
+    found = command(*words)
+    assert found.run.model.num_classes == 3 and found.run.data.class_names == str(names)
+    assert found.notes == (f"note: model.num_classes is 3: there are 3 classes in {names}",)
+    for number, said in ((2, "too small: there are 3 classes"), (4, "name every class")):
+        with pytest.raises(SystemExit):
+            command(*words, "--model.num_classes", str(number))
+        assert said in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain_config(found.run)))
+    again = command("--deepspeed_config", "ds_configs/zero3.json", "--run_dir", str(tmp_path))
+    assert again.run.data.class_names == "" and again.run.model.num_classes == 3
+    with pytest.raises(SystemExit):
+        command(*OWN, "--data.class_names", "none.txt")
+    assert "none.txt cannot be read: No such file" in capsys.readouterr().err
 
 
 def test_a_recipes_validation_shards_with_other_training_shards_are_said() -> None:

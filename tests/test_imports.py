@@ -21,11 +21,13 @@ FORBIDDEN = {
     "recipe.py": ("torch", "deepspeed", "numpy", *ROOMS),
     "cli.py": ("torch", "deepspeed", "numpy", "megavit.model", "megavit.train", "megavit.parallel"),
     "parallel": ("deepspeed", "megavit.model", "megavit.data", "megavit.train"),
-    "model": ("deepspeed", "torch.distributed", "megavit.data", "megavit.train"),
+    "model": ("deepspeed", "torch.distributed", "megavit.data", "megavit.train", "megavit.tasks"),
     "model/config.py": ("torch", "deepspeed", "numpy", "yaml", *ROOMS),
     "data": ("deepspeed", "torch.distributed", "megavit.model", "megavit.parallel", "megavit.train"),
     "data/config.py": ("torch", "deepspeed", "numpy", "yaml", *ROOMS),
     "data/class_names.py": ("torch", "numpy", "megavit"),
+    "tasks": ("deepspeed", "torch.distributed", "megavit.train"),
+    "tasks/config.py": ("torch", "deepspeed", "numpy", "yaml", *ROOMS),
     "scale": ("deepspeed", "megavit.data"),
     "train": ("megavit.scale", "megavit.bench"),
     "train/config.py": ("torch", "deepspeed", "numpy", "yaml", *ROOMS),
@@ -42,7 +44,7 @@ ONLY_IN = {
     "SummaryWriter": {"train/logging/monitor.py"},
 }
 # The configurations are plain dataclasses, which every room may read.
-CONFIGURATIONS = ("megavit.model.config", "megavit.data.config", "megavit.train.config")
+CONFIGURATIONS = tuple(f"megavit.{room}.config" for room in ("model", "data", "tasks", "train"))
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "MASTER_ADDR")
 
 

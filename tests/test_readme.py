@@ -8,18 +8,34 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from tests.exports import write_export
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SNIPPETS = {
+    f"{path} {number}": snippet
+    for path in ("README.md", "megavit/model/README.md")
+    for number, snippet in enumerate(
+        re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), flags=re.DOTALL)
+    )
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
-def test_snippets_run(snippet: str) -> None:
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_snippets_run(name: str, tmp_path: Path) -> None:
     """Catches documentation that no longer works."""
-    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, timeout=120)
+    snippet = SNIPPETS[name]
+    write_export(tmp_path / "exported")
+    for photo in ("photo.jpg", "other.png"):
+        Image.new("RGB", (40, 30), "red").save(tmp_path / photo)
+    command = [sys.executable, "-c", snippet]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+    if "megavit.load" in snippet:
+        assert done.stdout.startswith("[[('")
     if "# 22385134489" in snippet:
         assert done.stdout.strip() == "22385134489"
 
@@ -35,7 +51,7 @@ with torch.device("meta"):
             dropout=0.1, emb_dropout=0.1)
     assert v(torch.randn(1, 3, 256, 256)).shape == (1, 1000)
 """
-    done = subprocess.run([sys.executable, "-c", original], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", original], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 

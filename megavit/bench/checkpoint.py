@@ -22,7 +22,7 @@ from torch import nn
 
 from megavit.bench.report import Row
 from megavit.bench.rounds import ratio_to, rounds
-from megavit.parallel.layout import Layout
+from megavit.parallel.layout import Layout, layout_of
 from megavit.parallel.mesh import Mesh
 from megavit.train.checkpoint.checkpoint import Checkpoint
 from megavit.train.checkpoint.saver import Saver
@@ -46,8 +46,9 @@ class FlatState:
             self.parameters[name] = parameter
             self.tensors[name] = {kind: torch.rand(rows * _ROW) for kind in KINDS}
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        yield from self.parameters.items()
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        return {name: layout_of(parameter) for name, parameter in self.parameters.items()}
 
     def owned(self) -> Iterator[Slice]:
         for name, tensors in self.tensors.items():

@@ -21,10 +21,10 @@ from PIL import Image
 from megavit.bench.report import Row
 from megavit.bench.rounds import ratio_to, rounds
 from megavit.data.config import DataConfig
+from megavit.data.fields import Labels, Picture
 from megavit.data.loader import TrainLoader
 from megavit.data.manifest import MANIFEST_SUFFIX, Manifest, open_shards, write_index
 from megavit.data.reader import ShardReader
-from megavit.model.config import ModelConfig
 
 BATCH = 32
 _SHARDS = 8
@@ -82,7 +82,6 @@ def _pipelines(folder: Path, manifest: Manifest, photos: list[bytes]) -> dict[st
     """From shards on the disk to batches; and decoding alone."""
     from torchvision import transforms as t
 
-    model = ModelConfig(patch_size=16)
     steps = [t.RandomResizedCrop(224, (0.05, 1.0)), t.RandomHorizontalFlip(), t.ToTensor()]
     transform = t.Compose([*steps, t.Normalize([0.5] * 3, [0.5] * 3)])
 
@@ -98,7 +97,9 @@ def _pipelines(folder: Path, manifest: Manifest, photos: list[bytes]) -> dict[st
 
     def ours(**options: Any) -> Callable[[], None]:
         config = DataConfig(workers=0, **options)
-        loader = TrainLoader(manifest, model, config, seed=0, global_batch=BATCH, micro_batch=BATCH)
+        picture = Picture(size=224, antialias=config.antialias, decoder=config.decoder)
+        fields = [picture, Labels(num_classes=1000)]
+        loader = TrainLoader(manifest, fields, config, seed=0, global_batch=BATCH, micro_batch=BATCH)
 
         def load() -> None:
             for _ in loader.batches(0, len(photos) // BATCH):

@@ -159,7 +159,7 @@ def make_blocks(
     def forward() -> Tensor:
         y: Tensor = x
         for block in blocks:
-            y, _ = block(y)
+            y = block(y)
         return y.flatten() @ grad
 
     return forward, blocks

@@ -17,13 +17,14 @@ import torch
 from megavit.bench.report import Row
 from megavit.bench.rounds import clock_of, ratio_to, rounds
 from megavit.model.config import ModelConfig
-from megavit.model.vit import MegaVit
+from megavit.parallel.init import Initializer, logical_parameters
 from megavit.parallel.mesh import Mesh
+from megavit.tasks.classify import Inputs
+from megavit.tasks.config import ClassifyConfig
+from megavit.tasks.task import Task, blank_samples, make_task
 from megavit.train.config import RunConfig
 from megavit.train.ds_config import has_cuda_compiler, resolve_ds_config
-from megavit.train.inputs import Inputs
-from megavit.train.loss import image_losses, local_targets
-from megavit.train.optim import parameter_groups
+from megavit.train.optim import optimizer_groups
 
 BARE = "bare model, torch AdamW"
 _LR, _DECAY, _CLIP = 1e-4, 0.03, 1.0
@@ -46,9 +47,10 @@ def compare(
     from megavit.train.engine import Engine
 
     mesh = Mesh.from_environment()
-    run = RunConfig(model=model, loss="sigmoid", compile=compiled)
-    inputs = _inputs(run, batch, mesh)
-    ways: dict[str, Callable[[], Any]] = {BARE: _bare_step(run, inputs, mesh, dtype)}
+    run = RunConfig(model=model, task=ClassifyConfig(loss="sigmoid"), compile=compiled)
+    task = make_task(run.task, run.model, run.data)
+    inputs = _inputs(task, batch, mesh)
+    ways: dict[str, Callable[[], Any]] = {BARE: _bare_step(run, task, inputs, mesh, dtype)}
     for stage in stages:
         ds_config, device = _ds_config(batch, stage, dtype), mesh.device.type
         resolved = resolve_ds_config(ds_config, 1, device, has_compiler=has_cuda_compiler())
@@ -74,30 +76,30 @@ def _ds_config(batch: int, stage: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _inputs(run: RunConfig, batch: int, mesh: Mesh) -> Inputs:
+def _inputs(task: Task, batch: int, mesh: Mesh) -> Inputs:
     """One micro-batch of noise on the mesh's device."""
-    side, num_classes = run.model.image_size, run.model.num_classes
-    images = torch.rand(batch, 3, side, side, device=mesh.device) * 2 - 1
-    labels = torch.randint(0, num_classes, (batch, 1), device=mesh.device)
-    targets = local_targets(run.loss, labels, num_classes, mesh)
-    return Inputs(images, targets, torch.ones(batch, device=mesh.device))
+    samples = blank_samples(task, batch, mesh.device)
+    samples.fields["image"].random_(0, 256)
+    samples.fields["label"][:, 0].random_(0, task.model.num_classes)
+    found: Inputs = task.inputs(samples, mesh, training=True)
+    return found
 
 
-def _bare_step(run: RunConfig, inputs: Inputs, mesh: Mesh, dtype: torch.dtype) -> Callable[[], float]:
-    model = MegaVit.from_config(run.model, seed=run.seed).to(mesh.device, dtype)
+def _bare_step(
+    run: RunConfig, task: Task, inputs: Inputs, mesh: Mesh, dtype: torch.dtype
+) -> Callable[[], float]:
+    module: Any = task.build(Initializer(run.seed, mesh), "none").to(mesh.device, dtype)
     if run.compile:
-        model.compile_blocks()
-    groups = parameter_groups(model, _DECAY, run.head_weight_decay)
+        module.trunk.compile_blocks()
+    groups = optimizer_groups(task, logical_parameters(module), _DECAY)
     optimizer = torch.optim.AdamW(groups, lr=_LR, fused=True)
 
     def step() -> float:
-        logits = model(inputs.images.to(dtype))
-        losses = image_losses(run.loss, logits, inputs.targets, run.model.num_classes, mesh)
-        loss = (losses * inputs.weights).sum() / inputs.weights.sum()
+        loss = module(inputs).loss / inputs.weights.sum()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), _CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return float(loss)
 
     return step

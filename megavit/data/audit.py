@@ -14,6 +14,7 @@ import numpy as np
 from megavit.data.bad import SampleError
 from megavit.data.cache import ShardCache
 from megavit.data.config import DataConfig
+from megavit.data.exif import orientation, upright_size
 from megavit.data.identity import difference, rows_of_run
 from megavit.data.images import open_image
 from megavit.data.index import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, ShardError, walk_tar
@@ -23,7 +24,6 @@ from megavit.data.lanes import DataState, Lanes, Order, ranges_from_json
 from megavit.data.manifest import DATA_FILE, Manifest, in_processes, open_shards
 from megavit.data.reader import ShardReader
 from megavit.data.sources import SourceError
-from megavit.model.config import ModelConfig
 
 
 def verify(manifest: Manifest, cache: ShardCache, workers: int, *, decode: bool = False) -> Iterator[str]:
@@ -43,16 +43,17 @@ class _Trial:
     def __init__(self, manifest: Manifest, cache: ShardCache):
         import torch  # takes seconds, which only decoding is worth
 
-        from megavit.data.loader import Samples
+        from megavit.data.fields import Labels, Picture
+        from megavit.data.samples import Samples
 
         torch.set_num_threads(1)  # there is a process for each core
-        model = ModelConfig(num_classes=2**31 - 1)  # labels are int32
-        self._samples = Samples(manifest, cache, model, DataConfig(), allow_unlabelled=True)
-        self._image = np.empty((model.image_size, model.image_size, model.channels), np.uint8)
+        fields = [Picture(size=224), Labels(num_classes=2**31 - 1)]  # labels are int32
+        self._samples = Samples(manifest, fields, DataConfig(), cache)
+        self._row = [column[0, ...] for column in self._samples.empty(1)]
 
     def decode(self, shard: int, index: int) -> None:
         """SampleError if training could not use the sample."""
-        self._samples.load(shard, index, self._image, None)
+        self._samples.load(shard, index, self._row, None)
 
 
 def _verify_shard(manifest: Manifest, cache: ShardCache, decode: bool, shard: int) -> list[str]:
@@ -179,8 +180,9 @@ def _shard_statistics(manifest: Manifest, cache: ShardCache, decode: bool, shard
             found.problems.append(str(reader.error(shard, number, str(error))))
         else:
             found.image_bytes += len(image_bytes)
-            found.widths.append(opened.width)
-            found.heights.append(opened.height)
+            width, height = upright_size(*opened.size, orientation(image_bytes))
+            found.widths.append(width)
+            found.heights.append(height)
             found.formats[opened.format or "?"] += 1
             found.label_count[len(labels)] += 1
             found.classes.update(labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -20,7 +21,14 @@ class DataConfig:
         shards: training shards: a manifest (data/train.manifest.json) or paths and urls with braces or, for
             local ones, wildcards, e.g. data/train-{000000..000099}.tar; http(s), s3, gs and pipe are fetched
             whole.
-        val_shards: validation shards, same notation; empty trains without evaluation.
+        val_shards: validation shards, same notation; empty trains without evaluation. Their results are
+            logged as eval/val/*.
+        val: more validation sets, each as NAME=SHARDS, or NAME@STEPS=SHARDS to evaluate it every so many
+            steps instead of every eval_every, e.g. real@1000=data/real-{00..07}.tar; may be repeated. Their
+            results are logged as eval/NAME/*.
+        class_names: text file with the names of the classes, one a line in the order of the class ids; empty
+            takes classes.txt beside the training shards, if there is one. The run folder and the export keep
+            them.
         workers: decoding processes per rank; 0 decodes in the training process. Not given, there is one for
             each core that the rank has, and no more than 4.
         augment: inception (random crop of crop_area of the image, aspect 3/4 to 4/3) or none (the evaluation
@@ -60,6 +68,8 @@ class DataConfig:
 
     shards: str = ""
     val_shards: str = ""
+    val: tuple[str, ...] = ()
+    class_names: str = ""
     workers: int | None = None
     augment: Augment = "inception"
     crop_area: tuple[float, float] = (0.05, 1.0)
@@ -109,11 +119,36 @@ class DataConfig:
                 f"{self.max_pixels}"
             )
         _step_ranges(self.skip_steps)
+        names = [one.name for one in self.val_sets]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"data.val has two validation sets called {repeated[0]!r}; rename one")
+
+    @property
+    def val_sets(self) -> tuple[ValidationSet, ...]:
+        """`val_shards`, which is called val, and those of `val`."""
+        first = (ValidationSet("val", self.val_shards, None),) if self.val_shards else ()
+        return (*first, *(_validation_set(text) for text in self.val))
 
     @property
     def skips(self) -> tuple[tuple[int, int], ...]:
         """`skip_steps` as ranges (A, B), ascending."""
         return _step_ranges(self.skip_steps)
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """Shards that are evaluated on every `every` steps, or, if None, every `eval_every` of the run."""
+
+    name: str
+    shards: str
+    every: int | None
+
+
+def _validation_set(text: str) -> ValidationSet:
+    match = re.fullmatch(r"([\w.-]+)(?:@(\d+))?=(.+)", text)
+    if not match:
+        raise ValueError(f"data.val must be NAME=SHARDS or NAME@STEPS=SHARDS, got {text!r}")
+    return ValidationSet(match[1], match[3], int(match[2]) if match[2] else None)
 
 
 def _step_ranges(text: str) -> tuple[tuple[int, int], ...]:

@@ -2,8 +2,8 @@
 
 Where to crop is the caller's business (`choose_box`), as are random numbers, flips and labels. A JPEG goes
 through simplejpeg, which, unlike Pillow and OpenCV, raises when libjpeg warns of damage; PNG and WebP go
-through Pillow, and nothing else is opened. EXIF orientation is ignored, as by torchvision's and big_vision's
-training loaders.
+through Pillow, and nothing else is opened. An image with an EXIF orientation is shown upright: sizes and
+boxes are those of the upright image.
 
 Letters: S image side, C channels, H and W the sides of the crop.
 """
@@ -22,9 +22,8 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from megavit.data.images import DecodeError, check_pixels, open_image, pillow_errors
-
-Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels; right and bottom are exclusive
+from megavit.data.exif import UPRIGHT, Box, orientation, stored_box, turned, upright_size
+from megavit.data.images import FORMATS, DecodeError, check_pixels, open_image, pillow_errors
 
 _START, _END = b"\xff\xd8", b"\xff\xd9"  # first and last marker of a JPEG
 _PACKAGES = {"cv2": "opencv-python-headless", "nvidia.nvimgcodec": "nvidia-nvimgcodec-cu13"}
@@ -42,6 +41,7 @@ class Decoder:
     it on shards whose checksums are verified. nvImageCodec writes to stderr when loaded and on damage.
     max_pixels: an image with more, by its header, is refused. Decoding takes up to 16 bytes a pixel (WebP;
     PNG 14, JPEG 3, or 9 if it is progressive and 14 if it is CMYK).
+    formats: of the files that are opened, as Pillow calls them.
     """
 
     channels: int
@@ -49,6 +49,7 @@ class Decoder:
     antialias: bool = True
     backend: str = "full"
     max_pixels: int = 50_000_000
+    formats: tuple[str, ...] = FORMATS
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -71,18 +72,21 @@ class Decoder:
         decode with antialias, 1.18 times without.
         """
         assert out.shape == (self.size, self.size, self.channels) and out.flags.c_contiguous
+        turn = orientation(data)
+
+        def box_in_file(width: int, height: int) -> Box:
+            upright = upright_size(width, height, turn)
+            return stored_box(_inside(choose_box(*upright), *upright), width, height, turn)
+
         decode = self._from_jpeg if data.startswith(_START) else self._from_pillow
-        crop = decode(data, choose_box)
-        if crop.shape == out.shape:
-            out[:] = crop
-        elif self.antialias:
-            # functional.interpolate returns planar memory for a batch of one, and making rows of that costs
-            # as much as the resize. The operator below it writes to the row as it lies.
-            torch.ops.aten._upsample_bilinear2d_aa.out(
-                _planes(crop), out.shape[:2], False, None, None, out=_planes(out)
-            )
-        else:
-            _opencv().resize(crop, out.shape[:2], dst=out)  # INTER_LINEAR
+        crop = decode(data, box_in_file)
+        if turn != UPRIGHT:
+            crop = turned(crop, turn)
+        resize(crop, self.antialias, out)
+
+    def load_image(self, image: Image.Image, choose_box: Callable[[int, int], Box], out: np.ndarray) -> None:
+        """`load` of an image that Pillow has opened already, of any format and size."""
+        resize(self._from_image(image, lambda *size: _inside(choose_box(*size), *size)), self.antialias, out)
 
     def _from_jpeg(self, data: bytes, choose_box: Callable[[int, int], Box]) -> np.ndarray:
         """uint8 [H, W, C], a view with the rows of the whole image where that was decoded."""
@@ -92,8 +96,8 @@ class Decoder:
             raise DecodeError(f"JPEG header: {error}") from error
         if colors in ("CMYK", "YCCK"):  # Pillow knows that Adobe stores these inverted
             return self._from_pillow(data, choose_box)
-        check_pixels(width, height, self.max_pixels)
-        left, top, right, bottom = box = _inside(choose_box(width, height), width, height)
+        check_pixels(width, height, self.max_pixels, data)
+        left, top, right, bottom = box = choose_box(width, height)
         # The region decoder stops reading below the box: a file that ends early must go the strict way.
         if self.backend == "region" and data.endswith(_END):
             region = _region_decoder(self.channels)(data, box)
@@ -106,15 +110,44 @@ class Decoder:
         return pixels[top:bottom, left:right]
 
     def _from_pillow(self, data: bytes, choose_box: Callable[[int, int], Box]) -> np.ndarray:
+        return self._from_image(open_image(data, self.max_pixels, self.formats), choose_box)
+
+    def _from_image(self, image: Image.Image, choose_box: Callable[[int, int], Box]) -> np.ndarray:
         """uint8 [H, W, C]. Palettes are looked up, alpha is dropped, 16 bits keep their upper 8."""
-        image = open_image(data, self.max_pixels)
-        box = _inside(choose_box(*image.size), *image.size)
-        with pillow_errors():
+        box = choose_box(*image.size)
+        with pillow_errors(self.formats):
             image = image.crop(box)  # decodes; a truncated file raises
-            if image.mode.startswith("I;16"):  # convert() would clip 16 bits at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = _in_8_bits(image)
+        with pillow_errors(self.formats):
             pixels = np.array(image.convert("L" if self.channels == 1 else "RGB"))
         return pixels.reshape(*pixels.shape[:2], self.channels)
+
+
+def resize(pixels: np.ndarray, antialias: bool, out: np.ndarray) -> None:
+    """uint8 or float32 [H, W, C] into `out` [S, S, C] of the same type, bilinear; a copy if the sizes are
+    equal."""
+    if pixels.shape == out.shape:
+        out[:] = pixels
+    elif antialias:
+        # functional.interpolate returns planar memory for a batch of one, and making rows of that costs
+        # as much as the resize. The operator below it writes to the row as it lies.
+        torch.ops.aten._upsample_bilinear2d_aa.out(
+            _planes(pixels), out.shape[:2], False, None, None, out=_planes(out)
+        )
+    else:
+        _opencv().resize(pixels, out.shape[:2], dst=out)  # INTER_LINEAR
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """An image of more than 8 bits with their upper 8, where `convert` would clip at 255. DecodeError for
+    numbers that have no such scale."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    pixels = np.asarray(image)
+    # Pillow has whole numbers of 16 bits as I;16 or, by version and format, as I, which is of 32.
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 1 << 16:
+        raise DecodeError("its pixels are floating point or of 32 bits; save it with 8 or 16 bits")
+    return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
 def _inside(box: Box, width: int, height: int) -> Box:

@@ -10,20 +10,27 @@ import torch
 from torch import Tensor
 
 
+def mirror(field: Tensor, flips: Tensor) -> Tensor:
+    """[B, S, S, ...], mirrored left to right where `flips`, bool [B], says so: every field that is a square
+    of pixels, as its picture."""
+    chosen = flips.to(field.device, non_blocking=True).view(-1, *[1] * (field.dim() - 1))
+    return torch.where(chosen, field.flip(2), field)
+
+
 def to_model_input(images: Tensor, device: torch.device, flips: Tensor | None = None) -> Tensor:
     """uint8 [B, S, S, C] -> float32 [B, C, S, S] in [-1, 1] on `device`, as the paper's family is trained.
 
-    `flips`, bool [B], says which images are mirrored left to right.
+    Pictures that are float32 already keep their values. `flips`, bool [B], says which images are mirrored.
     """
     images = images.to(device, non_blocking=True)
     if flips is not None:
-        mirror = flips.to(device, non_blocking=True)[:, None, None, None]
-        images = torch.where(mirror, images.flip(2), images)
-    return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+        images = mirror(images, flips)
+    planes = images.permute(0, 3, 1, 2)
+    return planes if images.is_floating_point() else planes.float().div_(127.5).sub_(1.0)
 
 
 def blend(images: Tensor, targets: Tensor, weights: Tensor, blends: Tensor) -> tuple[Tensor, Tensor]:
-    """mixup and cutmix of slots 2k and 2k+1: images [B, C, S, S] and targets [B, K] as `transforms.blends`
+    """mixup and cutmix of slots 2k and 2k+1: images [B, C, S, S] and targets [B, K] as `mixing.blends`
     says.
 
     A pair of which one slot is bad (weight 0) stays as it is.

@@ -2,9 +2,7 @@
 
 A work item is one micro-batch, addressed by its number, so the stream does not depend on the number of
 workers, and a run can start at any step. The ranks of a TP group share out a micro-batch's decoding (`tp:
-split`) or all do it (`replicate`). A sample that cannot be used keeps its slot, black and with weight 0.
-
-Letters: b micro-batch, p this rank's part of it, S image side, C channels, M --data.max_labels.
+split`) or all do it (`replicate`). A sample that cannot be used keeps its slot, filled and with weight 0.
 """
 
 from __future__ import annotations
@@ -12,47 +10,28 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from megavit.data import transforms
-from megavit.data.bad import BadSample, SampleError
+from megavit.data import geometry, mixing
 from megavit.data.cache import ShardCache
 from megavit.data.config import DataConfig
-from megavit.data.decode import DecodeError, Decoder
+from megavit.data.fields import Batch, Field
 from megavit.data.identity import ShardRow, difference, rows_of_run
-from megavit.data.index import IMAGE_EXTENSIONS, LABEL_EXTENSIONS
 from megavit.data.json_data import json_field, parse_json
-from megavit.data.labels import pad_labels, parse_labels
 from megavit.data.lanes import MAX_LANES, DataState, Lanes, Order, uniforms
 from megavit.data.manifest import Manifest
-from megavit.data.reader import ShardReader
+from megavit.data.samples import Samples
 from megavit.data.sources import is_local
 from megavit.data.worker import CHECK_S, WorkerLog, start_forkserver, watched
-from megavit.model.config import ModelConfig
 
 _MAX_WORKERS = 4  # processes cost memory: more of them only for whom decoding is too slow
-
-
-class Batch(NamedTuple):
-    """A rank's part of a micro-batch, and what is to be done with the whole of it on the device.
-
-    Slots beyond the batch (the parts of a TP group are of equal size) and bad ones have weight 0.
-    """
-
-    images: Tensor  # uint8 [p, S, S, C]
-    labels: Tensor  # int32 [p, M], filled up with -1
-    weights: Tensor  # float32 [p], 0 or 1
-    flips: Tensor  # bool [b]
-    blends: Tensor | None  # float32 [b, 6], see transforms.blends
-    bad: list[BadSample]
 
 
 @dataclass(frozen=True)
@@ -85,88 +64,6 @@ class Share:
         return min(len(os.sched_getaffinity(0)), equal, _MAX_WORKERS)
 
 
-class Samples:
-    """Reads and decodes samples into rows of a batch."""
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        cache: ShardCache | None,
-        model: ModelConfig,
-        config: DataConfig,
-        allow_unlabelled: bool,
-    ):
-        self.reader = ShardReader(manifest, cache)
-        self.model, self.config, self._allow_unlabelled = model, config, allow_unlabelled
-        self._decoder = Decoder(
-            model.channels, model.image_size, config.antialias, config.decoder, config.max_pixels
-        )
-        self.record: Callable[[str, int], None] | None = None  # told of each sample before it is read
-
-    def batch(
-        self, shards: Sequence[int], indexes: Sequence[int], padded: int, random: np.ndarray | None
-    ) -> Batch:
-        """The samples' batch of `padded` rows, augmented by the uniforms `random` [n, NUM_RANDOM], or, if
-        None, by the evaluation's transform. `flips` and `blends` are left to the caller."""
-        size = self.model.image_size
-        images = np.zeros((padded, size, size, self.model.channels), np.uint8)
-        labels = np.full((padded, self.config.max_labels), -1, np.int32)
-        weights = np.zeros(padded, np.float32)
-        bad = []
-        self.reader.fetch(set(shards))
-        for row, (shard, index) in enumerate(zip(shards, indexes, strict=True)):
-            try:
-                labels[row] = self.load(shard, index, images[row], None if random is None else random[row])
-                weights[row] = 1.0
-            except SampleError as error:
-                images[row], labels[row] = 0, -1
-                bad.append(error.bad)
-        return Batch(
-            torch.from_numpy(images),
-            torch.from_numpy(labels),
-            torch.from_numpy(weights),
-            flips=torch.zeros(0, dtype=torch.bool),
-            blends=None,
-            bad=bad,
-        )
-
-    def load(self, shard: int, index: int, out: np.ndarray, u: np.ndarray | None) -> np.ndarray:
-        """The labels [M] of a sample, whose image is written into `out` [S, S, C], augmented by the uniforms
-        `u` [NUM_RANDOM], or, if None, by the evaluation's transform. SampleError if it cannot be used."""
-        if self.record:
-            self.record(self.reader.manifest.urls[shard], index)
-        members = self.reader.members(shard, index)
-        image = next((members[name] for name in IMAGE_EXTENSIONS if name in members), None)
-        label = next((members[name] for name in LABEL_EXTENSIONS if name in members), None)
-        try:
-            if image is None or label is None:
-                wanted = IMAGE_EXTENSIONS if image is None else LABEL_EXTENSIONS
-                raise ValueError(f"it has {', '.join(members)} but no {' or '.join(wanted)}")
-            image_bytes, label_bytes = self.reader.read(shard, index, (image, label))
-            found = parse_labels(
-                label.extension, label_bytes, self.model.num_classes, allow_none=self._allow_unlabelled
-            )
-            padded = pad_labels(found, self.config.max_labels)
-            self._decode(image_bytes, out, u)
-        except SampleError:
-            raise
-        except DecodeError as error:
-            raise self.reader.error(shard, index, f"it cannot be decoded: {error}") from error
-        except ValueError as error:
-            raise self.reader.error(shard, index, str(error)) from error
-        except Exception as error:  # one sample must not end the run, whatever a library makes of its bytes
-            reason = f"it cannot be used: {type(error).__name__}: {error}".removesuffix(": ")
-            raise self.reader.error(shard, index, reason) from error
-        return padded
-
-    def _decode(self, data: bytes, out: np.ndarray, u: np.ndarray | None) -> None:
-        if u is None:
-            self._decoder.load(data, lambda w, h: transforms.eval_box(w, h, self.config.eval_crop), out)
-        else:
-            self._decoder.load(data, lambda w, h: transforms.train_box(w, h, self.config, u), out)
-            transforms.affine(out, self.config, u)
-
-
 class _TrainItems(Dataset[Batch]):
     """Micro-batch number i of this rank: accumulation index i % per_step of step i // per_step."""
 
@@ -181,7 +78,7 @@ class _TrainItems(Dataset[Batch]):
         step, accumulation = divmod(item, self.per_step)
         first = self.first + accumulation * self.micro_batch
         slots = self.order.slots(step, first, self.micro_batch)
-        random = self._random(transforms.NUM_RANDOM, 2, slots.epoch, slots.position)
+        random = self._random(geometry.NUM_RANDOM, 2, slots.epoch, slots.position)
         start, count, padded = self.share.part(self.micro_batch)
         part = slice(start, start + count)
         batch = self.samples.batch(
@@ -189,11 +86,11 @@ class _TrainItems(Dataset[Batch]):
         )
         # Slots 2k and 2k+1 are mixed with each other: pairs that no split into micro-batches separates.
         pairs = np.repeat(slots.position[::2], 2)[: self.micro_batch]
-        mixing = self._random(transforms.NUM_MIX_RANDOM, 4, slots.epoch, pairs)
-        blends = transforms.blends(self.samples.model.image_size, self.samples.config, mixing)
+        uniform = self._random(mixing.NUM_MIX_RANDOM, 4, slots.epoch, pairs)
+        blends = mixing.blends(self.samples.picture.size, self.samples.config, uniform)
         self._prefetch(step, first)
         return batch._replace(
-            flips=torch.from_numpy(transforms.flips(self.samples.config, random)),
+            flips=torch.from_numpy(geometry.flips(self.samples.config, random)),
             blends=None if blends is None else torch.from_numpy(blends),
         )
 
@@ -245,7 +142,7 @@ class TrainLoader:
     def __init__(
         self,
         manifest: Manifest,
-        model: ModelConfig,
+        fields: Sequence[Field],
         config: DataConfig,
         *,
         seed: int,
@@ -253,7 +150,6 @@ class TrainLoader:
         micro_batch: int,
         share: Share = Share(),
         cache: ShardCache | None = None,
-        allow_unlabelled: bool = True,
         state: DataState | None = None,
         data_file: Path | None = None,
         left_out: Sequence[tuple[int, int]] = (),
@@ -272,7 +168,7 @@ class TrainLoader:
         num_lanes = config.lanes or (state.num_lanes if state else math.gcd(global_batch, MAX_LANES))
         lanes = Lanes(manifest.samples, num_lanes, seed, config.shuffle_block)
         self.order = Order(lanes, global_batch, sorted({*config.skips, *left_out}), state)
-        samples = Samples(manifest, cache, model, config, allow_unlabelled)
+        samples = Samples(manifest, fields, config, cache)
         self._items = _TrainItems(samples, self.order, share, micro_batch)
         self._config, self._manifest = config, manifest
         self._workers = share.workers(config.workers)
@@ -348,17 +244,16 @@ class EvalLoader:
     def __init__(
         self,
         manifest: Manifest,
-        model: ModelConfig,
+        fields: Sequence[Field],
         config: DataConfig,
         *,
         batch: int,
         share: Share = Share(),
         cache: ShardCache | None = None,
-        allow_unlabelled: bool = True,
     ):
         self.num_samples = manifest.num_samples
         self.num_batches = -(-self.num_samples // (batch * share.dp_size))
-        self._items = _EvalItems(Samples(manifest, cache, model, config, allow_unlabelled), share, batch)
+        self._items = _EvalItems(Samples(manifest, fields, config, cache), share, batch)
         self._workers, self._timeout_s = share.workers(config.workers), config.timeout_s
 
     def __iter__(self) -> Iterator[Batch]:

@@ -122,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{', '.join(sorted(GPUS))}.",
         example="--config launch/recipes/vit_22b_jft.yaml --nodes 16 --gpus_per_node 8 --gpu h100",
         common=("config", "model.name", "nodes", "gpus_per_node", "gpu", "only", "out", "plot", "rehearse"),
+        argv=argv,
     )
     parser.add_fields(PlanConfig)
     command = parse(parser, argv, needs=_NEEDS)

@@ -128,7 +128,8 @@ def write(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     if arguments.command == "digits" and not (out / "baselines.json").exists():
         (out / "baselines.json").write_text(
-            json.dumps({"split": "test", "results": write.digits_baselines()}, indent=2) + "\n"
+            json.dumps({"split": "test", "metric": "top1", "results": write.digits_baselines()}, indent=2)
+            + "\n"
         )
     write_class_names(out, names)
     print(", ".join(f"{split.name}: {split.size} samples" for split in splits), f"in {out}")

@@ -7,18 +7,27 @@ here works on one rank's shard and, with a single rank, is the plain layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavit.model.config import ModelConfig, Recompute
 from megavit.model.norm import normalize
+from megavit.model.observe import require_grad
 from megavit.model.recompute import recompute_with
-from megavit.parallel.collectives import dropout, gather_from_tp
+from megavit.parallel.collectives import dropout
 from megavit.parallel.init import Initializer
 from megavit.parallel.layout import Layout
-from megavit.parallel.linear import ColumnParallelLinear, RowParallelLinear, column_parallel
+from megavit.parallel.linear import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    column_parallel,
+    is_autocast_enabled,
+)
 
 # MLP biases start at Normal(0, 1e-6), as in big_vision's vit.py.
 MLP_BIAS_STD = 1e-6
@@ -71,30 +80,36 @@ class SelfAttention(nn.Module):
         scales: Sequence[Tensor],
         *,
         addend: Tensor | None = None,
-        return_map: bool = False,
+        explicit: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, N, 3 D/tp] -> ([B, N, D], attention map [B, H, N, N] or None). `scales` are those of
-        `column_parallel`; `addend` [B, N, D] joins the output inside its matmul."""
+        """[B, N, 3 D/tp] -> ([B, N, D], attention weights [B, H/tp, N, N] if `explicit`, else None). `scales`
+        are those of `column_parallel`; `addend` [B, N, D] joins the output inside its matmul."""
         qkv = qkv.unflatten(-1, (3, -1, self.head_dim))  # [B, N, 3, H/tp, K]
         q, k, v = qkv.unbind(2)  # [B, N, H/tp, K]
         if self.qk_norm:
             q = normalize(q, scales[0], None, centring=self.centring, eps=self.eps)
             k = normalize(k, scales[1], None, centring=self.centring, eps=self.eps)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H/tp, N, K]
-        attended, weights = attend(q, k, v, return_map=return_map)
-        if weights is not None:
-            weights = gather_from_tp(self.mesh, weights, dim=1)
+        attended, weights = attend(q, k, v, explicit=explicit)
         return self.out(attended.transpose(1, 2).flatten(2), addend), weights
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, return_map: bool) -> tuple[Tensor, Tensor | None]:
-    """softmax(q k^T / sqrt(K)) v on [B, H, N, K]; fused kernels, or the explicit matrix [B, H, N, N] if it is
-    wanted."""
-    if not return_map:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, explicit: bool) -> tuple[Tensor, Tensor | None]:
+    """softmax(q k^T / sqrt(K)) v on [B, H, N, K]: by a fused kernel, or, if `explicit`, through
+    `attention_weights`, which are returned."""
+    if not explicit:
         return F.scaled_dot_product_attention(q, k, v), None
-    scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
-    weights = scores.float().softmax(-1).to(v.dtype)
-    return weights @ v, weights
+    weights = attention_weights(q, k)
+    return weights.to(v.dtype) @ v, weights
+
+
+def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(K)) of [B, H, M, K] and [B, H, N, K]: [B, H, M, N], float32 at least, from scores
+    that are so too, as inside the fused kernels. Requires a gradient if gradients are recorded."""
+    device, dtype = q.device.type, torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(device, enabled=False) if is_autocast_enabled(device) else nullcontext():
+        scores = (q.to(dtype) @ k.to(dtype).transpose(-2, -1)) * q.shape[-1] ** -0.5
+        return require_grad(scores.softmax(-1))
 
 
 class Mlp(nn.Module):
@@ -137,6 +152,18 @@ class _Residual(nn.Module):
         return x + dropout(self.mesh, y, self.rate, self.training, sharded=False)
 
 
+Observe = Callable[[Tensor], None]
+
+
+def _observed(found: Any, observe: Observe | None) -> Tensor:
+    """Ends a block's forward pass. The observer is called here because what it does must not become part of
+    what is recomputed, and not outside of the module because ZeRO-3 replaces a module's outputs by copies."""
+    y, weights = found
+    if observe is not None:
+        observe(weights)
+    return y
+
+
 class ParallelBlock(nn.Module):
     """y = x + Attn(n) + MLP(n), n = Norm(x): one norm, one residual add, one output bias.
 
@@ -152,17 +179,18 @@ class ParallelBlock(nn.Module):
         self.mlp = Mlp(config, init.scope("mlp"))
         self.residual = _Residual(config, init.scope("residual"))
 
-    def forward(self, x: Tensor, return_map: bool = False) -> tuple[Tensor, Tensor | None]:
-        """[B, N, D] -> ([B, N, D], attention map [B, H, N, N] if asked for, else None)."""
+    def forward(self, x: Tensor, observe: Observe | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]. `observe` is called with the attention weights [B, H/tp, N, N]."""
         # Layer scale's backward reads what the block adds.
         dead = () if self.residual.scale is not None else (self.attn.out, self.mlp.down)
-        return recompute_with(self.recompute, self._forward, x, return_map, dead=dead)
+        found = recompute_with(self.recompute, self._forward, x, observe is not None, dead=dead)
+        return _observed(found, observe)
 
-    def _forward(self, x: Tensor, return_map: bool) -> tuple[Tensor, Tensor | None]:
+    def _forward(self, x: Tensor, explicit: bool) -> tuple[Tensor, Tensor | None]:
         layers = (self.attn.qkv, self.mlp.up)
         (qkv, hidden), scales = column_parallel(self.mesh, self.norm(x), layers, *self.attn.scales)
         start = x if self.residual.is_plain_sum else None
-        partial, weights = self.attn(qkv, scales, addend=start, return_map=return_map)
+        partial, weights = self.attn(qkv, scales, addend=start, explicit=explicit)
         y = self.mlp(hidden, addend=partial)
         return self.residual(x, y) if start is None else y, weights
 
@@ -182,14 +210,15 @@ class SequentialBlock(nn.Module):
         self.mlp = Mlp(config, init.scope("mlp"))
         self.residual = _Residual(config, init.scope("residual"))
 
-    def forward(self, x: Tensor, return_map: bool = False) -> tuple[Tensor, Tensor | None]:
-        """[B, N, D] -> ([B, N, D], attention map [B, H, N, N] if asked for, else None)."""
+    def forward(self, x: Tensor, observe: Observe | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]. `observe` is called with the attention weights [B, H/tp, N, N]."""
         dead = () if self.residual.scale is not None else (self.mlp.down,)
-        return recompute_with(self.recompute, self._forward, x, return_map, dead=dead)
+        found = recompute_with(self.recompute, self._forward, x, observe is not None, dead=dead)
+        return _observed(found, observe)
 
-    def _forward(self, x: Tensor, return_map: bool) -> tuple[Tensor, Tensor | None]:
+    def _forward(self, x: Tensor, explicit: bool) -> tuple[Tensor, Tensor | None]:
         (qkv,), scales = column_parallel(self.mesh, self.norm(x), [self.attn.qkv], *self.attn.scales)
-        y, weights = self.attn(qkv, scales, return_map=return_map)
+        y, weights = self.attn(qkv, scales, explicit=explicit)
         x = self.attn_residual(x, y)
         (hidden,), _ = column_parallel(self.mesh, self.mlp_norm(x), [self.mlp.up])
         return self.residual(x, self.mlp(hidden)), weights

@@ -6,9 +6,11 @@ models, is refused before anything is allocated.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megavit.model.config import ModelConfig, model_config
-from megavit.model.vit import CONFIG_FILE, POSITION, WEIGHTS_FILE, MegaVit
+from megavit.model.embed import POSITION
+from megavit.model.vit import CONFIG_FILE, WEIGHTS_FILE, MegaVit
 from megavit.parallel.layout import layout_of
 
+HEAD = ("head.weight", "head.bias")  # a classifier of other classes is another one
 _OF_A_RUN = "export"  # in a run folder
 _TYPES = ("F64", "F32", "F16", "BF16")
 
@@ -30,27 +34,36 @@ def open_export(folder: Path, **overrides: Any) -> Iterator[tuple[ModelConfig, A
     `folder` is an export or the folder of a run that has ended, which holds one.
 
     Raises ValueError, naming the file, when one is missing or damaged and when the weights are not those of
-    the configuration; the position embedding alone may be of another square grid.
+    the configuration; the position embedding may be of another square grid, and the classifier is not looked
+    at if `overrides` ask for another number of classes.
     """
-    if (folder / _OF_A_RUN).is_dir() and not (folder / CONFIG_FILE).exists():
-        folder = folder / _OF_A_RUN
+    folder = export_folder(folder)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             why = "(see launch/export.py)"
             if (folder / "checkpoints").is_dir():
                 why = f"because its run has not ended; python launch/export.py {folder} OUT writes one"
             raise ValueError(f"{folder} is not an exported model: {file} is missing {why}")
-    config = _read_config(folder / CONFIG_FILE, overrides)
+    saved = _read_config(folder / CONFIG_FILE)
+    config = model_config(dataclasses.asdict(saved) | overrides)
     path = folder / WEIGHTS_FILE
     try:
         with safe_open(path, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118
                 if (found := weights.get_slice(name).get_dtype()) not in _TYPES:
                     raise ValueError(f"{path}: {name} has the type {found}, not {' or '.join(_TYPES)}")
-            _check_shapes(path, config, stored_shapes(weights))
+            other_classes = config.num_classes != saved.num_classes
+            _check_shapes(path, config, stored_shapes(weights), leave=HEAD if other_classes else ())
             yield config, weights
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def export_folder(folder: Path) -> Path:
+    """`folder`, or the export in it if it is the folder of a run."""
+    if (folder / _OF_A_RUN).is_dir() and not (folder / CONFIG_FILE).exists():
+        return folder / _OF_A_RUN
+    return folder
 
 
 def stored_shapes(weights: Any) -> dict[str, tuple[int, ...]]:
@@ -77,21 +90,24 @@ def check_depth(config: ModelConfig, names: Mapping[str, Any]) -> None:
         raise ValueError(f"model.depth is {config.depth}, but there are the weights of {len(blocks)} blocks")
 
 
-def _read_config(path: Path, overrides: dict[str, Any]) -> ModelConfig:
+def _read_config(path: Path) -> ModelConfig:
     try:
         saved = json.loads(path.read_bytes())
         if type(saved) is not dict:
             raise ValueError("it is no JSON object")
-        saved_config = model_config(saved)
+        return model_config(saved)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no model's configuration: {error}") from error
-    return model_config(saved | overrides) if overrides else saved_config
 
 
-def _check_shapes(path: Path, config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(
+    path: Path, config: ModelConfig, found: dict[str, tuple[int, ...]], leave: Sequence[str]
+) -> None:
     try:
         check_depth(config, found)
         expected = logical_shapes(config)
+        for shapes, name in itertools.product((expected, found), leave):
+            shapes.pop(name, None)
         missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
         if missing or unknown:
             raise ValueError(f"missing {_some(missing)}, unknown {_some(unknown)}")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megavit.model.block import Mlp, Norm
+from megavit.model.block import Mlp, Norm, Observe, attention_weights
 from megavit.model.config import ModelConfig
 from megavit.parallel.collectives import copy_to_tp, gather_from_tp
 from megavit.parallel.init import Initializer
@@ -47,12 +47,19 @@ class MapHead(nn.Module):
         self.norm = Norm(config, init.scope("norm"))
         self.mlp = Mlp(config, init.scope("mlp"))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, observe: Observe | None = None) -> Tensor:
+        """`observe` is called with the probe's attention weights [B, H/tp, N]."""
         x, probe = copy_to_tp(self.mesh, x, self.probe)
         q = self.q(probe.expand(x.shape[0], -1)).unflatten(-1, (-1, 1, self.head_dim))  # [B, H/tp, 1, K]
         kv = self.kv(x).unflatten(-1, (2, -1, self.head_dim))  # [B, N, 2, H/tp, K]
         k, v = (t.transpose(1, 2) for t in kv.unbind(2))  # [B, H/tp, N, K]
-        pooled = self.out(F.scaled_dot_product_attention(q, k, v).flatten(1))  # [B, D]
+        if observe is None:
+            attended = F.scaled_dot_product_attention(q, k, v)  # [B, H/tp, 1, K]
+        else:
+            weights = attention_weights(q, k).squeeze(2)  # [B, H/tp, N]
+            observe(weights)
+            attended = weights.unsqueeze(2).to(v.dtype) @ v
+        pooled = self.out(attended.flatten(1))  # [B, D]
         (n,) = copy_to_tp(self.mesh, self.norm(pooled))
         return wide(pooled) + wide(self.mlp(self.mlp.up(n)))
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megavit.parallel.linear import is_functorch_active
+from megavit.parallel.collectives import is_functorch_active
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:

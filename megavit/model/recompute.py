@@ -17,6 +17,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megavit.model.config import Recompute
+from megavit.parallel.collectives import is_functorch_active
 from megavit.parallel.linear import MATMULS, RowParallelLinear
 
 _aten = torch.ops.aten
@@ -71,9 +72,9 @@ def recompute_with(
     policy.
 
     `dead` are the block's layers whose outputs nothing keeps for backward: what only leads to them is not
-    computed again.
+    computed again. Under `torch.func`, which takes no part in checkpointing, everything is kept.
     """
-    if policy == "none" or not torch.is_grad_enabled():
+    if policy == "none" or not torch.is_grad_enabled() or is_functorch_active():
         return function(*args)
     contexts: dict[str, Any] = {"context_fn": functools.partial(_contexts, policy, dead)}
     if torch.compiler.is_compiling():

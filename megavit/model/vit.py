@@ -1,51 +1,34 @@
-"""MegaVit: patch embedding, blocks, pooling, classifier; its constructors, and loading exported weights.
+"""MegaVit: patch embedding, blocks, pooling, classifier; its constructors, features, and loading weights.
 
-Letters: B batch, C channels, S image side, P patch side, N tokens, D width. The model never sees DeepSpeed:
+Letters: B batch, C channels, P patch side, N tokens, H heads, D width. The model never sees DeepSpeed:
 `train.engine` builds it inside `deepspeed.zero.Init` and hands in the mesh.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from megavit.model.block import Norm, make_block
+from megavit.model.block import Norm, Observe, make_block
 from megavit.model.config import ModelConfig, Recompute, model_config, model_preset
+from megavit.model.embed import POSITION, PatchEmbedding, resize_position
 from megavit.model.head import Classifier, MapHead, wide
+from megavit.model.observe import Observers, require_grad
 from megavit.parallel.collectives import dropout
-from megavit.parallel.init import Initializer
+from megavit.parallel.init import Initializer, initialise
 from megavit.parallel.layout import Layout, layout_of
-from megavit.parallel.linear import is_autocast_enabled, linear
 from megavit.parallel.mesh import Mesh
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-POSITION = "embed.position"  # the one weight that is resized to fit another image size
-
-
-class PatchEmbedding(nn.Module):
-    """[B, C, S, S] -> [B, (S/P)^2, D]: a convolution of stride P as one matmul, plus a learned position
-    embedding."""
-
-    def __init__(self, config: ModelConfig, init: Initializer):
-        super().__init__()
-        self.patch_size = config.patch_size
-        fan_in = config.channels * config.patch_size**2
-        self.weight = init.lecun_normal("weight", Layout((config.dim, fan_in)))
-        self.bias = init.constant("bias", Layout((config.dim,)), 0.0)
-        self.position = init.normal("position", Layout((config.num_patches, config.dim)), config.dim**-0.5)
-
-    def forward(self, img: Tensor) -> Tensor:
-        p = self.patch_size
-        patches = rearrange(img, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
-        return linear(patches, self.weight, self.bias) + self.position
 
 
 class MegaVit(nn.Module):
@@ -82,6 +65,7 @@ class MegaVit(nn.Module):
         rates = {"dropout": dropout, "emb_dropout": emb_dropout}
         self.config = config = model_config({"name": "custom"} | sizes | rates | options)
         self.mesh = mesh = mesh or Mesh.single()
+        self._observers = Observers()
         config.check_tensor_parallel(mesh.tp_size)
         init = Initializer(seed, mesh, deferred=deferred_init)
         self.embed = PatchEmbedding(config, init.scope("embed"))
@@ -122,108 +106,226 @@ class MegaVit(nn.Module):
         return cls.from_config(model_preset(name, **overrides), mesh=mesh, seed=seed, recompute=recompute)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, mesh: Mesh | None = None, **overrides: Any) -> MegaVit:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        mesh: Mesh | None = None,
+        recompute: Recompute = "none",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **overrides: Any,
+    ) -> MegaVit:
         """Load an export (`config.json` and `model.safetensors`), or that of a run folder, in evaluation
         mode, on one process, or this rank's shard of it on a mesh.
 
-        `overrides` replace fields of the saved configuration; with another `image_size` the position
-        embedding is resized. Raises ValueError, naming the file, for a folder that is no export or a damaged
-        one, and, before any memory is allocated, for weights that do not match the configuration.
+        `overrides` replace fields of the saved configuration. With another `image_size` the position
+        embedding is resized; `num_classes=0` leaves the classifier out, and another number makes a new one
+        and warns of it. Weights come one tensor at a time, in `dtype` (default: torch's) and on `device`
+        (default: the mesh's, or torch's), so that no second copy of the model is held.
+
+        Raises ValueError, naming the file, for a folder that is no export or a damaged one, and, before any
+        memory is allocated, for weights that do not match the configuration.
         """
-        from megavit.model.exported import open_export
+        from megavit.model.exported import HEAD, open_export, stored_shapes
 
         with open_export(Path(folder), **overrides) as (config, weights):
-            model = cls.from_config(config, mesh=mesh)
-            model.load_logical(weights.get_tensor)
+            device = device or (mesh.device if mesh else torch.get_default_device())
+            with _default_dtype(dtype), torch.device(device):
+                model = cls.from_config(config, mesh=mesh, recompute=recompute, deferred_init=True)
+            stored, parameters = stored_shapes(weights), dict(model.named_parameters())
+            fresh = [
+                name
+                for name in HEAD
+                if name in parameters and layout_of(parameters[name]).shape != stored.get(name)
+            ]
+            model.load_logical(weights.get_tensor, leave=fresh)
+        if fresh:
+            warnings.warn(
+                f"{' and '.join(fresh)} are newly initialised for {config.num_classes} classes: in {folder} "
+                f"head.weight is {stored.get(HEAD[0], 'missing')}. Train them before you use the logits.",
+                stacklevel=2,
+            )
         return model.eval()
 
     @torch.no_grad()
-    def load_logical(self, get: Callable[[str], Tensor]) -> None:
-        """Copy logical tensors, fetched one at a time with `get(name)`, into this rank's shards.
+    def load_logical(self, get: Callable[[str], Tensor], leave: Sequence[str] = ()) -> None:
+        """Copy logical tensors, fetched one at a time with `get(name)`, into this rank's shards. Those called
+        `leave` get their initial values instead.
 
         Raises ValueError when shapes do not match; the position embedding alone is resized to fit.
         """
         for name, parameter in self.named_parameters():
+            if name in leave:
+                initialise(parameter, self.mesh)
+                continue
             layout, logical = layout_of(parameter), get(name)
             if name == POSITION:
-                logical = resize_position(logical, self.config.grid_size)
+                logical = resize_position(logical, (self.config.grid_size, self.config.grid_size))
             if tuple(logical.shape) != layout.shape:
                 raise ValueError(f"{name} has shape {tuple(logical.shape)}, the model needs {layout.shape}")
             parameter.copy_(layout.take(logical, self.mesh.tp_rank, self.mesh.tp_size))
 
-    def forward(
-        self, img: Tensor, *, return_maps: bool = False, local_logits: bool = False
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Logits [B, num_classes] of images [B, C, S, S] in [-1, 1]; pooled features [B, D] if num_classes is
-        0.
+    def forward(self, img: Tensor, *, local_logits: bool = False) -> Tensor:
+        """Logits [B, num_classes], float32, of images [B, C, height, width] in [-1, 1]; pooled features
+        [B, D] if num_classes is 0.
 
-        `return_maps` adds every block's attention matrix [B, H, N, N], by an explicit softmax that agrees
-        with the fused kernel to rounding but holds the matrix. `local_logits` leaves the classes sharded: [B,
-        ceil(C/tp)].
-        Raises ValueError for another image shape.
+        The sides may be any multiples of the patch size. `local_logits` leaves the classes sharded: [B,
+        ceil(num_classes/tp)]. Raises ValueError for another image shape.
         """
-        tokens, maps = self.encode(img, return_maps=return_maps)
-        out = self.pool_tokens(tokens)
-        if self.head is not None:
-            out = self.head(out)
-            out = out if local_logits else self.head.gather_logits(out)
-        return (out, maps) if return_maps else out
+        out = self.forward_head(self.forward_features(img), pre_logits=True)
+        return out if self.head is None else self._logits(self.head, out, local=local_logits)
 
-    def encode(self, img: Tensor, *, return_maps: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """Normalised tokens [B, N, D] after the last block, prefix tokens first, and the attention maps if
-        asked for."""
-        self._check_image(img)
+    def forward_features(self, img: Tensor) -> Tensor:
+        """Normalised tokens [B, N, D] after the last block, prefix tokens (registers, class token) first,
+        then patches row by row."""
+        return self.norm(self._run_blocks(img))
+
+    def forward_intermediates(
+        self,
+        img: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+        return_prefix_tokens: bool = False,
+    ) -> Any:
+        """(`forward_features(img)`, intermediates): the patch tokens after several blocks, in block order.
+
+        Each is [B, D, rows, columns], or [B, N, D] with output_fmt="NLC"; with `return_prefix_tokens`, if the
+        model has any, it is a pair with [B, num_prefix_tokens, D]. Raises ValueError for blocks that the
+        model does not have.
+
+        Args:
+            indices: the last n blocks if it is a number, those blocks (negative ones count from the end) if a
+                list, all if None.
+            norm: apply the final norm to the intermediates.
+            intermediates_only: return the list alone, and run no block after the last one of them.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        wanted = _block_numbers(indices, self.config.depth)
+        kept: list[Tensor] = []
+
+        def keep(layer: int, x: Tensor) -> None:
+            if layer in wanted:
+                kept.append(self.norm(x) if norm else x)
+
+        x = self._run_blocks(img, keep, max(wanted) + 1 if intermediates_only else None)
+        prefix = self.config.num_prefix_tokens
+        found: list[Any] = [tokens[:, prefix:] for tokens in kept]
+        if output_fmt == "NCHW":
+            rows, _ = self.embed.grid(img)
+            found = [rearrange(t, "b (h w) d -> b d h w", h=rows).contiguous() for t in found]
+        if return_prefix_tokens and prefix:
+            found = [(patches, tokens[:, :prefix]) for patches, tokens in zip(found, kept, strict=True)]
+        return found if intermediates_only else (self.norm(x), found)
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits [B, num_classes] of `forward_features`' tokens [B, N, D]; with `pre_logits`, or if
+        num_classes is 0, the pooled features [B, D] that the classifier reads. float32. Registers do not take
+        part."""
+        patches = tokens[:, self.config.num_prefix_tokens :]
+        if self.pool is not None:
+            pooled = self.pool(patches, self._observers.listener("pool"))
+        elif self.config.pool == "mean":
+            pooled = patches.mean(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+        else:
+            pooled = wide(tokens[:, self.config.num_registers])
+        return pooled if pre_logits or self.head is None else self._logits(self.head, pooled, local=False)
+
+    def observe(self, observer: Any) -> AbstractContextManager[Any]:
+        """A context in which `observer` is told what the model does, block by block. The model keeps nothing.
+
+        Of these methods the observer may have any:
+
+            attention(layer, weights)   the softmax weights [B, H/tp, N, N] of this rank's heads, float32
+            tokens(layer, x)            the token state [B, N, D] after block `layer`, from -1 on, the input
+            pool(weights)               the MAP head's weights [B, H/tp, num_patches] of this rank's heads
+
+        Each is called once a layer and forward pass, never by recomputation, and outside of what is
+        recomputed. If gradients are recorded, the tensors are part of the graph of the logits, even if all
+        weights are frozen: hooks on them run once in a backward pass, under every recompute policy. An
+        observer that does not keep the tensors costs memory for one block (backward keeps more, unless blocks
+        are recomputed). With `attention`, blocks compute the explicit matrix instead of calling the fused
+        kernel; compiled blocks run uncompiled. Contexts may be nested: all observers are told.
+        """
+        return self._observers.joined_by(observer)
+
+    def _run_blocks(
+        self, img: Tensor, keep: Callable[[int, Tensor], None] | None = None, depth: int | None = None
+    ) -> Tensor:
+        """The token state [B, N, D] after the first `depth` blocks, not normalised. `keep` is called with
+        each block's number and output."""
+        self.embed.check(img)
         x = self.embed(img)
         x = dropout(self.mesh, x, self.config.emb_dropout, self.training, sharded=False)
         if self.prefix is not None:
             x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)
-        maps = []
-        for block in self.blocks:
-            x, attention = block(x, return_maps)
-            maps.append(attention)
-        return self.norm(x), maps if return_maps else []
+        if self._observers:
+            x = require_grad(x)
+            self._observers.tell("tokens", -1, x)
+        for layer, block in enumerate(self.blocks):
+            if layer == depth:
+                break
+            observe = self._observers.listener("attention", layer)
+            x = block(x) if observe is None else block(x, observe)
+            self._observers.tell("tokens", layer, x)
+            if keep is not None:
+                keep(layer, x)
+        return x
 
-    def pool_tokens(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> [B, D], the features that the classifier reads ("pre_logits"), float32. Registers do
-        not take part."""
-        patches = tokens[:, self.config.num_prefix_tokens :]
-        if self.pool is not None:
-            return self.pool(patches)
-        if self.config.pool == "mean":
-            return patches.mean(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
-        return wide(tokens[:, self.config.num_registers])
+    def _logits(self, head: Classifier, features: Tensor, *, local: bool) -> Tensor:
+        logits = head(features)
+        return logits if local else head.gather_logits(logits)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and of the images that `forward` takes."""
+        return self.embed.weight.dtype
 
     def compile_blocks(self) -> None:
         """torch.compile each block's forward, inside ZeRO's hooks; blocks share one compiled graph."""
         for block in self.blocks:
-            block.forward = torch.compile(block.forward)
+            block.forward = _unless_observed(torch.compile(block.forward), block.forward)
 
-    def _check_image(self, img: Tensor) -> None:
-        config = self.config
-        expected = (config.channels, config.image_size, config.image_size)
-        if img.ndim != 4 or tuple(img.shape[1:]) != expected:
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """torch.set_default_dtype for a while, if there is one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _block_numbers(indices: int | Sequence[int] | None, depth: int) -> set[int]:
+    """The blocks that timm's `indices` stand for: all, the last n, or those given."""
+    if indices is None:
+        return set(range(depth))
+    if isinstance(indices, int):
+        if not 0 < indices <= depth:
             raise ValueError(
-                f"images of shape {tuple(img.shape)} do not fit this model, which takes "
-                f"[batch, {', '.join(map(str, expected))}]; resize them or build it with another image_size"
+                f"indices={indices} asks for the last {indices} of {depth} blocks; use 1 to {depth}"
             )
-        weight = self.embed.weight
-        if img.dtype != weight.dtype and not is_autocast_enabled(weight.device.type):
-            hint = (
-                "scale them to floating point in [-1, 1] first, as megavit.data.device.to_model_input does"
-                if not img.is_floating_point()
-                else f"convert them with images.to({weight.dtype}), or use torch.autocast"
-            )
-            raise ValueError(f"images are {img.dtype}, the model's weights {weight.dtype}; {hint}")
+        return set(range(depth - indices, depth))
+    if not indices or not all(-depth <= i < depth for i in indices):
+        raise ValueError(
+            f"indices={list(indices)} are not blocks of this model, which has {depth}; "
+            f"use one or more of 0 to {depth - 1}, or -{depth} to -1 from the end"
+        )
+    return {i % depth for i in indices}
 
 
-def resize_position(position: Tensor, grid_size: int) -> Tensor:
-    """A position embedding [n^2, D] of an n x n grid, resized bilinearly to [grid_size^2, D]; float32
-    inside."""
-    old = round(position.shape[0] ** 0.5)
-    if old * old != position.shape[0]:
-        raise ValueError(f"a position embedding of {position.shape[0]} tokens is no square grid")
-    if old == grid_size:
-        return position
-    grid = rearrange(position.float(), "(h w) d -> 1 d h w", h=old)
-    grid = F.interpolate(grid, size=(grid_size, grid_size), mode="bilinear", antialias=True)
-    return rearrange(grid, "1 d h w -> (h w) d").to(position.dtype)
+def _unless_observed(
+    compiled: Callable[[Tensor], Tensor], plain: Callable[[Tensor, Observe], Tensor]
+) -> Callable[..., Tensor]:
+    """A block's forward: compiled, but for an observer, whose code is not to be traced."""
+
+    def forward(x: Tensor, observe: Observe | None = None) -> Tensor:
+        return compiled(x) if observe is None else plain(x, observe)
+
+    return forward

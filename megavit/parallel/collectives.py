@@ -33,20 +33,35 @@ def start_sum_over_tp(mesh: Mesh, tensors: Sequence[Tensor]) -> Callable[[], tup
     return finish
 
 
+def is_functorch_active() -> bool:
+    """Whether a transform of `torch.func` is running (vmap, grad, jvp, ...): it takes torch's own operators
+    apart, and of our autograd functions those below."""
+    return torch._C._are_functorch_transforms_active()
+
+
 class _CopyToTp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mesh: Mesh, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.mesh = mesh
+    def forward(mesh: Mesh, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mesh = inputs[0]
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        if is_functorch_active():
+            return None, *(_apply_reduce(ctx.mesh, grad) for grad in grads)
         return None, *start_sum_over_tp(ctx.mesh, grads)()
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], mesh: Mesh, *tensors: Tensor) -> tuple[Any, Any]:
+        return _CopyToTp.apply(mesh, *tensors), in_dims[1:]
 
 
 class _ReduceFromTp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mesh: Mesh, partial: Tensor) -> Tensor:
+    def forward(mesh: Mesh, partial: Tensor) -> Tensor:
         # detach() shares memory and version counter: no copy, and autograd still notices if someone saved
         # `partial`.
         total = partial.contiguous().detach()
@@ -54,21 +69,37 @@ class _ReduceFromTp(torch.autograd.Function):
         return total
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return None, grad
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], mesh: Mesh, partial: Tensor) -> tuple[Any, Any]:
+        return _ReduceFromTp.apply(mesh, partial), in_dims[1]
 
 
 class _GatherFromTp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mesh: Mesh, local: Tensor, dim: int) -> Tensor:
-        ctx.mesh, ctx.dim = mesh, dim
+    def forward(mesh: Mesh, local: Tensor, dim: int) -> Tensor:
         pieces = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(mesh.tp_size)]
         dist.all_gather(pieces, local.contiguous(), group=mesh.tp_group)
         return torch.cat(pieces, dim)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mesh, _, ctx.dim = inputs
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return None, grad.chunk(ctx.mesh.tp_size, ctx.dim)[ctx.mesh.tp_rank].contiguous(), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], mesh: Mesh, local: Tensor, dim: int) -> tuple[Any, Any]:
+        dim = dim + 1 if dim >= 0 else dim
+        return _GatherFromTp.apply(mesh, local.movedim(in_dims[1], 0), dim), 0
 
 
 # torch.compile cannot trace a collective inside an autograd.Function: compiled blocks break their graph here.

@@ -46,7 +46,7 @@ class InitialValues:
 
 class Initializer:
     """Makes this rank's shards of the parameters under `path`; every method returns an `nn.Parameter` with a
-    `tp_layout` and `initial_values`.
+    `logical_name` (its path), a `tp_layout` and `initial_values`.
 
     The parameter is allocated with `torch.empty`, so a default device (meta, cuda) and `deepspeed.zero.Init`
     apply. With `deferred` it stays as allocated: whoever holds its parts fills them from `initial_values`.
@@ -92,21 +92,48 @@ class Initializer:
         fill: Callable[[InitialValues, Sequence[Box], np.ndarray], None],
         scale: float = 0.0,
     ) -> torch.nn.Parameter:
-        tp_rank, tp_size = self.mesh.tp_rank, self.mesh.tp_size
-        parameter = torch.nn.Parameter(torch.empty(layout.local_shape(tp_size)))
+        parameter = torch.nn.Parameter(torch.empty(layout.local_shape(self.mesh.tp_size)))
         path = f"{self.path}.{name}" if self.path else name
         values = InitialValues(layout, f"{self.seed}/{path}", fill, scale)
+        parameter.logical_name = path  # type: ignore[attr-defined]
         parameter.tp_layout = layout  # type: ignore[attr-defined]
         parameter.initial_values = values  # type: ignore[attr-defined]
         # DeepSpeed's name: counts the gradient norm of a sharded parameter on every TP rank, of a replicated
         # one once.
         parameter.model_parallel = layout.dim is not None  # type: ignore[attr-defined]
         if not parameter.is_meta and not self.deferred:
-            flat = np.zeros(parameter.numel(), np.float32)
-            values.read(layout.boxes(tp_rank, tp_size, 0, flat.size), flat)
-            with torch.no_grad():
-                parameter.copy_(torch.from_numpy(flat).view(parameter.shape))
+            initialise(parameter, self.mesh)
         return parameter
+
+
+def logical_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters of a module under the names that their initializers gave them: those of checkpoints and
+    exports, which do not depend on what the module is part of. ValueError, with the fix, for a parameter that
+    no initializer made, and for two of one name."""
+    found: dict[str, torch.nn.Parameter] = {}
+    for path, parameter in module.named_parameters():
+        name = getattr(parameter, "logical_name", None)
+        if name is None:
+            raise ValueError(
+                f"the parameter {path} was not made by an Initializer, so its initial value and its place in "
+                f"checkpoints are not known; make it with init.xavier_uniform, init.constant, ..., or use "
+                f"megavit.parallel.linear.Linear"
+            )
+        if name in found:
+            raise ValueError(
+                f"two parameters are called {name}, one of them is {path}; make the modules of the task with "
+                f"a scope of their own, init.scope('head')"
+            )
+        found[name] = parameter
+    return found
+
+
+@torch.no_grad()
+def initialise(parameter: torch.nn.Parameter, mesh: Mesh) -> None:
+    """Fill this rank's shard with its initial values."""
+    values, flat = initial_values_of(parameter), np.zeros(parameter.numel(), np.float32)
+    values.read(values.layout.boxes(mesh.tp_rank, mesh.tp_size, 0, flat.size), flat)
+    parameter.copy_(torch.from_numpy(flat).view(parameter.shape))
 
 
 def initial_values_of(parameter: torch.nn.Parameter) -> InitialValues:

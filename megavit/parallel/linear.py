@@ -15,7 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from megavit.parallel.collectives import start_sum_over_tp
+from megavit.parallel.collectives import (
+    copy_to_tp,
+    is_functorch_active,
+    reduce_from_tp,
+    start_sum_over_tp,
+)
 from megavit.parallel.init import Initializer
 from megavit.parallel.layout import Layout
 from megavit.parallel.mesh import Mesh
@@ -32,12 +37,6 @@ def _matmul(rows: Tensor, weight: Tensor, bias: Tensor | None = None, addend: Te
         out = torch.addmm(addend, rows, weight.t())
         return out if bias is None else out + bias
     return torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
-
-
-def is_functorch_active() -> bool:
-    """Whether a transform of `torch.func` is running (vmap, grad, jvp, ...): it takes torch's own operators
-    apart, but not autograd functions such as ours."""
-    return torch._C._are_functorch_transforms_active()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -204,7 +203,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = init.normal("bias", Layout((out_features,), 0, parts), bias_std) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 def column_parallel(
@@ -219,6 +218,9 @@ def column_parallel(
     """
     if mesh.tp_size == 1:
         return tuple(layer(x) for layer in layers), replicated
+    if is_functorch_active():
+        x, *replicated_inside = copy_to_tp(mesh, x, *replicated)
+        return tuple(layer(x) for layer in layers), tuple(replicated_inside)
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     x, *weights_and_biases = _autocast(x, *weights, *biases)
     found = _apply_columns(mesh, len(layers), x, *weights_and_biases, *replicated)
@@ -259,5 +261,21 @@ class RowParallelLinear(nn.Module):
         reduces = self.reduce and self.mesh.tp_size > 1
         if not reduces and not self.output_is_dead:
             return linear(x, self.weight, self.bias, addend)
+        if is_functorch_active():
+            total = reduce_from_tp(self.mesh, linear(x, self.weight, None, addend))
+            return total if self.bias is None else total + self.bias
         x, weight, bias = _autocast(x, self.weight, self.bias)
         return _apply_reduced(x, weight, bias, addend, self.mesh, self.output_is_dead)
+
+
+class Linear(nn.Module):
+    """[..., in] -> [..., out], whole on every TP rank: for the small layers that a task adds to the trunk.
+    The weight starts Xavier-uniform, the bias at zero. The input is converted to the weight's dtype."""
+
+    def __init__(self, in_features: int, out_features: int, init: Initializer, *, bias: bool = True):
+        super().__init__()
+        self.weight = init.xavier_uniform("weight", Layout((out_features, in_features)))
+        self.bias = init.constant("bias", Layout((out_features,)), 0.0) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x.to(self.weight.dtype), self.weight, self.bias)

@@ -18,10 +18,10 @@ from megavit.parallel.mesh import Mesh
 from megavit.scale.communication import CollectiveCounter, step_traffic
 from megavit.scale.memory import predict_memory
 from megavit.scale.search import Plan
+from megavit.tasks.task import blank_samples
 from megavit.train.config import RunConfig
 from megavit.train.ds_config import has_cuda_compiler, resolve_ds_config
 from megavit.train.engine import Engine
-from megavit.train.inputs import Inputs
 
 _SCALARS = 1024  # bytes: collectives of single numbers (loss, norm, flags) are not worth a line
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
@@ -59,13 +59,14 @@ def rehearse(
     started = time.perf_counter()
     engine = Engine(run, ds_config, mesh)
     build_s, build_peak = time.perf_counter() - started, meter.peak()
-    batches = [_inputs(run, engine.micro_batch, mesh)] * engine.grad_accum
+    samples = blank_samples(engine.task, engine.micro_batch, device)
+    inputs = [engine.task.inputs(samples, mesh, training=True)] * engine.grad_accum
     weight = torch.tensor(float(ds_config["train_batch_size"]), device=device)
     for _ in range(steps):
         meter.reset_peak()
         started = time.perf_counter()
         with CollectiveCounter() as counter:
-            engine.train_step(batches, weight, 1e-3, norm_limit=math.inf)
+            engine.train_step(inputs, weight, 1e-3, norm_limit=math.inf)
         step_s = time.perf_counter() - started
         peak = meter.peak()
     return Rehearsal(build_s, build_peak, step_s, meter.now(), peak, dict(counter.bytes))
@@ -121,17 +122,6 @@ def _predicted(plan: Plan, depth: int, *, on_cpu: bool) -> tuple[int, int]:
     memory = predict_memory(model, plan.recompute, plan.layout, plan.zero, on_cpu=on_cpu)
     host = memory.host_bytes if on_cpu else 0
     return memory.persistent_bytes + host, memory.peak_bytes + host
-
-
-def _inputs(run: RunConfig, micro_batch: int, mesh: Mesh) -> Inputs:
-    model = run.model
-    generator = torch.Generator().manual_seed(run.seed)
-    shape = (micro_batch, model.channels, model.image_size, model.image_size)
-    images = torch.rand(shape, generator=generator) * 2 - 1
-    classes = math.ceil(model.num_classes / mesh.tp_size)
-    targets = torch.zeros(micro_batch, classes)
-    weights = torch.ones(micro_batch)
-    return Inputs(*(tensor.to(mesh.device) for tensor in (images, targets, weights)))
 
 
 class _ResidentMeter:

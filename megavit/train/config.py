@@ -16,8 +16,8 @@ from typing import Any, Literal
 from megavit.data.config import DataConfig
 from megavit.fields import check_types, require_positive
 from megavit.model.config import ModelConfig, Recompute, model_preset
+from megavit.tasks.config import ClassifyConfig, TaskConfig
 
-Loss = Literal["sigmoid", "softmax"]
 _MAX_SEED = 2**63 - 1  # the order of the data and torch's generators take 63 bits
 
 
@@ -30,12 +30,16 @@ class ScheduleConfig:
         warmup_steps: linear rise from 0 to the peak.
         cooldown_steps: linear fall to 0 over the last steps, on top of the shape.
         timescale_steps: rsqrt decays as 1/sqrt(1 + (step - warmup) / timescale).
+        layer_decay: layer-wise decay of the rate: that of the layer k below the last is multiplied by
+            layer_decay^k, with timm's numbering (the embedding is the lowest, then each block with its own
+            number, the last norm counts to the last block, pooling and heads are above); 1 has one rate.
     """
 
     name: Literal["rsqrt", "cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 500
     cooldown_steps: int = 0
     timescale_steps: int = 10_000
+    layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
         check_types(self, "schedule.")
@@ -45,6 +49,8 @@ class ScheduleConfig:
                 f"got {self.warmup_steps} and {self.cooldown_steps}"
             )
         require_positive("schedule.", self, "timescale_steps")
+        if not 0.0 < self.layer_decay <= 1.0:
+            raise ValueError(f"schedule.layer_decay must lie in (0, 1], got {self.layer_decay}")
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,11 @@ class RunConfig:
             holds a run goes on with it, with its configuration but for the flags and --config files that are
             given.
         init_from: folder of an exported model whose weights a new run starts from; a classifier of another
-            size is left out, the position embedding is resized.
+            size is left out, the position embedding is resized. A run that goes on takes only its frozen
+            weights from there.
+        freeze: modules that are not trained, separated by commas, e.g. trunk or trunk.embed,trunk.blocks.0;
+            their weights have no gradients and no optimizer state, and checkpoints do not hold them: they
+            name the export that the weights came from (init_from), or the seed.
         seed: fixes the weights, the order of the data, the augmentation and dropout.
         max_steps: optimizer steps of the whole run. Training needs a recipe or the flag to give it, because
             no number suits everybody; 0 means that nobody has.
@@ -124,10 +134,6 @@ class RunConfig:
             count.
         recompute: activations to recompute in backward; selective keeps the matmul inputs that are expensive
             to recompute.
-        loss: softmax cross-entropy, or sigmoid (one yes or no for each class: several labels, ViT-22B).
-        label_smoothing: share of the target that is spread evenly over all classes.
-        head_weight_decay: decoupled weight decay of the classifier; none takes the body's, which is in the
-            DeepSpeed JSON.
         compile: torch.compile each block.
         export_dir: also write the final model.safetensors and config.json here; empty exports to
             <run_dir>/export.
@@ -136,6 +142,7 @@ class RunConfig:
         timeout_s: seconds without any progress after which a rank prints its stacks and ends the job.
         heartbeat_s: seconds between two signs of life in log.jsonl.
         model: the architecture.
+        task: what the run learns.
         data: the input.
         schedule: the learning rate.
         checkpoint: what is saved when.
@@ -144,6 +151,7 @@ class RunConfig:
 
     run_dir: str = ""
     init_from: str = ""
+    freeze: str = ""
     seed: int = 0
     max_steps: int = 0
     epochs: float = 0.0
@@ -152,15 +160,13 @@ class RunConfig:
     eval_every: int = 5_000
     tensor_parallel_size: int = 1
     recompute: Recompute = "none"
-    loss: Loss = "softmax"
-    label_smoothing: float = 0.0
-    head_weight_decay: float | None = None
     compile: bool = False
     export_dir: str = ""
     check_every: int = 100
     timeout_s: float = 1800.0
     heartbeat_s: float = 60.0
     model: ModelConfig = field(default_factory=lambda: model_preset("vit_tiny"))
+    task: TaskConfig = field(default_factory=ClassifyConfig)
     data: DataConfig = field(default_factory=DataConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -174,7 +180,7 @@ class RunConfig:
         for name in ("timeout_s", "heartbeat_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("max_steps", "stop_at_step", "eval_every", "check_every", "head_weight_decay", "epochs"):
+        for name in ("max_steps", "stop_at_step", "eval_every", "check_every", "epochs"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} cannot be negative, got {getattr(self, name)}")
         if self.epochs and self.max_steps:
@@ -186,10 +192,7 @@ class RunConfig:
                 f"stop_at_step {self.stop_at_step} is beyond max_steps {self.max_steps}; raise --max_steps "
                 f"for a longer run"
             )
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
-        if self.model.num_classes < 1:
-            raise ValueError("training needs model.num_classes of at least 1, got 0")
+        self.task.check(self.model, self.data)
         if self.model.channels not in (1, 3):
             raise ValueError(f"images are decoded to 1 (grey) or 3 (RGB) channels, not {self.model.channels}")
         self.model.check_tensor_parallel(self.tensor_parallel_size)
@@ -223,6 +226,7 @@ def plain_config(run: RunConfig) -> dict[str, Any]:
     """The configuration as `--config` reads it: nested dictionaries of plain values."""
     fields = dataclasses.asdict(run)
     fields["data"]["crop_area"] = list(fields["data"]["crop_area"])
+    fields["data"]["val"] = list(fields["data"]["val"])
     return fields
 
 
@@ -234,5 +238,11 @@ def flat_config(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+# Fields of a run that were called otherwise before: their old names stand in saved runs, and are accepted.
+MOVED_FIELDS = {
+    "loss": "task.loss",
+    "label_smoothing": "task.label_smoothing",
+    "head_weight_decay": "task.head_weight_decay",
+}
 # Fields that belong to one start of a run rather than to the run: a new start does not take them over.
-LAUNCH_FIELDS = ("run_dir", "init_from", "stop_at_step", "epochs")
+LAUNCH_FIELDS = ("run_dir", "init_from", "stop_at_step", "epochs", "data.class_names")

@@ -7,39 +7,40 @@ differently from its documentation is handled here and said where it is handled.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megavit.model.block import ParallelBlock, SequentialBlock
 from megavit.model.vit import MegaVit
 from megavit.parallel.collectives import reduce_from_tp, sum_over_dp, sum_over_world
+from megavit.parallel.init import Initializer, logical_parameters
 from megavit.parallel.layout import layout_of
 from megavit.parallel.mesh import Mesh
+from megavit.tasks.task import Sums, Task, make_task
 from megavit.train.config import RunConfig
 from megavit.train.ds_config import uses_bf16
 from megavit.train.ds_patches import deepspeed, safe_get_full_fp32_param, set_z3_leaf_modules
-from megavit.train.inputs import Inputs
-from megavit.train.loss import image_losses
-from megavit.train.optim import parameter_groups
+from megavit.train.optim import freeze, optimizer_groups
 from megavit.train.zero_state import ZeroState
 
 
 class StepResult(NamedTuple):
     """One optimizer step, the same on every rank. `grad_norm` is the global one before clipping; `refused` is
     empty, or says why the weights and moments were left as they were; `read` are the numbers that the caller
-    asked for."""
+    asked for; `metrics` are the task's, per unit."""
 
     loss: float
     grad_norm: float
     refused: str
     read: tuple[float, ...] = ()
+    metrics: Mapping[str, float] = {}
 
 
 class Engine:
-    """A `MegaVit` trained by DeepSpeed ZeRO on a mesh.
+    """A task's root module (`module`) trained by DeepSpeed ZeRO on a mesh.
 
     Collective: every rank calls the same methods in the same order. `ds_config` is a resolved one
     (`resolve_ds_config`). Without `initialise` the weights hold anything: the caller loads them (`state`).
@@ -51,18 +52,22 @@ class Engine:
         self.grad_accum: int = ds_config["gradient_accumulation_steps"]
         self.micro_batch: int = ds_config["train_micro_batch_size_per_gpu"]
         deepspeed.init_distributed(dist_init_required=False)  # adopts the mesh's process group
-        self.model = build_model(run, ds_config, mesh)
+        self.task = make_task(run.task, run.model, run.data)
+        self.module = build_module(self.task, run, ds_config, mesh)
+        self.parameters = logical_parameters(self.module)
         if run.compile:  # after zero.Init, whose patched constructors torch._dynamo cannot be imported under
-            self.model.compile_blocks()
-        body_decay = ds_config["optimizer"]["params"].get("weight_decay", 0.0)
+            for trunk in (part for part in self.module.modules() if isinstance(part, MegaVit)):
+                trunk.compile_blocks()
+        weight_decay = ds_config["optimizer"]["params"].get("weight_decay", 0.0)
+        groups = optimizer_groups(self.task, self.parameters, weight_decay, run.schedule.layer_decay)
         self._deepspeed, *_ = deepspeed.initialize(
-            model=self.model,
-            model_parameters=parameter_groups(self.model, body_decay, run.head_weight_decay),
+            model=_Root(self.module),
+            model_parameters=groups,
             config=ds_config,
             mpu=mesh,
             dist_init_required=False,
         )
-        self.state = ZeroState(self._deepspeed, self.model, mesh)
+        self.state = ZeroState(self._deepspeed, self.parameters, mesh)
         self._check_state()
         if initialise:
             self.state.initialise()
@@ -72,36 +77,38 @@ class Engine:
 
     def train_step(
         self,
-        micro_batches: Iterable[Inputs],
+        micro_batches: Iterable[Any],
         total_weight: Tensor,
         lr: float,
         norm_limit: float = math.inf,
         read: Tensor | None = None,
     ) -> StepResult:
-        """One optimizer step on `grad_accum` micro-batches, of images in [-1, 1].
+        """One optimizer step on `grad_accum` micro-batches, each as `Task.inputs` gives it.
 
-        The loss is the sum of the images' losses times their weights over `total_weight`, the global batch's
-        sum of weights: bad samples take no part. The update is refused, on all ranks alike, when some rank
+        The loss and the task's metrics are their sums over the global batch divided by `total_weight`, its
+        number of units: bad samples take no part. The update is refused, on all ranks alike, when some rank
         finds the gradient's norm not finite or above `norm_limit`.
 
-        Beside DeepSpeed's own communication one all-reduce of two numbers, and one copy to the host, in which
-        `read` (numbers on the device) comes along.
+        Beside DeepSpeed's own communication one all-reduce of two numbers and the metrics, and one copy to
+        the host, in which `read` (numbers on the device) comes along.
         """
         for group in self._deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         self._deepspeed.train()
         total = torch.zeros((), device=self.mesh.device)
+        metrics: dict[str, Tensor] = {}
         divisor = total_weight.clamp(min=1)
-        for index, (images, targets, weights) in enumerate(micro_batches):
-            logits = self._deepspeed(images.to(self.dtype), local_logits=True)
-            losses = image_losses(self.run.loss, logits, targets, self.run.model.num_classes, self.mesh)
-            loss = (losses * weights).sum() / divisor
+        for index, inputs in enumerate(micro_batches):
+            sums = Sums(*self._deepspeed(_forward, inputs))
+            loss = sums.loss / divisor
             total += loss.detach()
+            for name, value in sums.metrics.items():
+                metrics[name] = metrics.get(name, 0) + value.detach() / divisor
             # DeepSpeed averages over micro-batches and DP ranks; the division above has done both.
             self._deepspeed.backward(loss * (self.grad_accum * self.mesh.dp_size))
             if index + 1 < self.grad_accum:
                 self._deepspeed.step()  # counts the micro-batch; the weights move on the last one only
-        self._step = step = _Step(total, norm_limit, read)
+        self._step = step = _Step(total, metrics, norm_limit, read)
         if self._keeps_gradients_whole:
             step.grad_norm = self._whole_grad_norm()
         self._deepspeed.step()
@@ -110,10 +117,17 @@ class Engine:
         return result
 
     @torch.no_grad()
-    def predict(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes], float32, of images [B, C, S, S], the same on all TP ranks."""
+    def evaluate(self, inputs: Any) -> Sums:
+        """The root module's sums over one micro-batch of an evaluation."""
+        return Sums(*self.call(_forward, inputs))
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """`function(module, *arguments)` in evaluation mode, whatever parts of the root module it uses: under
+        ZeRO-3 their weights are gathered as they run. Collective: every rank calls it with the same function.
+        For what the model has beside its sums, e.g. `lambda module, images: module.trunk(images)`.
+        """
         self._deepspeed.eval()
-        return self._deepspeed(images.to(self.dtype))
+        return self._deepspeed(function, *arguments)
 
     @property
     def _keeps_gradients_whole(self) -> bool:
@@ -122,7 +136,7 @@ class Engine:
 
     def _whole_grad_norm(self) -> Tensor:
         squares = [torch.zeros((), device=self.mesh.device)] * 2  # replicated, sharded
-        for parameter in self.model.parameters():
+        for parameter in self.parameters.values():
             if parameter.grad is not None:
                 sharded = int(parameter.model_parallel)  # type: ignore[attr-defined]
                 squares[sharded] = squares[sharded] + parameter.grad.float().square().sum()
@@ -145,13 +159,16 @@ class Engine:
                 norm = self._deepspeed.optimizer._global_grad_norm
             norm = torch.as_tensor(norm, dtype=torch.float64, device=mesh.device)
             refused = ~(norm.isfinite() & (norm <= step.norm_limit))
-            loss = step.local_loss if mesh.tp_rank == 0 else torch.zeros_like(step.local_loss)
-            shared = sum_over_world(mesh, torch.stack([loss.double(), refused.double()]))
+            mine = torch.stack([step.local_loss, *step.metrics.values()]).double()
+            mine = mine if mesh.tp_rank == 0 else torch.zeros_like(mine)
+            shared = sum_over_world(mesh, torch.cat([mine, refused.double()[None]]))
             read = torch.empty(0, device=mesh.device) if step.read is None else step.read
             numbers = torch.cat([shared, norm[None], read.double()]).tolist()  # waits for the device, once
-            loss_sum, refusals, grad_norm, *others = numbers
+            loss_sum, *metrics = numbers[: len(mine)]
+            refusals, grad_norm, *others = numbers[len(mine) :]
             reason = self._reason_to_refuse(step, loss_sum, grad_norm) if refusals else ""
-            step.result = StepResult(loss_sum, grad_norm, reason, tuple(others))
+            named = dict(zip(step.metrics, metrics, strict=True))
+            step.result = StepResult(loss_sum, grad_norm, reason, tuple(others), named)
         return step.result
 
     def _reason_to_refuse(self, step: _Step, loss: float, grad_norm: float) -> str:
@@ -172,15 +189,16 @@ class Engine:
         stage = self._deepspeed.zero_optimization_stage()
         if stage == 0 or self.mesh.is_fake:  # no buffers of DeepSpeed's; no data that move
             return
-        layouts = {name: layout_of(parameter) for name, parameter in self.model.named_parameters()}
+        trained = {name: part for name, part in self.parameters.items() if part.requires_grad}
+        layouts = {name: layout_of(parameter) for name, parameter in trained.items()}
         matrices = [name for name, layout in layouts.items() if len(layout.shape) > 1]
-        name = min(matrices, key=lambda name: math.prod(layouts[name].shape))
+        name = min(matrices or layouts, key=lambda name: math.prod(layouts[name].shape))
         shape = layouts[name].local_shape(self.mesh.tp_size)
         pattern = torch.arange(math.prod(shape), dtype=torch.float32, device=self.mesh.device)
         for part in self.state.slices(moments=False):
             if part.name == name:
                 part.tensors["weight"].copy_(pattern[part.start : part.stop])
-        found = safe_get_full_fp32_param(dict(self.model.named_parameters())[name])
+        found = safe_get_full_fp32_param(trained[name])
         if found is None or not torch.equal(found.flatten(), pattern.to(found.device)):
             raise RuntimeError(
                 f"the weights of {name} as this trainer reads them from DeepSpeed's ZeRO stage {stage} are "
@@ -189,32 +207,73 @@ class Engine:
             )
 
 
+def _keep_until_backward(module: nn.Module) -> None:
+    """Let what follows frozen modules compute the gradient of its input too. Of a module none of whose inputs
+    has a gradient DeepSpeed takes the weights away as soon as the gradient of its output is there, before
+    they are used."""
+
+    def require_grad(part: nn.Module, arguments: tuple[Any, ...]) -> Any:
+        tensors = [item for item in arguments if isinstance(item, Tensor) and item.is_floating_point()]
+        if not tensors or not torch.is_grad_enabled() or any(item.requires_grad for item in tensors):
+            return None
+        first = tensors[0]
+        return tuple(item.detach().requires_grad_() if item is first else item for item in arguments)
+
+    for part in module.modules():
+        is_block = isinstance(part, ParallelBlock | SequentialBlock)
+        own = part.parameters(recurse=is_block)
+        if any(parameter.requires_grad for parameter in own):
+            part.register_forward_pre_hook(require_grad)
+
+
 class _Step:
     """What an optimizer step knows before its update, and its result as soon as the ranks have agreed."""
 
-    def __init__(self, local_loss: Tensor, norm_limit: float, read: Tensor | None):
-        self.local_loss, self.norm_limit, self.read = local_loss, norm_limit, read
+    def __init__(
+        self, local_loss: Tensor, metrics: dict[str, Tensor], norm_limit: float, read: Tensor | None
+    ):
+        self.local_loss, self.metrics = local_loss, metrics
+        self.norm_limit, self.read = norm_limit, read
         self.grad_norm: Tensor | None = None  # where DeepSpeed does not tell
         self.result: StepResult | None = None
 
 
-def build_model(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> MegaVit:
-    """The model on the mesh's device, its weights not yet filled: whole for stages 0 to 2, for stage 3
-    partitioned parameter by parameter, so that no more than one of them is ever whole."""
+class _Root(nn.Module):
+    """What DeepSpeed wraps: its `forward` runs any function on the task's module, so that ZeRO-3 sees every
+    use of a parameter between the start and the end of a pass."""
 
-    def build() -> MegaVit:
-        return MegaVit.from_config(
-            run.model, mesh=mesh, seed=run.seed, recompute=run.recompute, deferred_init=True
-        )
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(self.module, *arguments)
+
+
+def _forward(module: nn.Module, inputs: Any) -> Any:
+    return module(inputs)
+
+
+def build_module(task: Task, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> nn.Module:
+    """The task's root module on the mesh's device, its weights not yet filled: whole for stages 0 to 2, for
+    stage 3 partitioned parameter by parameter, so that no more than one of them is ever whole."""
+
+    def build() -> nn.Module:
+        return task.build(Initializer(run.seed, mesh, deferred=True), run.recompute)
 
     if ds_config.get("zero_optimization", {}).get("stage", 0) < 3:
         with mesh.device:
-            return build()
+            module = build()
+        freeze(module, run.freeze)
+        return module
     # `data_parallel_group` is not optional: without it zero.Init partitions over the world and mixes TP
     # shards.
     with deepspeed.zero.Init(config_dict_or_path=ds_config, mpu=mesh, data_parallel_group=mesh.dp_group):
-        model = build()
+        module = build()
+    freeze(module, run.freeze)
+    if run.freeze:
+        _keep_until_backward(module)
     # A block's weights are gathered together, once: fewer collectives, and its forward may be compiled or
     # recomputed as plain functions because no ZeRO hook runs inside it.
-    set_z3_leaf_modules(model, [ParallelBlock, SequentialBlock])
-    return model
+    set_z3_leaf_modules(module, [ParallelBlock, SequentialBlock])
+    return module

@@ -1,4 +1,4 @@
-"""Top-1 on the validation shards while training."""
+"""What a run is worth on its validation sets, while it trains."""
 
 from __future__ import annotations
 
@@ -6,23 +6,21 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from megavit.data.bad import BadSample, BadSamples
-from megavit.data.device import to_model_input
 from megavit.data.loader import EvalLoader
 from megavit.parallel.collectives import sum_over_dp
 from megavit.train.engine import Engine
-from megavit.train.inputs import gather_bad, whole_batch
+from megavit.train.inputs import gather_bad, to_samples
 from megavit.train.watchdog import Watchdog
 
 
 class Evaluation(NamedTuple):
-    """Top-1 over the images that have a label, how many those were, how many could be decoded but have no
-    label, and how many were unusable."""
+    """The task's results on a validation set, how many samples took part, and how many were unusable."""
 
-    top1: float
-    num_labelled: int
-    num_unlabelled: int
+    results: dict[str, float]
+    num_samples: int
     num_bad: int
 
 
@@ -34,26 +32,48 @@ def evaluate(
     watchdog: Watchdog,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Top-1 over the whole validation set, exact at any number of ranks: no sample dropped or counted twice.
-
-    A prediction is right if it is one of the image's labels. Bad samples are recorded and left out; an image
-    without any label is no part of top-1. `progress` is told the number of batches that are done.
+    """The task's results over a whole validation set, exact at any number of ranks: no sample is dropped or
+    counted twice. Bad samples are recorded and left out. `progress` is told the number of batches that are
+    done.
     """
-    data, mesh = engine.run.data, engine.mesh
-    counts = torch.zeros(3, device=mesh.device, dtype=torch.float64)  # right, labelled, usable
+    task, data, mesh = engine.task, engine.run.data, engine.mesh
+    fields, sums = task.fields(), _Sums()
     bad: list[BadSample] = []
     for number, batch in enumerate(loader):
         watchdog.at(f"evaluating batch {number} after step {step}")
-        images, labels, weights = whole_batch(batch, data, mesh)
-        predicted = engine.predict(to_model_input(images, mesh.device)).argmax(1)
-        right = (labels == predicted[:, None]).any(1)
-        labelled = (labels >= 0).any(1)
-        counts += torch.stack([(right * weights).sum(), (labelled * weights).sum(), weights.sum()])
+        samples = to_samples(batch, fields, data, mesh)
+        found = engine.evaluate(task.inputs(samples, mesh, training=False))
+        counts = {"units": task.weight(samples), "usable": samples.weights.sum()}
+        sums.add({"loss": found.loss} | found.metrics, counts)
         bad += batch.bad
         progress(number + 1)
-    right_count, labelled_count, usable = sum_over_dp(mesh, counts).tolist()
+    metrics, counts = sums.reduce(lambda flat: sum_over_dp(mesh, flat))
+    usable = int(counts["usable"])
     if usable < loader.num_samples:
         bad_samples.record(step, gather_bad(bad, data, mesh))
-    num_labelled, num_unlabelled = int(labelled_count), int(usable - labelled_count)
-    top1 = right_count / max(num_labelled, 1)
-    return Evaluation(top1, num_labelled, num_unlabelled, loader.num_samples - int(usable))
+    return Evaluation(task.results(metrics, float(counts["units"])), usable, loader.num_samples - usable)
+
+
+class _Sums:
+    """Named tensors, added up in float64 batch by batch."""
+
+    def __init__(self) -> None:
+        self._totals: tuple[dict[str, Tensor], ...] = ()
+
+    def add(self, *groups: dict[str, Tensor]) -> None:
+        found = tuple({name: value.double() for name, value in group.items()} for group in groups)
+        if self._totals:
+            for total, group in zip(self._totals, found, strict=True):
+                for name in total:
+                    total[name] += group[name]
+        else:
+            self._totals = found
+
+    def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> tuple[dict[str, Tensor], ...]:
+        """The sums over all ranks, on the CPU: one all-reduce."""
+        tensors = [value for group in self._totals for value in group.values()]
+        flat = sum_over_ranks(torch.cat([tensor.reshape(-1) for tensor in tensors])).cpu()
+        pieces = iter(flat.split([tensor.numel() for tensor in tensors]))
+        return tuple(
+            {name: next(pieces).view(value.shape) for name, value in group.items()} for group in self._totals
+        )

@@ -1,11 +1,11 @@
 """A rank's data: which shards and loaders a run reads from, and the way of a batch to the model (gather over
-TP, augment on the device, dense targets)."""
+TP, mirroring on the device)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -14,25 +14,15 @@ from torch import Tensor
 from megavit.data.bad import BadSample
 from megavit.data.cache import ShardCache
 from megavit.data.config import DataConfig
-from megavit.data.device import blend, to_model_input
+from megavit.data.device import mirror
+from megavit.data.fields import Batch, Field
 from megavit.data.lanes import DataState
-from megavit.data.loader import Batch, EvalLoader, Share, TrainLoader
+from megavit.data.loader import EvalLoader, Share, TrainLoader
 from megavit.data.manifest import DATA_FILE, Manifest, open_shards
 from megavit.parallel.collectives import gather_from_tp, max_over_tp, sum_over_world
 from megavit.parallel.mesh import Mesh
+from megavit.tasks.task import DeviceBatch, Task
 from megavit.train.config import RunConfig
-from megavit.train.loss import local_targets
-
-
-class Inputs(NamedTuple):
-    """One micro-batch on the device, the same on all ranks of a TP group but for the targets.
-
-    Letters: b micro-batch, S image side, C channels, K classes, /tp a rank's share.
-    """
-
-    images: Tensor  # float32 [b, C, S, S]
-    targets: Tensor  # float32 [b, ceil(K/tp)]
-    weights: Tensor  # float32 [b]
 
 
 def share_of(data: DataConfig, mesh: Mesh) -> Share:
@@ -49,6 +39,7 @@ def open_data(shards: str, data: DataConfig, mesh: Mesh) -> Manifest:
 
 def train_loader(
     shards: Manifest,
+    task: Task,
     run: RunConfig,
     ds_config: dict[str, Any],
     mesh: Mesh,
@@ -58,32 +49,30 @@ def train_loader(
     """This rank's training data, from a saved state or the start on."""
     return TrainLoader(
         shards,
-        run.model,
+        task.fields(),
         run.data,
         seed=run.seed,
         global_batch=ds_config["train_batch_size"],
         micro_batch=ds_config["train_micro_batch_size_per_gpu"],
         share=share_of(run.data, mesh),
         cache=_cache(run.data),
-        allow_unlabelled=run.loss == "sigmoid",
         state=state,
         data_file=Path(run.run_dir) / DATA_FILE if run.run_dir else None,
         left_out=left_out,
     )
 
 
-def eval_loader(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> EvalLoader | None:
-    """This rank's share of the validation data; None if the run has none. Collective over the world."""
-    if not run.data.val_shards:
-        return None
+def eval_loader(
+    shards: str, task: Task, data: DataConfig, ds_config: dict[str, Any], mesh: Mesh
+) -> EvalLoader:
+    """This rank's share of a validation set. Collective over the world."""
     return EvalLoader(
-        open_data(run.data.val_shards, run.data, mesh),
-        run.model,
-        run.data,
+        open_data(shards, data, mesh),
+        task.fields(),
+        data,
         batch=ds_config["train_micro_batch_size_per_gpu"],
-        share=share_of(run.data, mesh),
-        cache=_cache(run.data),
-        allow_unlabelled=run.loss == "sigmoid",
+        share=share_of(data, mesh),
+        cache=_cache(data),
     )
 
 
@@ -92,38 +81,33 @@ def _cache(data: DataConfig) -> ShardCache:
 
 
 @torch.no_grad()
-def whole_batch(batch: Batch, data: DataConfig, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
-    """uint8 images [b, S, S, C], labels [b, M] and weights [b] of the whole micro-batch, on the device.
+def to_samples(batch: Batch, fields: Sequence[Field], data: DataConfig, mesh: Mesh) -> DeviceBatch:
+    """The whole micro-batch on the device, mirrored. Collective over the TP group.
 
-    Under `tp: split` three all-gathers over the TP group, 150 kB an image at 224 pixels.
+    Under `tp: split` an all-gather a field over the TP group, 150 kB an image at 224 pixels.
     """
-    size = len(batch.flips)
-    parts = [part.to(mesh.device, non_blocking=True) for part in (batch.images, batch.labels, batch.weights)]
-    if data.tp == "split":
-        parts = [gather_from_tp(mesh, part, 0)[:size] for part in parts]
-    images, labels, weights = parts
-    return images, labels, weights
+    size, flips = len(batch.flips), batch.flips if batch.flips.any() else None
+
+    def whole(part: Tensor) -> Tensor:
+        part = part.to(mesh.device, non_blocking=True)
+        return gather_from_tp(mesh, part, 0)[:size] if data.tp == "split" else part
+
+    found = {field.name: whole(batch.fields[field.name]) for field in fields}
+    if flips is not None:
+        found |= {field.name: mirror(found[field.name], flips) for field in fields if field.is_spatial}
+    return DeviceBatch(found, whole(batch.weights), batch.blends)
 
 
 @torch.no_grad()
-def to_inputs(batch: Batch, run: RunConfig, mesh: Mesh) -> Inputs:
-    """A training micro-batch on the device. Collective over the TP group."""
-    images, labels, weights = whole_batch(batch, run.data, mesh)
-    targets = local_targets(run.loss, labels, run.model.num_classes, mesh, run.label_smoothing)
-    pixels = to_model_input(images, mesh.device, batch.flips)
-    if batch.blends is not None:
-        pixels, targets = blend(pixels, targets, weights, batch.blends)
-    return Inputs(pixels, targets, weights)
-
-
-@torch.no_grad()
-def start_counts(batches: list[Batch], stop: bool, data: DataConfig, mesh: Mesh) -> Tensor:
-    """The number of usable samples of a step's global batch, and how many ranks were asked to stop: float32
-    [2] on the device, the same on all ranks. Nothing waits for it here. One all-reduce over the world."""
-    weight = torch.stack([batch.weights.sum() for batch in batches]).sum()
+def start_counts(batches: list[Batch], stop: bool, task: Task, data: DataConfig, mesh: Mesh) -> Tensor:
+    """The number of the task's units in a step's global batch, that of usable samples, and how many ranks
+    were asked to stop: float32 [3] on the device, the same on all ranks. Nothing waits for it here. One
+    all-reduce over the world."""
+    units = torch.stack([task.weight(batch) for batch in batches]).sum()
+    usable = torch.stack([batch.weights.sum() for batch in batches]).sum()
+    counts = torch.stack([units, usable, torch.tensor(float(stop))])
     if data.tp == "replicate" and mesh.tp_rank:
-        weight = torch.zeros_like(weight)
-    counts = torch.stack([weight, torch.tensor(float(stop))])
+        counts[:2] = 0
     return sum_over_world(mesh, counts.to(mesh.device, non_blocking=True))
 
 
@@ -141,10 +125,11 @@ def check_replicas(batches: list[Batch], step: int, mesh: Mesh) -> None:
     """
     value = 0
     for batch in batches:
-        value = crc32(batch.images.numpy().data, crc32(batch.labels.numpy().data, value))
+        for field in batch.fields.values():
+            value = crc32(field.numpy().data, value)
     extremes = max_over_tp(mesh, torch.tensor([value, -value], dtype=torch.int64, device=mesh.device))
     if int(extremes.sum()):
         raise ValueError(
-            f"the ranks of TP group {mesh.dp_rank} decoded different images for step {step + 1}: their "
+            f"the ranks of TP group {mesh.dp_rank} decoded different samples for step {step + 1}: their "
             f"processors or image libraries differ; use --data.tp split, which shares one decoded batch"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ import torch
 
 from megavit.data.bad import BAD_SAMPLES_FILE, BadSamples, TooManyBadSamples
 from megavit.data.lanes import DataState, mix
-from megavit.data.loader import Batch
+from megavit.data.loader import Batch, EvalLoader
 from megavit.data.manifest import DATA_FILE
 from megavit.parallel.mesh import Mesh
+from megavit.tasks.task import make_task
 from megavit.train.checkpoint.checkpoint import Checkpoint
 from megavit.train.checkpoint.export import export_weights, load_exported
 from megavit.train.checkpoint.folder import open_step
+from megavit.train.checkpoint.frozen import check_digest, frozen_of, frozen_reader
 from megavit.train.checkpoint.resume import check_resumable, describe_changes
 from megavit.train.checkpoint.run_lock import RunLock
 from megavit.train.checkpoint.saver import SaveError, Saver, open_latest, restore
@@ -28,13 +30,12 @@ from megavit.train.engine import Engine, StepResult
 from megavit.train.evaluation import evaluate
 from megavit.train.guard import Guard, TooManySkipped
 from megavit.train.inputs import (
-    Inputs,
     check_replicas,
     eval_loader,
     gather_bad,
     open_data,
     start_counts,
-    to_inputs,
+    to_samples,
     train_loader,
 )
 from megavit.train.logging.log_file import LogFile
@@ -65,7 +66,7 @@ def train(
     trainer = Trainer(run, raw_ds_config, mesh, ds_overrides)
     try:
         trainer.build()
-        top1 = trainer.train(stop)
+        result = trainer.train(stop)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -77,7 +78,7 @@ def train(
     finally:
         trainer.close()
     trainer.lock.release()  # after an error, with a save under way perhaps, the end of the process does it
-    return top1
+    return result
 
 
 class Trainer:
@@ -109,16 +110,22 @@ class Trainer:
         self.lock = RunLock(self.run_dir, self._say)
         mesh.on_main(self.lock.acquire)
         self.saved = open_latest(self.run_dir, run.checkpoint.on_damage, mesh, self._say)
+        self.task = make_task(run.task, run.model, run.data)
+        self._fields = self.task.fields()
         self._shards = open_data(run.data.shards, run.data, mesh)
         self.run = run = self._with_max_steps(run)
         self.last_step = run.stop_at_step or run.max_steps
         if self.saved:
             check_resumable(self.saved, run)
+        mesh.on_main(lambda: self.task.open(self.run_dir))
         left_out = self.saved.state["left_out"] if self.saved else ()
         self._take_position(self.saved, [(first, last) for first, last in left_out])
         self._rollbacks: Counter[int] = Counter()
         self._saved_bytes = 0
-        self.eval_loader = eval_loader(run, self.ds_config, mesh)
+        self.eval_loaders = {
+            one: eval_loader(one.shards, self.task, run.data, self.ds_config, mesh)
+            for one in run.data.val_sets
+        }
         self.monitor = Monitor(self.run_dir, run, self.ds_config, mesh, ds_overrides)
         name = f"rank {mesh.global_rank}"
         self.watchdog = Watchdog(run.timeout_s, name, self._reading, self._heartbeat, run.heartbeat_s)
@@ -142,7 +149,7 @@ class Trainer:
             self.engine = Engine(run, self.ds_config, mesh, initialise=saved is None)
         if saved:
             self.watchdog.at(f"restoring {saved.folder.name}")
-            restore(saved, self.engine.state, mesh)
+            self._restore(saved)
             changes = describe_changes(saved, run, self.ds_config)
             self.monitor.open(self.step)
             self.monitor.event(self.step, "resumed", path=saved.folder.name, changes=changes)
@@ -150,48 +157,64 @@ class Trainer:
             for change in changes:
                 self._say(f"  changed: {change}")
         elif run.init_from:
-            loaded = load_exported(Path(run.init_from), self.engine.state, run.model, mesh)
+            loaded = load_exported(Path(run.init_from), self.engine.state, run.model)
             self.monitor.open()
             self.monitor.event(0, "initialised", what=loaded)
             self._say(loaded)
         else:
             self.monitor.open()
+        if not saved:
+            self.watchdog.at("reading the frozen weights")
+            self.frozen = frozen_of(run.init_from, self.engine.state.frozen_layouts, run.model, mesh)
         self.saver = Saver(self.run_dir, run.checkpoint, mesh, self.engine.state, self.step)
         if mesh.is_main:
             self.loader.save_order(self.run_dir / DATA_FILE, self.step)
+            self.task.keep(self.run_dir)
             (self.run_dir / PREEMPTED_FILE).unlink(missing_ok=True)
+
+    def _restore(self, saved: Checkpoint) -> None:
+        """The weights, moments and update counts of a checkpoint, and the frozen weights that it names."""
+        run, mesh, state = self.run, self.mesh, self.engine.state
+        self.frozen = saved.frozen
+        folder = run.init_from or saved.frozen.folder
+        if saved.frozen.exported:
+            check_digest(saved.frozen, folder, mesh)
+        with frozen_reader(saved.frozen, folder, run.model, state.read_initial) as read_frozen:
+            restore(saved, state, mesh, read_frozen)
 
     def train(self, stop: StopRequest) -> float | None:
         """Train to the last step, or until some rank is asked to `stop`; the state is saved either way.
 
-        Returns the final top-1, or None without validation shards or before the end. Raises SaveError when
+        Returns the final result (`Task.metric`) on the first validation set, or None without one or before
+        the end. Raises SaveError when
         that save failed, UselessRun when there is nothing to export, TooManySkipped and TooManyBadSamples,
         after saving, when the run needs a person.
         """
         if self.step >= self.last_step:
             self._say(f"nothing is left to do: the run is at step {self.step} of {self.last_step}")
-        top1 = self._evaluate_if_due(resuming=True)
+        result = self._evaluate_if_due(resuming=True)
         while self.step < self.last_step:
-            result = self._take_step(stop)
-            if result.refused and self.guard.gives_up:
-                self._roll_back(result.refused)
+            taken = self._take_step(stop)
+            if taken.refused and self.guard.gives_up:
+                self._roll_back(taken.refused)
                 continue
             if _is_due(self.step, self.run.checkpoint.every):
                 self._save()
-            _, some_rank_stops = result.read
+            *_, some_rank_stops = taken.read
             if some_rank_stops:
                 self._stop_on_request(stop)
                 return None
-            top1 = self._evaluate_if_due()
+            result = self._evaluate_if_due()
         self._save_and_wait()
         if self.step < self.run.max_steps:
             self._say(f"stopped at step {self.step}; start again on {self.run_dir} to go on")
             return None
         self._refuse_if_useless()
         self._export()
-        if top1 is not None:
-            self._say(reference_results(self.run.data.val_shards, top1))
-        return top1
+        if result is not None:
+            first = self.run.data.val_sets[0]
+            self._say(reference_results(first.shards, self.task.metric, result))
+        return result
 
     def close(self) -> None:
         self.watchdog.stop()
@@ -199,7 +222,8 @@ class Trainer:
 
     def _take_step(self, stop: StopRequest) -> StepResult:
         """One optimizer step: data, forward and backward, update or refusal, accounts, log line. The result's
-        `read` are the weight of the global batch and the number of ranks that were asked to stop."""
+        `read` are the units and the usable samples of the global batch, and the number of ranks that were
+        asked to stop."""
         started, step = time.perf_counter(), self.step
         self.monitor.begin_step(step)
         self.watchdog.at(f"waiting for the data of step {step + 1}")
@@ -209,10 +233,8 @@ class Trainer:
         self.watchdog.at(f"computing step {step + 1}")
         if self.run.data.tp == "replicate" and step % self.run.data.check_every == 0:
             check_replicas(batches, step, self.mesh)
-        counts = start_counts(batches, bool(stop), self.run.data, self.mesh)
-        micro_batches: Iterable[Inputs] = (to_inputs(batch, self.run, self.mesh) for batch in batches)
-        if step == 0:
-            micro_batches = self.monitor.show_first(micro_batches)
+        counts = start_counts(batches, bool(stop), self.task, self.run.data, self.mesh)
+        micro_batches = self._inputs(batches)
         _seed_dropout(self.run.seed, step, self.mesh)
         lr = lr_at(step, self.run.max_steps, self.peak_lr, self.run.schedule)
         result = self.engine.train_step(micro_batches, counts[0], lr, self.guard.limit, read=counts)
@@ -221,11 +243,12 @@ class Trainer:
         if result.refused:
             self.monitor.log_skipped(self.step, result.refused, result.loss, result.grad_norm)
         self._align_replicas_if_due()
-        self._account_for_bad_samples(batches, int(result.read[0]))
+        self._account_for_bad_samples(batches, int(result.read[1]))
         self._log_saves()
         self.monitor.log_step(
             step,
             loss=result.loss,
+            metrics=result.metrics,
             lr=lr,
             grad_norm=result.grad_norm,
             epoch=self.loader.passes(self.step),
@@ -235,6 +258,14 @@ class Trainer:
             data_time_s=data_time_s,
         )
         return result
+
+    def _inputs(self, batches: list[Batch]) -> Iterator[Any]:
+        for number, batch in enumerate(batches):
+            samples = to_samples(batch, self._fields, self.run.data, self.mesh)
+            inputs = self.task.inputs(samples, self.mesh, training=True)
+            if number == self.step == 0:
+                self.monitor.show_first(inputs)
+            yield inputs
 
     def _align_replicas_if_due(self) -> None:
         """Keep the copies of replicated parameters equal to TP rank 0's, which is the one that is saved."""
@@ -248,10 +279,10 @@ class Trainer:
                 f"TP rank 0's now"
             )
 
-    def _account_for_bad_samples(self, batches: list[Batch], weight: int) -> None:
-        # The weight, and so this decision, is the same on every rank.
+    def _account_for_bad_samples(self, batches: list[Batch], usable: int) -> None:
+        # The number of usable samples, and so this decision, is the same on every rank.
         mine = [bad for batch in batches for bad in batch.bad]
-        bad = gather_bad(mine, self.run.data, self.mesh) if weight < self.global_batch else []
+        bad = gather_bad(mine, self.run.data, self.mesh) if usable < self.global_batch else []
         try:
             self.bad_samples.add(self.step, self.global_batch, bad)
         except TooManyBadSamples:
@@ -259,18 +290,27 @@ class Trainer:
             raise
 
     def _evaluate_if_due(self, *, resuming: bool = False) -> float | None:
-        """Top-1 after this step, None if no evaluation is due. A run that was interrupted in one (`resuming`)
-        does it again, and takes the result of one that was finished from the log."""
+        """Evaluate on the validation sets that are due after this step. The result (`Task.metric`) on the
+        first set, None if it is not due. A run that was interrupted in an evaluation (`resuming`) does it
+        again, and takes the results of one that was finished from the log."""
         run, step = self.run, self.step
-        if self.eval_loader is None or not (step == run.max_steps or _is_due(step, run.eval_every)):
-            return None
-        if resuming and (step == 0 or (logged := self.monitor.logged_top1(step)) is not None):
-            return logged if step else None
-        self.watchdog.at(f"evaluating after step {step}")
-        progress = self.monitor.evaluation_progress(self.eval_loader.num_batches)
-        found = evaluate(self.engine, self.eval_loader, self.bad_samples, step, self.watchdog, progress)
-        self.monitor.log_eval(step, found)
-        return found.top1
+        results: list[float | None] = []
+        for one, loader in self.eval_loaders.items():
+            every = run.eval_every if one.every is None else one.every
+            if (resuming and not step) or not (step == run.max_steps or _is_due(step, every)):
+                results.append(None)
+            elif resuming and (logged := self.monitor.logged_results(step, one.name)):
+                results.append(logged[self.task.metric])
+            else:
+                results.append(self._evaluate(one.name, loader)[self.task.metric])
+        return results[0] if results else None
+
+    def _evaluate(self, name: str, loader: EvalLoader) -> dict[str, float]:
+        self.watchdog.at(f"evaluating after step {self.step}")
+        progress = self.monitor.evaluation_progress(loader.num_batches)
+        found = evaluate(self.engine, loader, self.bad_samples, self.step, self.watchdog, progress)
+        self.monitor.log_eval(self.step, name, found)
+        return found.results
 
     def _refuse_if_useless(self) -> None:
         """Raise UselessRun if the weights are those of the start, or not numbers."""
@@ -295,9 +335,8 @@ class Trainer:
             "bad_samples": self.bad_samples.state(),
             "guard": self.guard.state(),
         }
-        self.saver.save(
-            self.step, {"state": state, "run": plain_config(self.run), "ds_config": self.ds_config}
-        )
+        fields = {"state": state, "run": plain_config(self.run), "ds_config": self.ds_config}
+        self.saver.save(self.step, fields | {"frozen": self.frozen})
         if not self.run.checkpoint.async_save:
             self._wait_for_saves()
         self._log_saves()
@@ -360,7 +399,7 @@ class Trainer:
         self._rollbacks[saved.step] += 1
         if self._rollbacks[saved.step] > _MAX_ROLLBACKS:
             raise TooManySkipped(f"{message}; {_MAX_ROLLBACKS} rollbacks to step {saved.step} did not help")
-        restore(saved, self.engine.state, self.mesh)
+        self._restore(saved)
         longer = max((b for a, b in self._left_out if a == first), default=first) + self.step - first
         left_out = [skip for skip in self._left_out if skip[0] != first] + [(first, longer)]
         self._take_position(saved, left_out)
@@ -384,7 +423,9 @@ class Trainer:
             state.get("bad_samples"),
         )
         data = DataState.from_json(state["data"]) if saved else None
-        self.loader = train_loader(self._shards, self.run, self.ds_config, self.mesh, data, left_out)
+        self.loader = train_loader(
+            self._shards, self.task, self.run, self.ds_config, self.mesh, data, left_out
+        )
         self._batches = self.loader.batches(self.step, self.run.max_steps)
 
     def _export(self) -> None:
@@ -393,12 +434,12 @@ class Trainer:
         def export(count: Callable[[int], None]) -> None:
             if self.mesh.is_main:
                 source = open_step(self.run_dir, self.step)
-                export_weights(source, out, verify=False, progress=count)
+                export_weights(source, out, init_from=self.run.init_from, verify=False, progress=count)
 
         # The other ranks stay: a launcher may take the first one that ends for the end of the job.
         self.watchdog.at("exporting the weights")
         run_together(self.mesh, export, lambda _: self.watchdog.at("exporting the weights"))
-        self._say(f"exported the weights to {out} (MegaVit.from_pretrained loads them)")
+        self._say(f"exported the model to {out} (megavit.load and launch/predict.py use it)")
 
     def _say(self, text: str) -> None:
         say(self.mesh, text)

@@ -7,7 +7,7 @@ them. All knowledge of the buffers' layout is in this file, for the version that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megavit.parallel.collectives import broadcast_over_tp
 from megavit.parallel.init import initial_values_of
-from megavit.parallel.layout import Box, layout_of
+from megavit.parallel.layout import Box, Layout, layout_of
 from megavit.parallel.mesh import Mesh
 from megavit.train.checkpoint.manifest import WEIGHT
 
@@ -41,34 +41,52 @@ class ZeroState:
     """The training state that one rank holds inside a DeepSpeed engine, for stages 0 to 3, also offloaded to
     the CPU."""
 
-    def __init__(self, engine: Any, model: nn.Module, mesh: Mesh):
-        self._engine, self._model, self._mesh = engine, model, mesh
+    def __init__(self, engine: Any, parameters: Mapping[str, nn.Parameter], mesh: Mesh):
+        self._engine, self._parameters, self._mesh = engine, parameters, mesh
         self._stage: int = engine.zero_optimization_stage()
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self._model.named_parameters()
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """Of the parameters that are trained, by logical name."""
+        return self._layouts(frozen=False)
 
-    def slices(self, *, moments: bool = True) -> Iterator[Slice]:
-        """Views of everything this rank holds, or of the weights alone. The moments are made first, zero, if
-        no step has made them yet.
+    @property
+    def frozen_layouts(self) -> dict[str, Layout]:
+        """Of the frozen parameters, which have weights in the model's dtype only."""
+        return self._layouts(frozen=True)
 
-        Stage 0 holds whole shards on every DP rank, the others a partition each.
+    def _layouts(self, *, frozen: bool) -> dict[str, Layout]:
+        return {
+            name: layout_of(parameter)
+            for name, parameter in self._parameters.items()
+            if parameter.requires_grad is not frozen
+        }
+
+    def slices(self, *, moments: bool = True, frozen: bool = False) -> Iterator[Slice]:
+        """Views of everything this rank holds of the trained parameters, or of their weights alone; with
+        `frozen` also of the frozen weights. The moments are made first, zero, if no step has made them yet.
+
+        Stage 0 holds whole shards on every DP rank, the others a partition each; frozen weights are
+        partitioned at stage 3 only.
         """
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in self._parameters.items():
+            if not (frozen or parameter.requires_grad):
+                continue
             place = self._place(parameter)
             if place is None:
                 continue
             flat, offset, start, stop = place
-            whole = {WEIGHT: flat} | (self._moments(flat) if moments else {})
+            whole = {WEIGHT: flat}
+            whole |= self._moments(flat) if moments and parameter.requires_grad else {}
             part = slice(offset, offset + stop - start)
             yield Slice(name, start, stop, {kind: t.detach().view(-1)[part] for kind, t in whole.items()})
 
     def owned(self) -> Iterator[Slice]:
-        """The slices that this rank saves: all ranks' together are every shard once.
+        """The slices that this rank saves: all ranks' together are every shard of what is trained once.
 
         Stage 0 shares its whole shards out over the DP ranks; of replicated parameters TP rank 0's count.
         """
-        layouts = {name: layout_of(parameter) for name, parameter in self._model.named_parameters()}
+        layouts = self.layouts
         for part in self.slices():
             if layouts[part.name].dim is None and self._mesh.tp_rank:
                 continue
@@ -82,10 +100,11 @@ class ZeroState:
                 yield part
 
     def load(self, read: Read, *, moments: bool, leave: Collection[str] = ()) -> None:
-        """Fill this rank's slices, but for the parameters in `leave`, with what `read(name, boxes, out)` puts
-        into `out`: a zeroed flat float32 array for each kind. Collective over DP."""
-        layouts = {name: layout_of(parameter) for name, parameter in self._model.named_parameters()}
-        for part in self.slices(moments=moments):
+        """Fill this rank's slices, frozen ones too, but for the parameters in `leave`, with what
+        `read(name, boxes, out)` puts into `out`: a zeroed flat float32 array for each kind, of frozen
+        parameters for the weight alone. Collective over DP."""
+        layouts = self.layouts | self.frozen_layouts
+        for part in self.slices(moments=moments, frozen=True):
             if part.name in leave:
                 continue
             boxes = layouts[part.name].boxes(self._mesh.tp_rank, self._mesh.tp_size, part.start, part.stop)
@@ -98,8 +117,11 @@ class ZeroState:
     def initialise(self) -> None:
         """Fill the weights with their initial values, drawing this rank's own elements only. Collective over
         DP."""
-        values = {name: initial_values_of(parameter) for name, parameter in self._model.named_parameters()}
-        self.load(lambda name, boxes, out: values[name].read(boxes, out[WEIGHT]), moments=False)
+        self.load(self.read_initial, moments=False)
+
+    def read_initial(self, name: str, boxes: list[Box], out: dict[str, np.ndarray]) -> None:
+        """The initial weights of a parameter, drawn for the boxes only."""
+        initial_values_of(self._parameters[name]).read(boxes, out[WEIGHT])
 
     def align_replicas(self) -> list[str]:
         """Compare the replicated parameters' weights and moments with TP rank 0's, to the bit, and take TP
@@ -109,7 +131,7 @@ class ZeroState:
         differ. Collective over the world; broadcasts 12 bytes a replicated element of this rank's partition.
         """
         mesh = self._mesh
-        layouts = {name: layout_of(parameter) for name, parameter in self._model.named_parameters()}
+        layouts = self.layouts
         replicated = [
             (part.name, tensor)
             for part in self.slices()
@@ -132,13 +154,13 @@ class ZeroState:
 
     def is_finite(self) -> bool:
         """Whether all weights are finite. Collective over the world."""
-        tensors = [part.tensors[WEIGHT] for part in self.slices(moments=False)]
+        tensors = [part.tensors[WEIGHT] for part in self.slices(moments=False, frozen=True)]
         return not self._mesh.any(not all(bool(tensor.isfinite().all()) for tensor in tensors))
 
     def optimizer_state(self) -> dict[str, Any]:
         """Type, groups' hyperparameters, and each parameter's number of updates, as JSON."""
         steps = {}
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in self._trained():
             place = self._place(parameter)
             if place is not None:
                 steps[name] = int(self._state_of(place[0]).get("step", 0))
@@ -151,7 +173,7 @@ class ZeroState:
     def set_steps(self, steps: dict[str, int]) -> None:
         """Restore the updates counted by each parameter's optimizer state (Adam's bias correction)."""
         done: dict[int, int] = {}
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in self._trained():
             place = self._place(parameter)
             if place is None:
                 continue
@@ -159,6 +181,9 @@ class ZeroState:
             assert done.setdefault(id(flat), steps[name]) == steps[name], f"{name} has its own step"
             state = self._state_of(flat)
             state["step"] = self._count(flat, steps[name])
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, part) for name, part in self._parameters.items() if part.requires_grad)
 
     def _refresh(self) -> None:
         """Bring the weights that compute uses up to date with the master weights. Collective over DP."""
@@ -184,12 +209,16 @@ class ZeroState:
         """(flat master buffer, offset in it, start and stop in the shard) of this rank's part of a parameter;
         None if it has none."""
         optimizer = self._engine.optimizer
+        if self._stage == 3 and not parameter.requires_grad:
+            flat, numel = parameter.ds_tensor, parameter.ds_numel  # type: ignore[attr-defined]
+            start = min(self._mesh.dp_rank * flat.numel(), numel)
+            return flat, 0, start, min(start + flat.numel(), numel)
         if self._stage == 3:
             group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
             numel = parameter.ds_numel  # type: ignore[attr-defined]
             start = min(self._mesh.dp_rank * size, numel)
             return optimizer.fp32_partitioned_groups_flat[group], offset, start, min(start + size, numel)
-        if self._stage == 0:
+        if self._stage == 0 or not parameter.requires_grad:
             return parameter, 0, 0, parameter.numel()
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:

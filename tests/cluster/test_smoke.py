@@ -1,4 +1,4 @@
-"""One job on SLURM and one on two hosts, as `make test` has time for; `make test-cluster` holds the rest."""
+"""One job on SLURM and one on two hosts: `make test-smoke`; `make test-cluster` holds the rest."""
 
 from __future__ import annotations
 

@@ -19,7 +19,10 @@ import webdataset as wds
 from PIL import Image
 
 from megavit.data.cache import ShardCache
+from megavit.data.config import DataConfig
+from megavit.data.fields import Field, Labels, Picture
 from megavit.data.manifest import Manifest, open_shards, write_index
+from megavit.model.config import ModelConfig
 
 
 def picture(i: int, kind: str = "PNG", size: tuple[int, int] = (8, 8)) -> bytes:
@@ -28,6 +31,21 @@ def picture(i: int, kind: str = "PNG", size: tuple[int, int] = (8, 8)) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind)
     return buffer.getvalue()
+
+
+def labelled(model: ModelConfig, data: DataConfig, allow_none: bool = True) -> list[Field]:
+    """The fields of a classification run."""
+    image = Picture(
+        size=model.image_size,
+        channels=model.channels,
+        antialias=data.antialias,
+        decoder=data.decoder,
+        max_pixels=data.max_pixels,
+    )
+    return [
+        image,
+        Labels(num_classes=model.num_classes, max_labels=data.max_labels, allow_none=allow_none),
+    ]
 
 
 def write_shards(

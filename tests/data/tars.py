@@ -50,7 +50,7 @@ def sample(key: str = "a") -> bytes:
 
 
 @contextmanager
-def alarm(seconds: int = 30) -> Iterator[None]:
+def alarm(seconds: int = 120) -> Iterator[None]:
     """Ends what would go on for ever; what is tested takes milliseconds."""
 
     def stop(*_: object) -> None:

@@ -15,9 +15,10 @@ import psutil
 import pytest
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from megavit.data.decode import Box, DecodeError, Decoder
+from megavit.data.exif import orientation
 
 SIZE = 32
 BACKENDS = [
@@ -191,13 +192,66 @@ def test_every_flavour_of_jpeg_gives_the_box_of_the_whole(backend: str) -> None:
                 assert np.array_equal(row, whole[top : top + size, left : left + size]), (options, left, top)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_orientation_is_ignored(backend: str) -> None:
-    """Catches one backend turning pictures that the other does not."""
+def with_orientation(image: Image.Image, turn: int, kind: str, **options: object) -> bytes:
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees
-    data = encode(photo(), exif=exif)
-    assert np.array_equal(load(data, backend=backend), load(encode(photo())))
+    exif[0x010F], exif[0x0112], exif[0x0132] = "a camera", turn, "2026:01:01 00:00:00"
+    return encode(image, kind, exif=exif, **options)
+
+
+def exif_last(png: bytes) -> bytes:
+    """The eXIf chunk behind the pixels, as some programs write it."""
+    start = png.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(png[start : start + 4], "big")
+    return png[:start] + png[end:-12] + png[start:end] + png[-12:]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "CMYK", "PNG, last"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_pictures_are_shown_upright(turn: int, kind: str, backend: str) -> None:
+    """Catches pictures on their side, mirrored or turned the wrong way, and boxes of the picture as it was
+    stored."""
+    image = photo(150, 100).convert("CMYK") if kind == "CMYK" else photo(150, 100)
+    options: dict[str, object] = {"lossless": True} if kind == "WEBP" else {}
+    data = with_orientation(image, turn, "JPEG" if kind == "CMYK" else kind.split(",")[0], **options)
+    data = exif_last(data) if kind.endswith("last") else data
+    stored = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    upright = np.asarray(ImageOps.exif_transpose(with_tag(stored, turn)))
+    seen: list[tuple[int, int]] = []
+    for box in ((10, 20, 42, 52), (50, 60, 82, 92), (3, 4, 90, 80)):
+        row = np.empty((SIZE, SIZE, 3), np.uint8)
+        choose = lambda width, height, box=box: seen.append((width, height)) or box  # noqa: E731
+        Decoder(3, SIZE, backend=backend).load(data, choose, row)
+        crop = Image.fromarray(upright).crop(box)
+        assert psnr(row, np.asarray(crop.resize((SIZE, SIZE), Image.Resampling.BILINEAR))) > 38
+    assert seen == [(upright.shape[1], upright.shape[0])] * 3
+    with pytest.raises(DecodeError, match=f"{upright.shape[1]}x{upright.shape[0]} pixels are more than"):
+        load(data, backend=backend, max_pixels=14_999)
+
+
+def with_tag(pixels: np.ndarray, turn: int) -> Image.Image:
+    """An image in memory that Pillow's own `exif_transpose` turns."""
+    image = Image.fromarray(pixels)
+    image.getexif()[0x0112] = turn
+    return image
+
+
+def test_an_orientation_that_cannot_be_read_is_none() -> None:
+    """Catches a damaged tag that makes a good picture a bad one, and a search without end."""
+    rng = np.random.default_rng(0)
+    for kind in ("JPEG", "PNG", "WEBP"):
+        data = with_orientation(photo(40, 30), 6, kind)
+        assert orientation(data) == 6
+        for end in range(len(data)):
+            assert orientation(data[:end]) in (1, 6)
+        start = data.index(b"a camera") - 60
+        for _ in range(2000):
+            bad = bytearray(data)
+            for place in rng.integers(max(0, start), min(len(data), start + 120), 4):
+                bad[place] = rng.integers(256)
+            assert 1 <= orientation(bytes(bad)) <= 8
+    for tag in (0, 9, 600):
+        assert orientation(with_orientation(photo(40, 30), tag, "JPEG")) == 1
 
 
 def damaged(kind: str, data: bytes, rng: np.random.Generator) -> bytes:

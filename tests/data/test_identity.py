@@ -13,7 +13,7 @@ from megavit.data.index import index_header, read_index
 from megavit.data.lanes import DataState
 from megavit.data.loader import TrainLoader
 from megavit.data.manifest import Manifest, index_pattern, open_shards, read_manifest, write_index
-from tests.data.shards import cache_in, write_shards
+from tests.data.shards import cache_in, labelled, write_shards
 from tests.data.test_index import sample_members, write_tar
 from tests.train.runs import DEMO
 
@@ -50,7 +50,7 @@ def without_content(path: Path) -> None:
 def loader(manifest: Manifest, state: dict | None = None, data_file: Path | None = None) -> TrainLoader:
     return TrainLoader(
         manifest,
-        RUN.model,
+        labelled(RUN.model, RUN.data),
         dataclasses.replace(RUN.data, shards="x"),
         seed=0,
         global_batch=4,
@@ -174,17 +174,18 @@ def test_the_samples_of_a_step_are_still_told(tmp_path: Path, capsys: pytest.Cap
     it because of them, and a change of shards that is not named."""
     write_shards(tmp_path, shards=3, samples=40, indexed=False)
     config = dataclasses.replace(RUN.data, shards=f"{tmp_path}/x-*.tar")
+    fields = labelled(RUN.model, config)
     sizes = {"seed": 0, "global_batch": 8, "micro_batch": 8}
     path = tmp_path / "run" / "data.json"
     path.parent.mkdir()
-    first = TrainLoader(open_shards(config.shards), RUN.model, config, **sizes)
+    first = TrainLoader(open_shards(config.shards), fields, config, **sizes)
     first.save_order(path, 0)
     state = DataState.from_json(json.loads(path.read_text())["state"])
     which = ["which", "--run_dir", str(path.parent), "--step", "1"]
     assert command.main(which) == 0
     told = capsys.readouterr().out
     index(tmp_path)
-    again = TrainLoader(open_shards(config.shards), RUN.model, config, **sizes, state=state)
+    again = TrainLoader(open_shards(config.shards), fields, config, **sizes, state=state)
     again.save_order(path, 5)
     assert command.main(which) == 0 and capsys.readouterr().out == told
     assert len(told.splitlines()) == 8

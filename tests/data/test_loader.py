@@ -11,6 +11,7 @@ import resource
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,15 +22,17 @@ from PIL import Image
 
 from megavit.data.cache import ShardCache
 from megavit.data.config import DataConfig
+from megavit.data.fields import Batch
 from megavit.data.lanes import DataState
-from megavit.data.loader import Batch, EvalLoader, Share, TrainLoader
+from megavit.data.loader import EvalLoader, Share, TrainLoader
 from megavit.data.manifest import index_pattern, open_shards
 from megavit.data.worker import WorkerError
 from megavit.model.config import ModelConfig
 from megavit.recipe import RECIPES, read_recipe
-from tests.data.shards import flip_bit, picture, reading_hangs, truncate, write_shards
+from tests.data.shards import flip_bit, labelled, picture, reading_hangs, truncate, write_shards
 
 RUN = read_recipe(RECIPES / "digits.yaml")
+FIELDS = labelled(RUN.model, RUN.data)
 WHOLE = Share()
 
 
@@ -38,7 +41,7 @@ def train_loader(
 ) -> TrainLoader:
     config = dataclasses.replace(RUN.data, shards=shards, **data)
     sizes = {"global_batch": batch, "micro_batch": micro, "share": share, "state": state}
-    return TrainLoader(open_shards(shards), RUN.model, config, seed=5, **sizes)
+    return TrainLoader(open_shards(shards), labelled(RUN.model, config), config, seed=5, **sizes)
 
 
 def global_batches(
@@ -56,7 +59,7 @@ def global_batches(
             for tp_rank in range(tp_size)
         ]
         whole = [
-            torch.cat([batch.images for batch in same])[: len(same[0].flips)]
+            torch.cat([batch.fields["image"] for batch in same])[: len(same[0].flips)]
             for same in zip(*parts, strict=True)
         ]
         per_rank.append(torch.cat(whole).unflatten(0, (last - first, -1)))
@@ -136,7 +139,7 @@ def test_changed_shards_are_refused_on_resuming(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x-006\.tar \(40 samples.*is added"):
         TrainLoader(
             open_shards(changed),
-            RUN.model,
+            labelled(RUN.model, RUN.data),
             RUN.data,
             seed=5,
             global_batch=48,
@@ -155,7 +158,7 @@ def test_augmentation_differs_between_epochs(train: str) -> None:
     compared = equal = 0
     for step in [*range(3), *range(steps, 2 * steps)]:
         slots = loader.order.slots(step, 0, 48)
-        images = next(loader.batches(step, step + 1)).images
+        images = next(loader.batches(step, step + 1)).fields["image"]
         for place, image in zip(
             zip(slots.shard.tolist(), slots.index.tolist(), strict=True), images, strict=True
         ):
@@ -173,19 +176,19 @@ def test_evaluation_sees_every_sample_exactly_once(
 ) -> None:
     """Catches samples dropped or counted twice, and ranks with fewer batches, which would hang the others."""
     shards = open_shards(f"{digits}/test-*.tar")
-    (whole,) = list(EvalLoader(shards, RUN.model, RUN.data, batch=360))
+    (whole,) = list(EvalLoader(shards, FIELDS, RUN.data, batch=360))
     found: list[tuple[bytes, int]] = []
     for rank in range(dp_size * tp_size):
         share = Share(rank // tp_size, dp_size, rank % tp_size, tp_size)
-        batches = list(EvalLoader(shards, RUN.model, RUN.data, batch=batch, share=share))
+        batches = list(EvalLoader(shards, FIELDS, RUN.data, batch=batch, share=share))
         assert len(batches) == -(-360 // (batch * dp_size))
-        assert {len(some.images) for some in batches} == {-(-batch // tp_size)}
+        assert {len(some.fields["image"]) for some in batches} == {-(-batch // tp_size)}
         found += [sample for some in batches for sample in samples(some)]
     assert sorted(found) == sorted(samples(whole)) and len(found) == 360
 
 
 def samples(batch: Batch) -> list[tuple[bytes, int]]:
-    rows = zip(batch.images, batch.labels, batch.weights, strict=True)
+    rows = zip(batch.fields["image"], batch.fields["label"], batch.weights, strict=True)
     return [(image.numpy().tobytes(), int(labels[0])) for image, labels, weight in rows if weight]
 
 
@@ -223,9 +226,9 @@ def test_unusable_samples_keep_their_slot(
     shards = odd_shard(tmp_path, image, **label)
     loader = train_loader(shards, batch=2, micro=2, workers=workers, max_pixels=60_000)
     (batch,) = list(loader.batches(0, 1))
-    assert batch.images.shape == (2, 8, 8, 1) and sorted(batch.weights.tolist()) == [0.0, 1.0]
+    assert batch.fields["image"].shape == (2, 8, 8, 1) and sorted(batch.weights.tolist()) == [0.0, 1.0]
     bad = int(batch.weights.argmin())
-    assert not batch.images[bad].any() and (batch.labels[bad] == -1).all()
+    assert not batch.fields["image"][bad].any() and (batch.fields["label"][bad] == -1).all()
     (record,) = batch.bad
     assert record.key == "odd" and record.url.endswith("x.tar") and words in record.reason
 
@@ -263,7 +266,8 @@ def test_damaged_shards_cost_their_samples_and_no_others(tmp_path: Path) -> None
         keys = [
             manifest.index(s).key(i) for s, i in zip(slots.shard.tolist(), slots.index.tolist(), strict=True)
         ]
-        for key, weight, label in zip(keys, batch.weights.tolist(), batch.labels[:, 0].tolist(), strict=True):
+        labels = batch.fields["label"][:, 0].tolist()
+        for key, weight, label in zip(keys, batch.weights.tolist(), labels, strict=True):
             assert (weight == 0) == (key in lost) or manifest.index(1).sample(int(key) - 40)[
                 "png"
             ].offset > 26_000
@@ -290,10 +294,10 @@ def test_remote_shards_give_the_same_batches(tmp_path: Path, workers: int) -> No
         assert manifest.digest == local.digest
         sizes = {"global_batch": 48, "micro_batch": 8}
         data = dataclasses.replace(RUN.data, workers=workers, shuffle_block=8)
-        remote = TrainLoader(manifest, RUN.model, data, seed=5, cache=cache, **sizes)
-        same = TrainLoader(local, RUN.model, dataclasses.replace(data, workers=0), seed=5, **sizes)
+        remote = TrainLoader(manifest, FIELDS, data, seed=5, cache=cache, **sizes)
+        same = TrainLoader(local, FIELDS, dataclasses.replace(data, workers=0), seed=5, **sizes)
         for mine, expected in zip(remote.batches(0, 3), same.batches(0, 3), strict=True):
-            assert not mine.bad and torch.equal(mine.images, expected.images)
+            assert not mine.bad and torch.equal(mine.fields["image"], expected.fields["image"])
         server.shutdown()
 
 
@@ -301,12 +305,12 @@ def test_several_labels(tmp_path: Path) -> None:
     """Catches the second label lost, and an empty list that only one loss can use."""
     write_shards(tmp_path, labels="json")
     batch = next(train_loader(f"{tmp_path}/x-*.tar").batches(0, 1))
-    pairs = {tuple(row) for row in batch.labels[:, :3].tolist()}
+    pairs = {tuple(row) for row in batch.fields["label"][:, :3].tolist()}
     assert pairs <= {(*sorted((i, (i + 3) % 10)), -1) for i in range(10)} and len(pairs) > 5
     empty = odd_shard(tmp_path, picture(3), json=b'{"labels": []}')
     manifest = open_shards(empty)
     for allow, weights in ((True, [1.0, 1.0]), (False, [1.0, 0.0])):
-        (batch,) = list(EvalLoader(manifest, RUN.model, RUN.data, batch=2, allow_unlabelled=allow))
+        (batch,) = list(EvalLoader(manifest, labelled(RUN.model, RUN.data, allow), RUN.data, batch=2))
         assert batch.weights.tolist() == weights
 
 
@@ -339,11 +343,18 @@ def test_a_killed_worker_is_an_error_that_names_its_sample(train: str) -> None:
 
 
 @pytest.mark.dist
-def test_a_worker_that_hangs_is_an_error_that_names_its_sample(tmp_path: Path) -> None:
+def test_a_worker_that_hangs_is_an_error_that_names_its_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a run that waits for ever for a file system that does not answer."""
     write_shards(tmp_path, shards=1, samples=60)
+    loader = train_loader(str(tmp_path / "x.manifest.json"), workers=1, timeout_s=60.0)
+    # However long the worker takes to start: the time is over as soon as it reads.
+    clock = SimpleNamespace(monotonic=lambda: np.inf if loader.reading() else 0.0)
+    monkeypatch.setattr("megavit.data.worker.time", clock)
+    monkeypatch.setattr("megavit.data.loader.CHECK_S", 0.5)
     with reading_hangs([tmp_path / "x-000.tar"]):
-        batches = train_loader(str(tmp_path / "x.manifest.json"), workers=1, timeout_s=15.0).batches(0, 1)
+        batches = loader.batches(0, 1)
         with pytest.raises(WorkerError, match=r"no batch in time.*was reading sample \d+ of .*x-000\.tar"):
             next(batches)
 

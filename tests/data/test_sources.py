@@ -169,6 +169,5 @@ def test_s3_is_tried_as_often_as_http(
     cache.timeout_s = 1 if behaviour == "hang" else 60
     with pytest.raises(SourceError, match="in 3 tries"):
         fetched(cache, "s3://shards/a.tar")
-    # On a loaded machine a try can be over before its request is sent.
-    least = 1 if behaviour == "hang" else 3
-    assert least <= len(server.requests) <= 3
+    # On a loaded machine a try can be over before its request is sent: what hangs may have asked less often.
+    assert len(server.requests) == 3 or (behaviour == "hang" and len(server.requests) < 3)

@@ -14,10 +14,11 @@ from PIL import Image
 from megavit.data import write
 from megavit.data.bad import BadSamples, SampleError
 from megavit.data.config import DataConfig
-from megavit.data.loader import Samples
 from megavit.data.manifest import expand_shards, open_shards
 from megavit.data.reader import ShardReader
+from megavit.data.samples import Samples
 from megavit.model.config import ModelConfig
+from tests.data.shards import labelled
 
 
 def contents(pattern: str) -> list[tuple[bytes, int]]:
@@ -174,7 +175,8 @@ def test_a_sample_knows_the_file_that_it_was_made_from(tmp_path: Path) -> None:
         sources[sample["__key__"]] = sample["source.txt"].decode()
     assert len(sources) == 7
     manifest = open_shards(f"{tmp_path}/out/train.manifest.json")
-    samples = Samples(manifest, None, ModelConfig(image_size=28), DataConfig(), allow_unlabelled=False)
+    fields = labelled(ModelConfig(image_size=28), DataConfig(), allow_none=False)
+    samples = Samples(manifest, fields, DataConfig())
     batch = samples.batch([0] * 7, range(7), 7, None)
     (bad,) = batch.bad
     assert bad.source == sources[bad.key] == "train/cat/caf\u00e9 1.jpg"

@@ -36,7 +36,7 @@ class Run:
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        return [row for row in self.log if "eval_top1" in row]
+        return [row for row in self.log if "eval" in row]
 
     @property
     def log(self) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ TINY = ["--shape", "32x2x4x2", "--image_size", "56", "--num_classes", "10", "--r
 
 
 def call(*words: str) -> tuple[int, str]:
-    done = subprocess.run([sys.executable, BENCH, *words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, BENCH, *words], capture_output=True, text=True, timeout=600)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout + done.stderr
 

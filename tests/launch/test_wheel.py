@@ -52,7 +52,7 @@ def test_an_installed_wheel_trains(tmp_path: Path) -> None:
     def megavit(*words: str) -> str:
         environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-P", "-m", *words]
-        done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

@@ -66,7 +66,7 @@ def pretrained(run: Path) -> str:
 
 def init_from(run: Path) -> str:
     with pytest.raises(ValueError) as caught:
-        load_exported(run / "export", ModelState(RUN, Mesh.single()), RUN.model, Mesh.single())  # type: ignore[arg-type]
+        load_exported(run / "export", ModelState(RUN, Mesh.single()), RUN.model)  # type: ignore[arg-type]
     return str(caught.value)
 
 
@@ -153,6 +153,19 @@ PROGRAM: list[Row] = [
         "model.safetensors ... status 1",
     ),
     ("no out", nothing, launch("export RUN"), "out ... status 2"),
+    (
+        "no such names",
+        nothing,
+        launch("export RUN RUN/out --class_names RUN/none"),
+        "run/none cannot be read ... one class name a line ... status 1",
+    ),
+    (
+        "names too few",
+        text("names", "cat\ndog\n"),
+        launch("export RUN RUN/out --class_names RUN/names"),
+        "2 class names for the 10 classes ... status 1",
+    ),
+    ("kept names too few", text("classes.txt", "cat\n"), export, "run/classes.txt has 1 names ... status 1"),
 ]
 GROUPS = {"config": CONFIGS, "weights": WEIGHT_FILES, "program": PROGRAM}
 TABLE = {f"{group}: {row[0]}": row[1:] for group, rows in GROUPS.items() for row in rows}

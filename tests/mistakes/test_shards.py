@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import io
 import json
 import os
 import pickle
@@ -22,12 +23,13 @@ import webdataset as wds
 from launch import shards as command
 from megavit.data.bad import SampleError
 from megavit.data.cache import ShardCache
+from megavit.data.fields import Field, Number, Plane
 from megavit.data.images import DecodeError
 from megavit.data.index import ShardError, index_shard, read_index
 from megavit.data.loader import EvalLoader
 from megavit.data.manifest import open_shards, read_manifest
 from megavit.data.sources import SourceError
-from tests.data.shards import picture, truncate, write_shards
+from tests.data.shards import labelled, picture, truncate, write_shards
 from tests.data.tars import END, alarm, header, member, pax, record, sample
 from tests.train.runs import DEMO
 
@@ -38,7 +40,7 @@ Way = Callable[[Path], object]
 
 def reports(way: Way, folder: Path) -> str:
     """The message of the error that `way` ends with; it must be an error of ours, in one line."""
-    with alarm(60), pytest.raises(OWN_ERRORS) as caught:
+    with alarm(), pytest.raises(OWN_ERRORS) as caught:
         way(folder)
     assert type(caught.value) in OWN_ERRORS, f"{type(caught.value)} leaks out: {caught.value}"
     return one_line(str(caught.value))
@@ -335,15 +337,82 @@ BAD: dict[str, tuple[dict[str, bytes], str]] = {
 }
 
 
+def npy(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    return buffer.getvalue()
+
+
+SAMPLE = {"png": picture(0), "cls": b"1"}
+DEPTH = Plane("depth", ("depth.png", "depth.npy"), size=8)
+MASK = Plane("mask", ("mask.png", "mask.npy"), size=8, dtype="uint8", fill=255)
+AGE = Number("age", "age")
+BAD_FIELDS: dict[str, tuple[Field, dict[str, bytes], str]] = {
+    "plane: missing": (DEPTH, {}, "it has cls, png but no depth.png or depth.npy"),
+    "plane: another size": (
+        DEPTH,
+        {"depth.png": picture(0, size=(9, 8))},
+        "its depth.png has 9x8 pixels, but its picture 8x8",
+    ),
+    "plane: JPEG": (DEPTH, {"depth.png": picture(0, "JPEG")}, "its depth.png cannot .*JPEG, not PNG"),
+    "plane: cut off": (DEPTH, {"depth.png": picture(0)[:60]}, "its depth.png cannot be decoded: "),
+    "plane: no npy": (DEPTH, {"depth.npy": b"0"}, "its depth.npy cannot be decoded: its npy header cannot"),
+    "plane: npy cut off": (
+        DEPTH,
+        {"depth.npy": npy(np.ones((8, 8)))[:-1]},
+        r"511 bytes of values for shape \[8, 8\]",
+    ),
+    "plane: npy of objects": (
+        DEPTH,
+        {"depth.npy": npy(np.full((8, 8), None, object))},
+        "its npy holds object, not numbers",
+    ),
+    "plane: one row": (DEPTH, {"depth.npy": npy(np.ones(64))}, r"its npy has shape \[64\], not \[H, W\] or"),
+    "plane: colours": (
+        DEPTH,
+        {"depth.npy": npy(np.ones((8, 8, 3)))},
+        "its depth.npy has 3 channels, not 1",
+    ),
+    "plane: class too large": (
+        MASK,
+        {"mask.npy": npy(np.full((8, 8), 256))},
+        "its mask.npy holds 256, which is",
+    ),
+    "plane: fraction of a class": (
+        MASK,
+        {"mask.npy": npy(np.full((8, 8), 1.5))},
+        "holds 1.5, which is no uint8",
+    ),
+    "number: no JSON": (AGE, {"json": b"{"}, "its json cannot be parsed: it is not JSON"),
+    "number: a list": (AGE, {"json": b"[1]"}, "its json holds a list, not an object with 'age'"),
+    "number: missing": (AGE, {"json": b"{}"}, "its json has no 'age'"),
+    "number: a string": (AGE, {"json": b'{"age": "1"}'}, r"has a string \('1'\) as 'age', not a number"),
+    "number: true": (AGE, {"json": b'{"age": true}'}, "has true or false .*as 'age', not a number"),
+    "number: NaN": (AGE, {"json": b'{"age": NaN}'}, "has nan as 'age', no finite float32"),
+    "number: endless": (AGE, {"json": b'{"age": 1%s}' % (b"0" * 99)}, "has 1000.* as 'age', no finite"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FIELDS)
+def test_planes_and_numbers(tmp_path: Path, name: str) -> None:
+    """Catches a plane of another picture that trains in silence, and a field's mistake without its member."""
+    field, members, words = BAD_FIELDS[name]
+    check_bad(tmp_path, SAMPLE | members, words, field)
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_labels_and_images(tmp_path: Path, name: str) -> None:
     """Catches a run that one sample ends, and a record that does not say which one and why."""
-    members, words = BAD[name]
+    check_bad(tmp_path, *BAD[name])
+
+
+def check_bad(tmp_path: Path, members: dict[str, bytes], words: str, *more: Field) -> None:
     with wds.TarWriter(str(tmp_path / "x.tar"), encoder=False, mtime=0) as writer:
         writer.write({"__key__": "odd", **members})
     config = dataclasses.replace(RUN.data, max_pixels=9000, max_labels=4)
+    fields = [*labelled(RUN.model, config), *more]
     with alarm():
-        (batch,) = EvalLoader(open_shards(f"{tmp_path}/x.tar"), RUN.model, config, batch=1)
+        (batch,) = EvalLoader(open_shards(f"{tmp_path}/x.tar"), fields, config, batch=1)
     (bad,) = batch.bad
     check(tmp_path, one_line(str(SampleError(bad))), rf"{{tmp}}/x\.tar: sample 'odd': .*{words}")
 
@@ -576,7 +645,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str)
     argv = [word.replace("{tmp}", str(tmp_path)) for word in words.split()]
     if argv[0] in ("index", "verify", "stats"):
         argv += ["--cache_dir", str(tmp_path / "cache")]
-    with alarm(60):
+    with alarm():
         assert command.main(argv) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "shard/s" not in line]
     (message,) = [line for line in lines if line.startswith("error: ")]
@@ -615,7 +684,7 @@ def test_stats_count_what_training_cannot_use(tmp_path: Path, capsys: pytest.Cap
         "--cache_dir",
         str(tmp_path / "cache"),
     ]
-    with alarm(60):
+    with alarm():
         assert command.main(argv) == 0
     out = capsys.readouterr().out
     # Too large for the limits of the test above only, or for its number of classes.

@@ -61,8 +61,8 @@ def grad_pairs(ours: ParallelBlock, theirs: ParallelScalingBlock) -> list[tuple[
     return [(mine.grad, other) for (mine, _), other in zip(pairs(ours, theirs), expected, strict=True)]
 
 
-@pytest.mark.parametrize("return_map", [False, True])
-def test_equals_timm_forward_and_all_gradients(return_map: bool) -> None:
+@pytest.mark.parametrize("observed", [False, True])
+def test_equals_timm_forward_and_all_gradients(observed: bool) -> None:
     """Catches any difference from the published block: norm, QK norm, scale, GELU form, biases, residual."""
     theirs = timm_block()
     with torch.no_grad():
@@ -74,7 +74,9 @@ def test_equals_timm_forward_and_all_gradients(return_map: bool) -> None:
             mine.copy_(other)
     x = torch.randn(3, 17, DIM, generator=torch.Generator().manual_seed(1))
     mine_x, other_x = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, expected = ours(mine_x, return_map)[0], theirs(other_x)
+    seen: list[Tensor] = []
+    y, expected = ours(mine_x, seen.append if observed else None), theirs(other_x)
+    assert len(seen) == observed
     assert (y - expected).abs().max() < 1e-5 * expected.abs().max()
     (y * x).sum().backward()
     (expected * x).sum().backward()
@@ -85,8 +87,8 @@ def test_equals_timm_forward_and_all_gradients(return_map: bool) -> None:
 def test_explicit_attention_equals_the_fused_kernel() -> None:
     """Catches attention maps that are not those the model used."""
     q, k, v = (torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(s)) for s in range(3))
-    fused, none = attend(q, k, v, return_map=False)
-    explicit, weights = attend(q, k, v, return_map=True)
+    fused, none = attend(q, k, v, explicit=False)
+    explicit, weights = attend(q, k, v, explicit=True)
     assert none is None
     assert (fused - explicit).abs().max() < 1e-5
     assert torch.allclose(weights.sum(-1), torch.ones(2, 3, 9), atol=1e-6)

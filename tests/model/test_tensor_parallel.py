@@ -14,7 +14,7 @@ from megavit.model.config import ModelConfig
 from megavit.model.vit import MegaVit
 from megavit.parallel.layout import layout_of
 from megavit.parallel.mesh import Mesh
-from megavit.train.loss import image_losses, local_targets
+from megavit.tasks.loss import image_losses, local_targets
 from tests.ranks import run_ranks
 
 # 7 classes: padded at tp 2 and 4. 6 patches wide, MLP 36: no powers of two that would hide an exchange of

@@ -1,10 +1,11 @@
-"""The model as a user meets it: constructors, shapes, errors, maps, loading."""
+"""The model as a user meets it: constructors, shapes, errors, loading, recomputation."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megavit import MegaVit
 from megavit.model.count import repeated_flops
-from megavit.model.vit import resize_position
+from megavit.model.embed import resize_position
 
 SMALL = {
     "image_size": 16,
@@ -45,7 +46,7 @@ def test_logits_have_the_promised_shape(pool: str, registers: int) -> None:
     """Catches prefix tokens lost or pooled by mistake."""
     model = small(pool=pool, num_registers=registers)
     assert model(images(3)).shape == (3, 5)
-    tokens, _ = model.encode(images(3))
+    tokens = model.forward_features(images(3))
     assert tokens.shape == (3, 16 + registers + (pool == "cls"), 32)
     assert small(pool=pool, num_classes=0)(images(3)).shape == (3, 32)
 
@@ -53,8 +54,8 @@ def test_logits_have_the_promised_shape(pool: str, registers: int) -> None:
 def test_mean_pool_leaves_registers_out() -> None:
     """Catches registers averaged into the feature."""
     model = small(pool="mean", num_registers=2)
-    tokens, _ = model.encode(images(2))
-    assert torch.equal(model.pool_tokens(tokens), tokens[:, 2:].mean(1))
+    tokens = model.forward_features(images(2))
+    assert torch.equal(model.forward_head(tokens, pre_logits=True), tokens[:, 2:].mean(1))
 
 
 def test_patch_embedding_is_the_convolution() -> None:
@@ -65,15 +66,6 @@ def test_patch_embedding_is_the_convolution() -> None:
         torch.nn.functional.conv2d(images(2), weight, model.embed.bias, stride=4).flatten(2).transpose(1, 2)
     )
     assert torch.allclose(model.embed(images(2)) - model.embed.position, expected, atol=1e-5)
-
-
-def test_attention_maps_and_their_logits() -> None:
-    """Catches an explicit path that computes something else than the fused one."""
-    model = small(depth=3)
-    logits, maps = model(images(2), return_maps=True)
-    assert (logits - model(images(2))).abs().max() < 1e-5
-    assert [tuple(m.shape) for m in maps] == [(2, 4, 16, 16)] * 3
-    assert all(torch.allclose(m.sum(-1), torch.ones(2, 4, 16), atol=1e-5) for m in maps)
 
 
 def test_dropout_acts_in_training_only() -> None:
@@ -118,9 +110,13 @@ def test_unknown_preset_names_the_nearest() -> None:
 
 
 def test_wrong_image_names_both_shapes() -> None:
-    """Catches a position embedding broadcast over the wrong grid."""
-    with pytest.raises(ValueError, match=r"\(2, 3, 20, 20\).*16, 16"):
-        small()(images(2, side=20))
+    """Catches pixels that are left out of the patches, and a fix that does not fit either."""
+    with pytest.raises(ValueError, match=r"\(2, 3, 16, 22\).* from 16 x 22 to 16 x 24") as error:
+        small()(torch.zeros(2, 3, 16, 22))
+    assert "4 x 4 pixels" in str(error.value)
+    for shape in ((2, 3, 0, 16), (2, 3, 1, 16)):
+        with pytest.raises(ValueError, match="to 4 x 16"):
+            small()(torch.zeros(shape))
     with pytest.raises(ValueError, match=r"\(2, 1, 16, 16\)"):
         small()(images(2, channels=1))
 
@@ -168,11 +164,59 @@ def test_from_pretrained_resizes_the_position_embedding(tmp_path: Path) -> None:
     assert torch.equal(larger.blocks[1].mlp.up.weight, model.blocks[1].mlp.up.weight)
 
 
+@pytest.mark.filterwarnings("error")
+def test_from_pretrained_without_a_classifier(tmp_path: Path) -> None:
+    """Catches features that are not those of the classifier, and an export without one that is refused."""
+    model = small().eval()
+    export(model, tmp_path / "m")
+    features = MegaVit.from_pretrained(tmp_path / "m", num_classes=0)
+    assert features.head is None
+    expected = model.forward_head(model.forward_features(images(2)), pre_logits=True)
+    assert torch.equal(features(images(2)), expected)
+    export(features, tmp_path / "headless")
+    assert torch.equal(MegaVit.from_pretrained(tmp_path / "headless")(images(2)), expected)
+
+
+def test_from_pretrained_says_that_a_classifier_is_new(tmp_path: Path) -> None:
+    """Catches a classifier that holds uninitialised memory, or of which nobody hears; and one that is thrown
+    away though it fits."""
+    model = small()
+    export(model, tmp_path / "m")
+    with pytest.warns(UserWarning, match=r"head.weight and head.bias are newly .* 7 classes.*\(5, 32\)"):
+        other = MegaVit.from_pretrained(tmp_path / "m", num_classes=7)
+    fresh = MegaVit(**(SMALL | {"num_classes": 7}))
+    assert torch.equal(other.head.weight, fresh.head.weight) and torch.equal(other.head.bias, fresh.head.bias)
+    assert torch.equal(other.blocks[1].attn.qkv.weight, model.blocks[1].attn.qkv.weight)
+    export(small(num_classes=0), tmp_path / "headless")
+    with pytest.warns(UserWarning, match="head.weight is missing"):
+        MegaVit.from_pretrained(tmp_path / "headless", num_classes=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same = MegaVit.from_pretrained(tmp_path / "m", num_classes=5)
+    assert torch.equal(same.head.weight, model.head.weight)
+
+
+def test_from_pretrained_in_another_type_and_on_another_device(tmp_path: Path) -> None:
+    """Catches a copy in float32 of every weight, and a default of torch's that stays changed."""
+    model = small()
+    export(model, tmp_path / "m")
+    loaded = MegaVit.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert all(
+        torch.equal(mine, p.bfloat16())
+        for mine, p in zip(loaded.parameters(), model.parameters(), strict=True)
+    )
+    assert torch.get_default_dtype() == torch.float32 and torch.empty(0).device.type == "cpu"
+    on_meta = MegaVit.from_pretrained(tmp_path / "m", device="meta")
+    assert {p.device.type for p in on_meta.parameters()} == {"meta"}
+    assert MegaVit.from_pretrained(tmp_path / "m", recompute="full").blocks[0].recompute == "full"
+
+
 def test_resize_position_keeps_a_linear_ramp_monotonic_and_the_identity_exact() -> None:
     """Catches rows and columns exchanged in the grid."""
     ramp = torch.arange(4.0).repeat_interleave(4)[:, None]  # value = row
-    assert torch.equal(resize_position(ramp, 4), ramp)
-    large = resize_position(ramp, 8).view(8, 8)
+    assert torch.equal(resize_position(ramp, (4, 4)), ramp)
+    large = resize_position(ramp, (8, 8)).view(8, 8)
     assert torch.allclose(large, large[:, :1].expand(8, 8))
     assert (large[1:, 0] >= large[:-1, 0]).all() and large[7, 0] > large[0, 0]
 
@@ -187,8 +231,11 @@ def test_from_pretrained_refuses_what_does_not_fit(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "m" / "model.safetensors")
     with pytest.raises(ValueError, match=r"missing \['norm.weight'\], unknown \['extra'\]"):
         MegaVit.from_pretrained(tmp_path / "m")
-    with pytest.raises(ValueError, match=r"missing|head.weight"):
+    with pytest.raises(ValueError, match=r"missing \['norm.weight'\]"):
         MegaVit.from_pretrained(tmp_path / "m", num_classes=7)
+    export(small(), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"mlp.up.weight has shape \(64, 32\), the model needs \(96, 32\)"):
+        MegaVit.from_pretrained(tmp_path / "other", mlp_dim=96)
 
 
 RECOMPUTED = [
@@ -220,7 +267,7 @@ def test_every_policy_compiles_to_one_graph(policy: str) -> None:
     torch.compiler.reset()
     forward = torch.compile(model.blocks[0].forward, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 16, 32, requires_grad=True)
-    grads = [torch.autograd.grad(way(x)[0].square().sum(), x)[0] for way in (forward, model.blocks[0])]
+    grads = [torch.autograd.grad(way(x).square().sum(), x)[0] for way in (forward, model.blocks[0])]
     torch.testing.assert_close(*grads)
 
 
@@ -293,8 +340,8 @@ def test_features_and_logits_are_float32_in_bfloat16_models(pool: str) -> None:
     model = MegaVit(**SMALL, pool=pool).to(torch.bfloat16)
     with torch.no_grad():
         model.head.weight.normal_()
-    tokens, _ = model.encode(images(2).to(torch.bfloat16))
-    features = model.pool_tokens(tokens)
+    tokens = model.forward_features(images(2).to(torch.bfloat16))
+    features = model.forward_head(tokens, pre_logits=True)
     logits = model(images(2).to(torch.bfloat16))
     assert features.dtype == logits.dtype == torch.float32
     expected = features @ model.head.weight.float().t() + model.head.bias.float()

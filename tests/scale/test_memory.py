@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +18,8 @@ from megavit.scale.gathers import GatherLimits, replay
 from megavit.scale.inventory import inventory
 from megavit.scale.job import Layout, ZeroSettings
 from megavit.scale.memory import Activations, predict_memory
+from tests.ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
 GIB = 2**30
 
 
@@ -81,7 +80,7 @@ def held_bytes(config: ModelConfig, recompute: Recompute, batch: int) -> int:
     x = torch.randn(batch, config.num_tokens, config.dim, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for block in model.blocks:
-            x, _ = block(x)
+            x = block(x)
     return sum(kept.values())
 
 
@@ -103,11 +102,21 @@ def test_selective_keeps_nine_d() -> None:
     assert activations.per_block / activations.stream == pytest.approx(9.0, abs=0.06)
 
 
+def plan(words: list[str]) -> tuple[int, str]:
+    """In a test rank: the exit status and the output of `launch/plan.py`."""
+    from megavit.launch.plan import main
+
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        status = main(words)
+    return status, out.getvalue()
+
+
+@pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
-        "--model.name vit_l16 --model.depth 8 --gpus_per_node 4 --only tp=2,stage=3,recompute=selective",
+        "--model.name vit_l16 --gpus_per_node 4 --only tp=2,stage=3,recompute=selective",
         "--model.name vit_b16 --nodes 2 --gpus_per_node 1 --only tp=1,stage=2,recompute=full,offload=false",
         "--model.name vit_b16 --gpus_per_node 8 --only tp=2,stage=3,recompute=none,offload=params",
     ],
@@ -115,15 +124,14 @@ def test_selective_keeps_nine_d() -> None:
 def test_prediction_is_what_one_true_rank_needs(flags: str) -> None:
     """Catches buffers that DeepSpeed has and the prediction does not, or the other way round, and a build
     that holds the model. Persistent memory is that of tensors, the peak has the libraries' own in it."""
-    command = [sys.executable, "launch/plan.py", *flags.split(), "--global_batch", "64", "--rehearse", "3"]
-    done = subprocess.run(
-        [*command, "--rehearse_micro_batch", "4"], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = [*flags.split(), "--model.depth", "5", "--global_batch", "64"]
+    words += ["--rehearse", "3", "--rehearse_micro_batch", "4"]
+    ((status, output),) = run_ranks(1, plan, words, fresh=True)
+    assert status == 0, output
     rows = re.findall(
-        r"^\| (\S.*?) \| .*? \| .*? \| ([\d.]+) \|", done.stdout.partition("rehearsal of")[2], re.MULTILINE
+        r"^\| (\S.*?) \| .*? \| .*? \| ([\d.]+) \|", output.partition("rehearsal of")[2], re.MULTILINE
     )
     ratios = {name: float(ratio) for name, ratio in rows}
-    assert 0.98 < ratios.pop("persistent memory") < 1.02, done.stdout
-    assert 0.85 < ratios.pop("peak memory") < 1.15, done.stdout
-    assert ratios and all(abs(ratio - 1) < 1e-4 for ratio in ratios.values()), done.stdout
+    assert 0.98 < ratios.pop("persistent memory") < 1.02, output
+    assert 0.85 < ratios.pop("peak memory") < 1.15, output
+    assert ratios and all(abs(ratio - 1) < 1e-4 for ratio in ratios.values()), output

@@ -10,9 +10,10 @@ import torch
 
 from megavit.model.config import PRESETS, model_preset
 from megavit.parallel.mesh import Mesh
+from megavit.tasks.classify import Inputs
+from megavit.tasks.config import ClassifyConfig
 from megavit.train.config import RunConfig
 from megavit.train.ds_config import resolve_ds_config
-from megavit.train.inputs import Inputs
 from tests.ranks import run_ranks
 
 DS_CONFIG = {
@@ -24,20 +25,22 @@ DS_CONFIG = {
 
 
 def two_steps() -> dict[str, list[float]]:
-    """Losses of two steps on one batch, for each preset with one block of its true width."""
+    """Losses of two steps on one batch, for each preset with one block of its true width and images of 16
+    patches of its true size: most of the time is the weights', which are all there."""
     from megavit.train.engine import Engine
 
     mesh, losses = Mesh.from_environment(), {}
     for name in PRESETS:
         if name == "vit_22b":  # one block, pooling and classifier are 22 GB with Adam; see launch/plan.py
             continue
-        run = RunConfig(model=model_preset(name, depth=1), loss="sigmoid")
+        size = 4 * model_preset(name).patch_size
+        model = model_preset(name, depth=1, image_size=size)
+        run = RunConfig(model=model, task=ClassifyConfig(loss="sigmoid"))
         engine = Engine(run, resolve_ds_config(DS_CONFIG, 1, "cpu"), mesh)
-        model = run.model
         torch.manual_seed(0)
         images = torch.rand(2, model.channels, model.image_size, model.image_size) * 2 - 1
         targets = torch.nn.functional.one_hot(torch.tensor([1, 2]), model.num_classes).float()
-        batch = [Inputs(images, targets, torch.ones(2))]
+        batch = [Inputs(images, targets, torch.tensor([[1], [2]]), torch.ones(2))]
         losses[name] = [engine.train_step(batch, torch.tensor(2.0), 1e-3).loss for _ in range(2)]
         del engine
         gc.collect()

@@ -17,7 +17,12 @@ DEMO = read_recipe(RECIPES / "digits.yaml")
 def small_run(data: Path, run_dir: Path, **changes: Any) -> RunConfig:
     """20 logged steps of a two-block model on the digits; `data__x=1` changes field `x` of `data`."""
     nested: dict[str, dict[str, Any]] = {"model": {"depth": 2}, "schedule": {"warmup_steps": 5}}
-    nested |= {"data": {"shards": f"{data}/train-*.tar", "val_shards": ""}, "checkpoint": {}, "guard": {}}
+    nested |= {
+        "task": {},
+        "data": {"shards": f"{data}/train-*.tar", "val_shards": ""},
+        "checkpoint": {},
+        "guard": {},
+    }
     flat = {"run_dir": str(run_dir), "max_steps": 20, "log_every": 1, "eval_every": 0}
     for key, value in changes.items():
         part, nests, field = key.partition("__")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megavit.data.lanes import DataState
 from megavit.model.vit import MegaVit
-from megavit.parallel.layout import layout_of
+from megavit.parallel.layout import Layout, layout_of
 from megavit.parallel.mesh import Mesh
 from megavit.train.checkpoint.saver import Saver
 from megavit.train.config import CheckpointConfig, RunConfig, plain_config
@@ -37,15 +37,18 @@ class ModelState:
         self.steps = dict.fromkeys(self.moments, steps)
         self._mesh = mesh
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.model.named_parameters()
+    frozen_layouts: ClassVar[dict[str, Layout]] = {}
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        return {name: layout_of(parameter) for name, parameter in self.model.named_parameters()}
 
     def _tensors(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
         whole = {"weight": parameter.detach()} | self.moments[name]
         return {kind: tensor.view(-1) for kind, tensor in whole.items()}
 
     def owned(self) -> Iterator[Slice]:
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.model.named_parameters():
             share = -(-parameter.numel() // self._mesh.dp_size)
             start = min(share * self._mesh.dp_rank, parameter.numel())
             stop = min(start + share, parameter.numel())
@@ -60,7 +63,7 @@ class ModelState:
         self.steps = {name: steps[name] for name in self.steps}
 
     def load(self, read: Callable[..., None], *, moments: bool, leave: Collection[str] = ()) -> None:
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.model.named_parameters():
             tensors = {
                 kind: t for kind, t in self._tensors(name, parameter).items() if moments or kind == "weight"
             }

@@ -11,13 +11,16 @@ import pytest
 import torch
 
 from megavit.model.vit import MegaVit
+from megavit.parallel.init import logical_parameters
 from megavit.parallel.layout import layout_of
 from megavit.parallel.mesh import Mesh
+from megavit.tasks.classify import Inputs
+from megavit.tasks.config import ClassifyConfig
+from megavit.tasks.loss import image_losses, local_targets
+from megavit.tasks.task import make_task
 from megavit.train.config import RunConfig
 from megavit.train.ds_config import resolve_ds_config
-from megavit.train.inputs import Inputs
-from megavit.train.loss import image_losses, local_targets
-from megavit.train.optim import parameter_groups
+from megavit.train.optim import optimizer_groups
 from tests.ranks import run_ranks
 from tests.train.runs import DEMO
 
@@ -50,20 +53,21 @@ WEIGHTS = torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1])
 def inputs(run: RunConfig, mesh: Mesh, step: int, micro_batch: int) -> list[Inputs]:
     share = BATCH // mesh.dp_size
     images, labels, weights = (t[mesh.dp_rank * share :][:share] for t in (*batch(step), WEIGHTS))
-    targets = local_targets(run.loss, labels[:, None], 7, mesh)
-    parts = zip(*(t.split(micro_batch) for t in (images, targets, weights)), strict=True)
+    targets = local_targets(run.task.loss, labels[:, None], 7, mesh)
+    parts = zip(*(t.split(micro_batch) for t in (images, targets, labels[:, None], weights)), strict=True)
     return [Inputs(*part) for part in parts]
 
 
 def plain_pytorch(run: RunConfig) -> dict[str, Any]:
     """The same steps with nothing but torch: what every engine must reproduce."""
     model = MegaVit.from_config(run.model, seed=run.seed)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1, run.head_weight_decay), lr=LR)
+    task = make_task(run.task, run.model, run.data)
+    optimizer = torch.optim.AdamW(optimizer_groups(task, logical_parameters(model), 0.1), lr=LR)
     losses, norms = [], []
     for step in range(STEPS):
         images, labels = batch(step)
-        targets = local_targets(run.loss, labels[:, None], 7, Mesh.single())
-        per_image = image_losses(run.loss, model(images), targets, 7, Mesh.single())
+        targets = local_targets(run.task.loss, labels[:, None], 7, Mesh.single())
+        per_image = image_losses(run.task.loss, model(images), targets, 7, Mesh.single())
         loss = (per_image * WEIGHTS).sum() / WEIGHTS.sum()
         optimizer.zero_grad()
         loss.backward()
@@ -74,12 +78,16 @@ def plain_pytorch(run: RunConfig) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "weights": weights}
 
 
+def predict(module: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return module.trunk(images)
+
+
 def shards_of(engine: Any) -> dict[str, torch.Tensor]:
     """Each parameter's TP shard, float32, gathered from the master copies of the DP ranks."""
     from megavit.parallel.collectives import sum_over_dp
 
     shards = {}
-    for name, parameter in engine.model.named_parameters():
+    for name, parameter in engine.parameters.items():
         layout = layout_of(parameter)
         shards[name] = torch.zeros(layout.local_shape(engine.mesh.tp_size)).flatten()
         for part in engine.state.slices():
@@ -104,7 +112,7 @@ def run_engine(tp_size: int, run: RunConfig, raw: dict[str, Any]) -> float | dic
         result = engine.train_step(inputs(run, mesh, step, engine.micro_batch), WEIGHTS.sum(), LR)
         losses.append(result.loss)
         norms.append(result.grad_norm)
-    layouts = {name: layout_of(p) for name, p in engine.model.named_parameters()}
+    layouts = {name: layout_of(p) for name, p in engine.parameters.items()}
     weights = 0.0
     for name, shard in shards_of(engine).items():
         mine = layouts[name].take(expected["weights"][name], mesh.tp_rank, mesh.tp_size)
@@ -118,7 +126,7 @@ CASES = {
     "stage 0, tp 2": (2, 2, {}, ds_config(0)),
     "stage 1, dp 2": (2, 1, {}, ds_config(1)),
     "stage 2, dp 2 x tp 2": (4, 2, {}, ds_config(2, micro_batch=2)),
-    "stage 3, one rank": (1, 1, {"loss": "softmax"}, ds_config(3)),
+    "stage 3, one rank": (1, 1, {"task": ClassifyConfig(loss="softmax")}, ds_config(3)),
     "stage 3, dp 2 x tp 2, accumulation": (4, 2, {}, ds_config(3, micro_batch=1)),
     "stage 3, tp 4": (4, 4, {}, ds_config(3)),
     "stage 3, dp 2, selective": (2, 1, {"recompute": "selective"}, ds_config(3)),
@@ -179,7 +187,7 @@ def poisoned(tp_size: int, raw: dict[str, Any], where: str) -> list[Any]:
             if where == "loss" and mesh.dp_rank == 1:
                 bad[-1] = bad[-1]._replace(images=bad[-1].images * float("nan"))
             if where == "gradient" and mesh.dp_rank == 1:
-                norm = dict(engine.model.named_parameters())["norm.weight"]
+                norm = engine.parameters["norm.weight"]
                 handle = norm.register_hook(lambda grad: grad * float("inf"))
             if where == "spike":
                 limit = 1e-6
@@ -284,7 +292,8 @@ def drift(raw: dict[str, Any], parameter: str, kind: str) -> tuple[list[str], li
             values = torch.cat([part.tensors[kind], -part.tensors[kind]])
             same = not bool((max_over_tp(mesh, values).view(2, -1).sum(0) != 0).any())
     images, _ = batch(1)
-    logits = engine.predict(images)
+    with torch.no_grad():
+        logits = engine.call(predict, images.to(engine.dtype))
     return *found, same, torch.equal(max_over_tp(mesh, logits), logits)
 
 

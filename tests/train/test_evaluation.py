@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import subprocess
-import sys
+import os
+import signal
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.dist]
 def evaluate_once(run: RunConfig) -> tuple[Any, int]:
     """What one evaluation of untrained weights finds, and the most batches of images alive at a time."""
     from megavit.data.bad import BadSamples
-    from megavit.data.loader import Batch
+    from megavit.data.fields import Batch
     from megavit.parallel.mesh import Mesh
     from megavit.train.ds_config import resolve_ds_config
     from megavit.train.engine import Engine
@@ -37,8 +37,8 @@ def evaluate_once(run: RunConfig) -> tuple[Any, int]:
 
     mesh = Mesh.from_environment(run.tensor_parallel_size)
     resolved = resolve_ds_config(ds_config(3, batch=48, micro_batch=8), mesh.dp_size, "cpu")
-    loader = eval_loader(run, resolved, mesh)
-    assert loader is not None
+    engine = Engine(run, resolved, mesh)
+    loader = eval_loader(run.data.val_shards, engine.task, run.data, resolved, mesh)
     watchdog = Watchdog(600, "rank")
     alive: list[weakref.ref[Any]] = []
     most = 0
@@ -49,11 +49,11 @@ def evaluate_once(run: RunConfig) -> tuple[Any, int]:
         def __iter__(self) -> Iterator[Batch]:
             nonlocal most
             for batch in loader:
-                alive.append(weakref.ref(batch.images.untyped_storage()))
+                alive.append(weakref.ref(batch.fields["image"].untyped_storage()))
                 most = max(most, sum(found() is not None for found in alive))
                 yield batch
 
-    found = evaluate(Engine(run, resolved, mesh), Watched(), BadSamples(1, 1, 48), 0, watchdog)  # type: ignore[arg-type]
+    found = evaluate(engine, Watched(), BadSamples(1, 1, 48), 0, watchdog)  # type: ignore[arg-type]
     watchdog.stop()
     return tuple(found), most
 
@@ -75,55 +75,56 @@ def test_images_without_a_label_are_no_part_of_top1(
     write_validation(tmp_path, ['{"labels": []}', "[0]", "[0, 3]", "[4]", "[99]"] * 8)
     val_shards = str(tmp_path / "test-0.tar")
     run = small_run(digits, tmp_path / "run", data__val_shards=val_shards, tensor_parallel_size=tp)
-    for (top1, labelled, unlabelled, bad), most in run_ranks(ranks, evaluate_once, run):
-        assert (labelled, unlabelled, bad) == (24, 8, 8)
-        assert top1 == pytest.approx(2 / 3)
+    for (results, samples, bad), most in run_ranks(ranks, evaluate_once, run):
+        assert (samples, results["unlabelled"], bad) == (32, 8, 8)
+        assert results["top1"] == pytest.approx(2 / 3)
         assert most <= 2
 
 
-KILLED_IN_EVALUATION = """
-import os, pickle, sys
-from megavit.train import loop
-from tests.train.runs import train_here
+def train_and_die(run: RunConfig, raw: dict[str, Any], last: int) -> None:
+    """In a rank: a run that is killed as the evaluation after step `last` begins."""
+    from megavit.train import loop
 
-evaluate = loop.evaluate
+    evaluate = loop.evaluate
 
-def evaluate_and_die(engine, loader, bad_samples, step, *others):
-    if step == {step}:
-        os.kill(os.getpid(), 9)
-    return evaluate(engine, loader, bad_samples, step, *others)
+    def evaluate_and_die(engine: Any, loader: Any, bad_samples: Any, step: int, *others: Any) -> Any:
+        if step == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return evaluate(engine, loader, bad_samples, step, *others)
 
-loop.evaluate = evaluate_and_die
-sys.exit(train_here(*pickle.load(open(sys.argv[1], "rb"))))
-"""
+    loop.evaluate = evaluate_and_die
+    train_here(run, raw)
+
+
+IN_BETWEEN = {"max_steps": 12, "eval_every": 6, "checkpoint__every": 3}
+
+
+@pytest.fixture(scope="module")
+def never_killed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("never_killed") / "run"
+    run = small_run(digits, folder, data__val_shards=f"{digits}/test-*.tar", **IN_BETWEEN)
+    assert run_ranks(1, train_here, run, ds_config(3)) == [""]
+    return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [10, 20])
+@pytest.mark.parametrize("step", [6, 12])
 def test_an_evaluation_that_was_killed_is_done_by_the_next_start(
-    digits: Path, tmp_path: Path, step: int
+    digits: Path, never_killed: Path, tmp_path: Path, step: int
 ) -> None:
     """Catches evaluations that a kill removes from a run's results, the final one above all."""
-    import pickle
-
-    changes = {"data__val_shards": f"{digits}/test-*.tar", "eval_every": 10, "checkpoint__every": 5}
-    whole = small_run(digits, tmp_path / "whole", **changes)
-    run = small_run(digits, tmp_path / "run", **changes)
-    (tmp_path / "run.pickle").write_bytes(pickle.dumps((run, ds_config(3))))
-    program = KILLED_IN_EVALUATION.format(step=step)
-    root = Path(__file__).parents[2]
-    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path / "run.pickle")], cwd=root)
-    assert killed.returncode == -9
+    run = small_run(digits, tmp_path / "run", data__val_shards=f"{digits}/test-*.tar", **IN_BETWEEN)
+    with pytest.raises(AssertionError, match="ended with -9"):
+        run_ranks(1, train_and_die, run, ds_config(3), step, fresh=True)
     assert run_ranks(1, train_here, run, ds_config(3)) == [""]
-    assert run_ranks(1, train_here, whole, ds_config(3)) == [""]
-    found, expected = [evaluations(folder) for folder in (tmp_path / "run", tmp_path / "whole")]
-    assert found == expected and [row["step"] for row in found] == [10, 20]
-    assert steps_of(tmp_path / "run")[-1]["loss"] == steps_of(tmp_path / "whole")[-1]["loss"]
+    found, expected = [evaluations(folder) for folder in (tmp_path / "run", never_killed)]
+    assert found == expected and [row["step"] for row in found] == [6, 12]
+    assert steps_of(tmp_path / "run")[-1]["loss"] == steps_of(never_killed)[-1]["loss"]
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
-    return [row for row in log_of(folder) if "eval_top1" in row]
+    return [row for row in log_of(folder) if "eval" in row]
 
 
 def train_twice(run: RunConfig, raw: dict[str, Any]) -> list[float | None]:

@@ -42,21 +42,22 @@ def test_its_state_survives_a_checkpoint() -> None:
 
 def train_with_poison(run: RunConfig, raw: dict[str, Any], poisoned: list[str]) -> str:
     """`train_here`, but images whose batch holds one of the `poisoned` slots (epoch:position) become NaN."""
-    from megavit.data.loader import Batch
-    from megavit.train import inputs, loop
+    from megavit.tasks.classify import Classify, Inputs
+    from megavit.tasks.task import DeviceBatch
 
-    original = inputs.to_inputs
+    original = Classify.inputs
 
-    def to_inputs(batch: Batch, *rest: Any) -> inputs.Inputs:
-        made = original(batch, *rest)
-        key = int(batch.labels.sum()) * 1000 + int(batch.images.float().mean() * 100)
+    def inputs(task: Classify, samples: DeviceBatch, mesh: Any, *, training: bool) -> Inputs:
+        made = original(task, samples, mesh, training=training)
+        fields = samples.fields
+        key = int(fields["label"].sum()) * 1000 + int(fields["image"].float().mean() * 100)
         Path(run.run_dir).mkdir(parents=True, exist_ok=True)
         with open(Path(run.run_dir) / "keys", "a") as file:
             file.write(f"{key}\n")
         return made._replace(images=made.images * torch.nan) if str(key) in poisoned else made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "to_inputs", to_inputs)
+        patch.setattr(Classify, "inputs", inputs)
         return train_here(run, raw)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megavit.parallel.mesh import Mesh
-from megavit.train.loss import image_losses, local_targets
+from megavit.tasks.loss import image_losses, local_targets
 
 LOGITS = torch.randn(5, 9, generator=torch.Generator().manual_seed(0)) * 4
 LABELS = torch.tensor([0, 8, 3, 3, 1])

@@ -26,9 +26,9 @@ import os, pathlib, subprocess, sys
 from megavit.train.checkpoint.run_lock import RunLock
 lock = RunLock(pathlib.Path(sys.argv[1]), print)
 lock.acquire()
-children = [subprocess.Popen(["sleep", "60"]).pid, os.fork()]
+children = [subprocess.Popen(["sleep", "600"]).pid, os.fork()]
 if children[1] == 0:
-    os.execvp("sleep", ["sleep", "60"])
+    os.execvp("sleep", ["sleep", "600"])
 print(*children, flush=True)
 sys.stdin.read()
 lock.release()

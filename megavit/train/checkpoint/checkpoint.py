@@ -14,7 +14,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from megavit.parallel.layout import Box, Layout
-from megavit.train.checkpoint.manifest import CheckpointError, RankFile, read_manifest, seal
+from megavit.train.checkpoint.manifest import CheckpointError, Frozen, RankFile, read_manifest, seal
 from megavit.train.checkpoint.tensorfile import Entry, TensorFile, checksum_of
 
 MANIFEST_FILE = "manifest.json"
@@ -49,6 +49,7 @@ class Checkpoint:
     run: dict[str, Any]
     ds_config: dict[str, Any]
     saved_at: str
+    frozen: Frozen = field(default_factory=Frozen)
 
     @staticmethod
     def open(folder: Path) -> Checkpoint:
@@ -67,6 +68,8 @@ class Checkpoint:
         fields = asdict(self)
         del fields["folder"]
         fields["tensors"] = fields.pop("layouts")
+        if not self.frozen.layouts:
+            del fields["frozen"]
         for item in fields["files"]:
             item["slices"] = [[numbers[name], *ends] for name, ends in item["slices"].items()]
         fields = json.loads(json.dumps(fields))  # tuples become lists before they are hashed

@@ -6,75 +6,179 @@ Both go one tensor at a time, so that host memory holds 0.6 GB of ViT-22B's 89.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 
+from megavit.data.class_names import CLASSES_FILE, class_names_of_run, write_class_names
+from megavit.data.preprocessing import PREPROCESSING_FILE, Preprocessing
 from megavit.model.config import ModelConfig, model_config
-from megavit.model.exported import check_depth, logical_shapes, open_export, stored_shapes
-from megavit.model.vit import CONFIG_FILE, POSITION, WEIGHTS_FILE, resize_position
-from megavit.parallel.layout import Box, layout_of
+from megavit.model.exported import check_depth, logical_shapes
+from megavit.model.vit import CONFIG_FILE, WEIGHTS_FILE
+from megavit.parallel.init import Initializer, initial_values_of, logical_parameters
+from megavit.parallel.layout import Box, Layout
 from megavit.parallel.mesh import Mesh
+from megavit.recipe import DEFAULT_TASK, make_run
+from megavit.tasks.task import make_task
 from megavit.train.checkpoint.checkpoint import MANIFEST_FILE, Checkpoint
+from megavit.train.checkpoint.frozen import Read, check_digest, exported_weights, frozen_reader
 from megavit.train.checkpoint.manifest import WEIGHT, CheckpointError
 from megavit.train.checkpoint.tensorfile import Entry, progress_bar, write_tensors
+from megavit.train.config import flat_config
 from megavit.train.zero_state import ZeroState
 
-_HEAD = ("head.weight", "head.bias")
+TASK_WEIGHTS_FILE = "task.safetensors"  # what the task adds to the trunk
+_PARTIAL = "export.partial"  # a folder in the export while it is written
 
 
 def export_weights(
-    source: Checkpoint, out: Path, *, verify: bool = True, progress: Callable[[int], None] | None = None
+    source: Checkpoint,
+    out: Path,
+    *,
+    class_names: Sequence[str] | None = None,
+    init_from: str = "",
+    verify: bool = True,
+    progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Write `out/model.safetensors` (float32, names and shapes of the tp=1 model) and `out/config.json`.
+    """Write `out/model.safetensors` (float32, names and shapes of the tp=1 model), `out/config.json`,
+    `out/preprocessing.json` and, if the classes have names, `out/classes.txt`; `megavit.load` reads them. If
+    the task adds weights to the trunk, they are written to `out/task.safetensors`.
 
-    One process, no GPU; memory for the largest tensor. `progress` is told the number of bytes of each piece
-    read for `verify` or written. CheckpointError if a file is damaged (without `verify` only if it is
-    missing, short or of other tensors), and if the checkpoint is not one of its own configuration.
+    The names are those that the run folder keeps, unless `class_names` are given. Frozen weights come from
+    the export that they were taken from, or a copy of it in `init_from`. One process, no GPU; memory for the
+    largest tensor. `progress` is told the number of bytes of each piece read for `verify` or written.
+    CheckpointError if a file is damaged (without `verify` only if it is missing, short or of other tensors),
+    and if the checkpoint is not one of its own configuration; ValueError if the names are not one a class.
     """
-    shapes = {name: layout.shape for name, layout in source.layouts.items()}
-    _check_model(source, shapes)
+    layouts = source.layouts | source.frozen.layouts
+    config = _trunk_config(source, {name: layout.shape for name, layout in layouts.items()})
+    preprocessing = _preprocessing(source)
+    names = _class_names(source, class_names, config.num_classes)
     if verify:
         with _bar(
             sum(file.bytes for file in source.files), f"verify {source.folder.name}", progress
         ) as count:
             if problems := source.damage(source.files, count):
                 raise CheckpointError("\n".join(problems))
+    folder = init_from or source.frozen.folder
+    if source.frozen.exported:
+        check_digest(source.frozen, folder)
     out.mkdir(parents=True, exist_ok=True)
-    entries = {name: Entry("F32", shape) for name, shape in shapes.items()}
-    weights, config = (out / f"{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE))
+    partial = out / _PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir()
     try:
-        size = sum(entry.num_bytes for entry in entries.values())
-        with _bar(size, f"export to {out}", progress) as count:
-            tensors = (source.tensor(WEIGHT, name) for name in entries)
-            write_tensors(weights, entries, tensors, {"format": "pt", "step": str(source.step)}, count)
-        config.write_text(json.dumps(source.run["model"], indent=2) + "\n")
-        os.replace(config, out / CONFIG_FILE)
-        os.replace(weights, out / WEIGHTS_FILE)
+        size = sum(4 * math.prod(layout.shape) for layout in layouts.values())
+        with (
+            _bar(size, f"export to {out}", progress) as count,
+            frozen_reader(source.frozen, folder, config, _initial(source)) as read,
+        ):
+            _write_weights(source, partial, layouts, {*logical_shapes(config)}, read, count)
+        (partial / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        preprocessing.write(partial / PREPROCESSING_FILE)
+        if names:
+            write_class_names(partial, names)
+        for file in (CLASSES_FILE, TASK_WEIGHTS_FILE):
+            if not (partial / file).exists():
+                (out / file).unlink(missing_ok=True)  # an earlier export's
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == WEIGHTS_FILE):  # the weights last
+            os.replace(path, out / path.name)
     finally:
-        weights.unlink(missing_ok=True)
-        config.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
         source.close()
     return out
 
 
-def _check_model(source: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
-    """CheckpointError unless the checkpoint holds the weights of the model that it names."""
+def _write_weights(
+    source: Checkpoint,
+    out: Path,
+    layouts: dict[str, Layout],
+    trunk: set[str],
+    read_frozen: Read,
+    count: Callable[[int], None],
+) -> None:
+    """The weights of the trunk in one file, those that the task adds in another, one tensor at a time."""
+
+    def tensor(name: str) -> np.ndarray:
+        if name in source.layouts:
+            return source.tensor(WEIGHT, name)
+        whole = np.empty(layouts[name].shape, np.float32)
+        read_frozen(name, layouts[name].boxes(0, 1, 0, whole.size), {WEIGHT: whole.reshape(-1)})
+        return whole
+
+    metadata = {"format": "pt", "step": str(source.step)}
+    files = {WEIGHTS_FILE: [name for name in layouts if name in trunk]}
+    files[TASK_WEIGHTS_FILE] = [name for name in layouts if name not in trunk]
+    for file, names in files.items():
+        if names:
+            entries = {name: Entry("F32", layouts[name].shape) for name in names}
+            write_tensors(out / file, entries, (tensor(name) for name in names), metadata, count)
+
+
+def _preprocessing(source: Checkpoint) -> Preprocessing:
+    try:
+        return Preprocessing.of_run(source.run)
+    except ValueError as error:
+        raise CheckpointError(f"{source.folder / MANIFEST_FILE}: {error}") from error
+
+
+def _class_names(source: Checkpoint, given: Sequence[str] | None, num_classes: int) -> list[str]:
+    """The names to export, an empty list if there are none."""
+    if not num_classes:
+        return []
+    if given is None:
+        # RUN_DIR/checkpoints/step_00001000
+        return class_names_of_run(source.folder.absolute().parents[1], "", "", num_classes)
+    if len(given) != num_classes:
+        raise ValueError(f"there are {len(given)} class names for the {num_classes} classes of the model")
+    return list(given)
+
+
+def _initial(source: Checkpoint) -> Read:
+    """Reads frozen weights that are those of the run's seed."""
+    if not source.frozen.initial:
+        return _none
+    run = make_run(flat_config(source.run))
+    with torch.device("meta"):
+        init = Initializer(run.seed, Mesh.single(), deferred=True)
+        parameters = logical_parameters(make_task(run.task, run.model, run.data).build(init, "none"))
+
+    def read(name: str, boxes: list[Box], out: dict[str, np.ndarray]) -> None:
+        initial_values_of(parameters[name]).read(boxes, out[WEIGHT])
+
+    return read
+
+
+def _none(name: str, boxes: list[Box], out: dict[str, np.ndarray]) -> None:
+    raise AssertionError(f"{name} is no frozen weight of the seed")
+
+
+def _trunk_config(source: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
+    """The configuration of the trunk that the checkpoint holds: the run's, without a classifier unless there
+    are weights of one. CheckpointError unless its weights are among `shapes`."""
     config = model_config(source.run["model"])
+    is_default = source.run.get("task", {}).get("name", DEFAULT_TASK) == DEFAULT_TASK
+    if "head.weight" not in shapes and not is_default:
+        config = dataclasses.replace(config, num_classes=0)
     try:
         check_depth(config, shapes)
         expected = logical_shapes(config)
-        if other := [name for name in expected | shapes if expected.get(name) != shapes.get(name)]:
+        names = expected | shapes if is_default else expected  # other tasks add weights of their own
+        if other := [name for name in names if expected.get(name) != shapes.get(name)]:
             name = other[0]
             raise ValueError(f"{name} has shape {shapes.get(name)}, the model needs {expected.get(name)}")
     except ValueError as error:
         path = source.folder / MANIFEST_FILE
         raise CheckpointError(f"{path} does not describe the weights of its run.model: {error}") from error
+    return config
 
 
 @contextmanager
@@ -92,7 +196,7 @@ def _bar(
         yield count
 
 
-def load_exported(folder: Path, state: ZeroState, config: ModelConfig, mesh: Mesh) -> str:
+def load_exported(folder: Path, state: ZeroState, config: ModelConfig) -> str:
     """Start from an exported model: fill this rank's part of the weights; returns what was and was not
     loaded.
 
@@ -100,39 +204,12 @@ def load_exported(folder: Path, state: ZeroState, config: ModelConfig, mesh: Mes
     tensors that only one of the two models has are left alone. Raises ValueError for a folder that is no
     export or a damaged one, and for any other difference in shape. Collective over DP.
     """
-    layouts = {name: layout_of(parameter) for name, parameter in state.named_parameters()}
-    notes = []
-    with open_export(folder) as (_, file):
-        shapes = stored_shapes(file)
-        fresh = [name for name in layouts if name not in shapes]
-        other_head = [name for name in _HEAD if name in layouts and shapes.get(name) != layouts[name].shape]
-        position = None
-        for name, layout in layouts.items():
-            if name in fresh or name in other_head or shapes[name] == layout.shape:
-                continue
-            if name != POSITION or shapes[name][1] != layout.shape[1]:
-                raise ValueError(
-                    f"--init_from {folder}: {name} has shape {shapes[name]}, this model needs {layout.shape}"
-                )
-            position = resize_position(file.get_tensor(name), config.grid_size)
-            notes.append(f"position embedding resized from {shapes[name][0]} to {layout.shape[0]} tokens")
-
-        def read(name: str, boxes: list[Box], out: dict[str, np.ndarray]) -> None:
-            stored = position if name == POSITION and position is not None else file.get_slice(name)
-            _read(stored, len(shapes[name]), boxes, out[WEIGHT])
-
-        state.load(read, moments=False, leave=[*fresh, *other_head])
-    kept = [name for name in fresh if name not in other_head] + other_head
-    unused = sorted(shapes.keys() - layouts.keys())
+    layouts = state.layouts | state.frozen_layouts
+    with exported_weights(folder, layouts, config) as weights:
+        fresh = [name for name in layouts if name not in weights.names]
+        state.load(weights.read, moments=False, leave=fresh)
+    kept = [name for name in fresh if name not in weights.other_head] + weights.other_head
+    notes = [weights.resized] if weights.resized else []
     notes += [f"newly initialised: {', '.join(kept)}"] if kept else []
-    notes += [f"not in this model: {', '.join(unused)}"] if unused else []
-    loaded = len(layouts) - len(kept)
-    return "; ".join([f"{loaded} of {len(layouts)} tensors loaded from {folder}", *notes])
-
-
-def _read(stored: Any, dims: int, boxes: list[Box], flat: np.ndarray) -> None:
-    """Fill the flat slice that `boxes` describe from a logical tensor, or from safetensors' view of one."""
-    for box in boxes:
-        rows, columns = slice(box.row, box.row + box.rows), slice(box.column, box.column + box.columns)
-        part = stored[rows, columns] if dims == 2 else stored[rows]
-        flat[box.offset : box.offset + box.rows * box.columns] = part.reshape(-1).float().numpy()
+    notes += [f"not in this model: {', '.join(weights.unused)}"] if weights.unused else []
+    return "; ".join([f"{len(weights.names)} of {len(layouts)} tensors loaded from {folder}", *notes])

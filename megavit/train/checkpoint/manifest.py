@@ -9,7 +9,7 @@ tensors.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -36,6 +36,22 @@ class RankFile:
     crc32: int
     tp_rank: int
     slices: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Where the frozen weights of a run come from, which its checkpoints do not hold: the `exported` ones
+    from the export in `folder`, whose weights have the `digest`, the `initial` ones from the run's seed.
+    Layouts by logical name."""
+
+    folder: str = ""
+    digest: str = ""
+    exported: dict[str, Layout] = field(default_factory=dict)
+    initial: dict[str, Layout] = field(default_factory=dict)
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        return self.exported | self.initial
 
 
 def seal(fields: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +91,7 @@ def _digest(fields: dict[str, Any]) -> str:
 def _parse(fields: dict[str, Any]) -> dict[str, Any]:
     numbers = dict.fromkeys(("step", "tp_size", "dp_size"), int)
     objects = dict.fromkeys(("tensors", "optimizer", "state", "run", "ds_config"), dict)
+    frozen = fields.pop("frozen", None)
     _check(fields, "", numbers | objects | {"kinds": list, "files": list, "saved_at": str})
     tp_size, dp_size = fields["tp_size"], fields["dp_size"]
     _require(fields["step"] >= 0, f"step is {fields['step']}")
@@ -97,7 +114,18 @@ def _parse(fields: dict[str, Any]) -> dict[str, Any]:
         model_config(model)  # names a field that this version does not know, before any work
     except (ValueError, TypeError) as error:
         raise ValueError(f"run.model: {error}") from error
-    return fields | {"kinds": tuple(kinds), "layouts": layouts, "files": tuple(files)}
+    found = fields | {"kinds": tuple(kinds), "layouts": layouts, "files": tuple(files)}
+    return found if frozen is None else found | {"frozen": _frozen(frozen, tp_size)}
+
+
+def _frozen(item: Any, tp_size: int) -> Frozen:
+    _check(item, "frozen.", {"folder": str, "digest": str, "exported": dict, "initial": dict})
+    layouts = {
+        kind: {name: _layout(name, layout, tp_size) for name, layout in item[kind].items()}
+        for kind in ("exported", "initial")
+    }
+    _require(bool(item["digest"]) or not layouts["exported"], "frozen.digest is empty")
+    return Frozen(item["folder"], item["digest"], **layouts)
 
 
 def _layout(name: str, item: Any, tp_size: int) -> Layout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from megavit.data.json_data import json_field
@@ -10,7 +11,7 @@ from megavit.data.lanes import DataState, ranges_from_json
 from megavit.model.config import ModelConfig
 from megavit.train.checkpoint.checkpoint import MANIFEST_FILE, Checkpoint
 from megavit.train.checkpoint.manifest import CheckpointError
-from megavit.train.config import LAUNCH_FIELDS, RunConfig, flat_config, plain_config
+from megavit.train.config import LAUNCH_FIELDS, MOVED_FIELDS, RunConfig, flat_config, plain_config
 
 # Expected to differ from one start of a run to the next.
 _OF_THE_START = {
@@ -22,10 +23,14 @@ _OF_THE_START = {
 def check_resumable(saved: Checkpoint, run: RunConfig) -> None:
     """ValueError, naming the fields, when `run` is another run than the one that was saved, and
     CheckpointError when the saved state is none that a run can go on from."""
-    before, after = flat_config(saved.run), flat_config(plain_config(run))
-    fixed = ["seed", *(f"model.{field.name}" for field in dataclasses.fields(ModelConfig))]
+    before, after = _saved_fields(saved), flat_config(plain_config(run))
+    fixed = ["seed", "freeze", *(f"model.{field.name}" for field in dataclasses.fields(ModelConfig))]
+    task = run.task
+    fixed += [f"task.{field.name}" for field in dataclasses.fields(task) if field.name not in task.MAY_CHANGE]
     changed = [
-        f"{key} is {after[key]}, was {before.get(key)}" for key in fixed if after[key] != before.get(key)
+        f"{key} is {after[key]}, was {before.get(key)}"
+        for key in fixed
+        if after[key] != before.get(key) and not (key == "task.name" and _is_moved(before[key], after[key]))
     ]
     if changed:
         raise ValueError(
@@ -42,6 +47,18 @@ def check_resumable(saved: Checkpoint, run: RunConfig) -> None:
         raise CheckpointError(f"{saved.folder / MANIFEST_FILE}: its state cannot be used: {error}") from error
 
 
+def _is_moved(before: str, after: str) -> bool:
+    """Whether two names of tasks are of files that only lie elsewhere."""
+    return Path(before).name == Path(after).name
+
+
+def _saved_fields(saved: Checkpoint) -> dict[str, Any]:
+    """The fields of the saved run by the names that they have now; those that there were not yet have their
+    defaults."""
+    found = {MOVED_FIELDS.get(name, name): value for name, value in flat_config(saved.run).items()}
+    return flat_config(plain_config(RunConfig())) | found
+
+
 def _check_state(state: dict[str, Any]) -> None:
     """The loop reads these: ValueError unless they are there and of the right kind."""
     DataState.from_json(json_field(state, "data", dict))
@@ -53,7 +70,7 @@ def _check_state(state: dict[str, Any]) -> None:
 def describe_changes(saved: Checkpoint, run: RunConfig, ds_config: dict[str, Any]) -> list[str]:
     """What this start has otherwise than the one that saved: fields, keys of the DeepSpeed JSON, and the
     number of data-parallel ranks."""
-    before = flat_config(saved.run) | flat_config(saved.ds_config, "deepspeed.")
+    before = _saved_fields(saved) | flat_config(saved.ds_config, "deepspeed.")
     after = flat_config(plain_config(run)) | flat_config(ds_config, "deepspeed.")
     before["data-parallel ranks"] = saved.dp_size
     after["data-parallel ranks"] = ds_config["train_batch_size"] // (

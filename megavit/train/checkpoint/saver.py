@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megavit.parallel.layout import Layout, layout_of
+from megavit.parallel.layout import Box, Layout
 from megavit.parallel.mesh import Mesh
 from megavit.train.checkpoint import folder as checkpoint
 from megavit.train.checkpoint.checkpoint import MANIFEST_FILE, Checkpoint
+from megavit.train.checkpoint.frozen import Read
 from megavit.train.checkpoint.manifest import WEIGHT, CheckpointError, RankFile
 from megavit.train.checkpoint.shared_io import run_together
 from megavit.train.checkpoint.tensorfile import Entry, write_tensors
@@ -100,7 +101,8 @@ class Saver:
         self.committed_step = committed_step  # of the newest checkpoint
 
     def save(self, step: int, fields: dict[str, Any]) -> None:
-        """Begin to save the state after `step` updates; `fields` are the manifest's state, run and ds_config.
+        """Begin to save the state after `step` updates; `fields` are the manifest's state, run, ds_config and
+        frozen.
 
         Waits for an earlier save first. Returns once training may go on; `finished` tells the end. Does
         nothing if this step has been saved. SaveError if the ranks cannot agree any more.
@@ -176,7 +178,7 @@ class Saver:
         buffer = self._copy_to_host(tensors)
         generators = _generator_state(self._mesh.device)
         entries[_RNG] = Entry("U8", generators.shape)  # last: the numbers before it stay aligned
-        layouts = {name: layout_of(parameter) for name, parameter in self._state.named_parameters()}
+        layouts = self._state.layouts
         return _Copy(slices, entries, [buffer, generators], self._state.optimizer_state(), layouts)
 
     def _copy_to_host(self, tensors: list[Tensor]) -> np.ndarray:
@@ -325,11 +327,16 @@ def _open(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
         return None, [str(error)]
 
 
-def restore(source: Checkpoint, state: ZeroState, mesh: Mesh) -> None:
-    """Copy weights, moments and update counts into the engine's own buffers, reading this rank's boxes only.
-    CheckpointError if it holds other tensors than the engine. Collective over DP."""
-    _check_fits(source, {name: layout_of(parameter).shape for name, parameter in state.named_parameters()})
-    state.load(source.read, moments=True)
+def restore(source: Checkpoint, state: ZeroState, mesh: Mesh, read_frozen: Read | None = None) -> None:
+    """Copy weights, moments and update counts into the engine's own buffers, reading this rank's boxes only;
+    `read_frozen` reads the frozen weights, which the checkpoint does not hold, and are left as they are
+    without it. CheckpointError if the checkpoint holds other tensors than the engine. Collective over DP."""
+    _check_fits(source, {name: layout.shape for name, layout in state.layouts.items()})
+
+    def read(name: str, boxes: list[Box], out: dict[str, np.ndarray]) -> None:
+        (source.read if name in source.layouts else read_frozen or source.read)(name, boxes, out)
+
+    state.load(read, moments=True, leave=() if read_frozen else state.frozen_layouts)
     state.set_steps(source.optimizer["steps"])
     if (source.tp_size, source.dp_size) == (mesh.tp_size, mesh.dp_size):
         file = source.files[mesh.global_rank]

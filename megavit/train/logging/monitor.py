@@ -14,7 +14,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,6 @@ from megavit.parallel.mesh import Mesh
 from megavit.train.checkpoint.saver import Progress, Saved
 from megavit.train.config import RunConfig, plain_config
 from megavit.train.ds_config import uses_bf16
-from megavit.train.inputs import Inputs
 from megavit.train.logging.environment import environment
 from megavit.train.logging.log_file import LogFile, discard_rows, read_rows
 from megavit.train.logging.meters import memory_gib, rank_peak_flops
@@ -113,16 +112,15 @@ class Monitor:
         """Print a line on the main rank."""
         say(self.mesh, text)
 
-    def show_first(self, micro_batches: Iterable[Inputs]) -> Iterator[Inputs]:
-        """Passes micro-batches through; of the first, up to 64 augmented images go to TensorBoard as a
-        grid."""
-        for index, inputs in enumerate(micro_batches):
-            if self._enabled and index == 0:
-                from torchvision.utils import make_grid
+    def show_first(self, inputs: Any) -> None:
+        """Of the first micro-batch, as the root module gets it, up to 64 augmented images go to TensorBoard
+        as a grid, if it has `images`."""
+        images = getattr(inputs, "images", None)
+        if self._enabled and images is not None:
+            from torchvision.utils import make_grid
 
-                grid = make_grid((inputs.images[:64].cpu() + 1) / 2, nrow=8, padding=1, pad_value=0.5)
-                self._on_board(functools.partial(_add_image, "data/augmented", grid))
-            yield inputs
+            grid = make_grid((images[:64].cpu() + 1) / 2, nrow=8, padding=1, pad_value=0.5)
+            self._on_board(functools.partial(_add_image, "data/augmented", grid))
 
     def begin_step(self, step: int) -> None:
         """Update number `step` (from 0) begins. A line if the first of this start takes long."""
@@ -138,6 +136,7 @@ class Monitor:
         step: int,
         *,
         loss: float,
+        metrics: Mapping[str, float] = {},
         lr: float,
         grad_norm: float,
         epoch: float,
@@ -159,10 +158,12 @@ class Monitor:
         self._data_times.clear()
         images_per_s = self.global_batch / step_time
         peak = self.peak_flops
-        mfu = images_per_s * train_flops(self.run.model) / peak if peak else None
+        # Frozen parts do less than a training step's work, and tasks may do more than the trunk's.
+        mfu = images_per_s * train_flops(self.run.model) / peak if peak and not self.run.freeze else None
         record = {
             "step": done,
             "loss": loss,
+            **{f"train/{name}": value for name, value in metrics.items()},
             "lr": lr,
             "grad_norm": grad_norm,
             "images_per_s": images_per_s,
@@ -176,7 +177,7 @@ class Monitor:
             "skipped_updates": skipped_updates,
         }
         self._log.write(**record)
-        for tag, key in _TAGS.items():
+        for tag, key in {**_TAGS, **{f"train/{name}": f"train/{name}" for name in metrics}}.items():
             if (value := record[key]) is not None:
                 self._scalar(tag, value, done)
         bad = f"{bad_samples} bad  " if bad_samples else ""
@@ -188,27 +189,39 @@ class Monitor:
             f"epoch {epoch:6.2f}  {bad}{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
         )
 
-    def log_eval(self, step: int, found: Evaluation) -> None:
-        """Record an evaluation after `step` updates."""
-        if self._enabled:
-            counts = {"eval_samples": found.num_labelled, "eval_bad": found.num_bad}
-            self._log.write(step=step, eval_top1=found.top1, **counts, eval_unlabelled=found.num_unlabelled)
-            self._scalar("eval/top1", found.top1, step)
-            notes = [f"{found.num_unlabelled} without a label left out"] if found.num_unlabelled else []
-            notes += [f"{found.num_bad} unusable left out, see {BAD_SAMPLES_FILE}"] if found.num_bad else []
-            left_out = f" ({'; '.join(notes)})" if notes else ""
-            self.say(
-                f"step {step:>6}/{self.run.max_steps}  evaluation: top-1 {found.top1:.4f} on "
-                f"{found.num_labelled} images{left_out}"
-            )
+    def log_eval(self, step: int, name: str, found: Evaluation) -> None:
+        """Record an evaluation on the validation set `name` after `step` updates."""
+        if not self._enabled:
+            return
+        prefix = f"eval/{name}"
+        counts = {f"{prefix}/samples": found.num_samples, f"{prefix}/bad": found.num_bad}
+        results = {f"{prefix}/{metric}": value for metric, value in found.results.items()}
+        self._log.write(step=step, eval=name, **results, **counts)
+        for tag, value in results.items():
+            self._scalar(tag, value, step)
+        # Whole numbers are counts: those that are zero say nothing.
+        shown = [
+            f"{metric} {value}" if isinstance(value, int) else f"{metric} {value:.4f}"
+            for metric, value in found.results.items()
+            if not (isinstance(value, int) and value == 0)
+        ]
+        left_out = f"; {found.num_bad} unusable left out, see {BAD_SAMPLES_FILE}" if found.num_bad else ""
+        self.say(
+            f"step {step:>6}/{self.run.max_steps}  evaluation on {name}: {', '.join(shown)} "
+            f"({found.num_samples} samples{left_out})"
+        )
 
-    def logged_top1(self, step: int) -> float | None:
-        """The top-1 that an evaluation after `step` updates had, from the log; None if there was none, or its
-        line is lost. The same on every rank; collective over the world."""
+    def logged_results(self, step: int, name: str) -> dict[str, float] | None:
+        """The results that an evaluation on the validation set `name` after `step` updates had, from the log;
+        None if there was none, or its line is lost. The same on every rank; collective over the world."""
+        prefix = f"eval/{name}/"
 
-        def find() -> float | None:
+        def find() -> dict[str, float] | None:
             rows = [row for row in read_rows(self._run_dir / LOG_FILE) if row.get("step") == step]
-            return next((row["eval_top1"] for row in rows if "eval_top1" in row), None)
+            found = next((row for row in rows if row.get("eval") == name), None)
+            return found and {
+                key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)
+            }
 
         return self.mesh.on_main(find)
 
@@ -342,14 +355,20 @@ def choose_run_dir(run: RunConfig, mesh: Mesh) -> Path:
     return Path(mesh.broadcast(name))
 
 
-def reference_results(val_shards: str, top1: float) -> str:
-    """The final top-1 beside the results recorded with the validation data (`baselines.json`), best first."""
-    path = Path(val_shards).parent / BASELINES_FILE
+def reference_results(shards: str, metric: str, result: float) -> str:
+    """The final result beside those recorded with the validation shards (`baselines.json`), best first."""
+    path = Path(shards).parent / BASELINES_FILE
     known: dict[str, float] = {}
     if path.is_file():
         recorded = json.loads(path.read_text())
-        known = recorded["results"] if Path(val_shards).name.startswith(f"{recorded['split']}-") else {}
-    rows = sorted([*known.items(), ("this run", top1)], key=lambda row: -row[1])
+        same = recorded.get("metric", metric) == metric and Path(shards).name.startswith(
+            f"{recorded['split']}-"
+        )
+        known = recorded["results"] if same else {}
+    rows = sorted([*known.items(), ("this run", result)], key=lambda row: -row[1])
     return "\n".join(
-        ["final top-1 on the validation shards:", *(f"  {name:<24} {value:.4f}" for name, value in rows)]
+        [
+            f"final {metric} on the validation shards:",
+            *(f"  {name:<24} {value:.4f}" for name, value in rows),
+        ]
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megavit.parallel.collectives import max_over_tp, reduce_from_tp
 from megavit.parallel.mesh import Mesh
-from megavit.train.config import Loss
+from megavit.tasks.config import Loss
 
 
 def local_targets(kind: Loss, labels: Tensor, num_classes: int, mesh: Mesh, smoothing: float = 0.0) -> Tensor:

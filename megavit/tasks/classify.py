@@ -1,0 +1,115 @@
+"""Classification: an image has one label, or with the sigmoid loss any number of them.
+
+Letters: b micro-batch, S image side, C channels, K classes, /tp a rank's share, M --data.max_labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from megavit.data.class_names import class_names_of_run, write_class_names
+from megavit.data.device import blend, to_model_input
+from megavit.data.fields import Field, Labels
+from megavit.model.config import Recompute
+from megavit.model.vit import MegaVit
+from megavit.parallel.init import Initializer
+from megavit.parallel.mesh import Mesh
+from megavit.tasks.config import ClassifyConfig, Loss
+from megavit.tasks.loss import image_losses, local_targets
+from megavit.tasks.task import DeviceBatch, Group, Sums, Task
+
+_TOP = 5
+
+
+class Inputs(NamedTuple):
+    """One micro-batch on the device, the same on all ranks of a TP group but for the targets."""
+
+    images: Tensor  # float32 [b, C, S, S] in [-1, 1]
+    targets: Tensor  # float32 [b, ceil(K/tp)]
+    labels: Tensor  # int32 [b, M], filled up with -1
+    weights: Tensor  # float32 [b]
+
+
+class Classify(Task):
+    """Trains the trunk and its classifier. Evaluations give `top1` and `top5` over the images that have a
+    label (a prediction is right if it is one of the labels), the `loss`, without label smoothing, over all,
+    and the number of `unlabelled` ones."""
+
+    Config = ClassifyConfig
+    config: ClassifyConfig
+    metric = "top1"
+
+    def open(self, run_dir: Path) -> None:
+        data = self.data
+        self._names = class_names_of_run(run_dir, data.shards, data.class_names, self.model.num_classes)
+
+    def keep(self, run_dir: Path) -> None:
+        if self._names:
+            write_class_names(run_dir, self._names)
+
+    def fields(self) -> Sequence[Field]:
+        labels = Labels(
+            num_classes=self.model.num_classes,
+            max_labels=self.data.max_labels,
+            allow_none=self.config.loss == "sigmoid",
+        )
+        return [self.picture(), labels]
+
+    def build(self, init: Initializer, recompute: Recompute) -> nn.Module:
+        trunk = self.trunk(init, recompute, num_classes=self.model.num_classes)
+        return Classification(trunk, self.config.loss)
+
+    def inputs(self, samples: DeviceBatch, mesh: Mesh, *, training: bool) -> Inputs:
+        config, labels, weights = self.config, samples.fields["label"], samples.weights
+        smoothing = config.label_smoothing if training else 0.0
+        targets = local_targets(config.loss, labels, self.model.num_classes, mesh, smoothing)
+        images = to_model_input(samples.fields["image"], mesh.device)
+        if samples.blends is not None:
+            images, targets = blend(images, targets, weights, samples.blends)
+        return Inputs(images, targets, labels, weights)
+
+    def group(self, name: str, shape: tuple[int, ...], weight_decay: float) -> Group:
+        if name == "head.weight":  # ViT-22B: 0.03 on the body, 3.0 on the head
+            own = self.config.head_weight_decay
+            return Group("head", weight_decay if own is None else own)
+        return super().group(name, shape, weight_decay)
+
+    def results(self, sums: Mapping[str, Tensor], units: float) -> dict[str, float]:
+        labelled = int(sums["labelled"])
+        found = {
+            name: float(sums[name]) / max(labelled, 1) for name in ("top1", f"top{_TOP}") if name in sums
+        }
+        return found | {"loss": float(sums["loss"]) / max(units, 1.0), "unlabelled": int(units) - labelled}
+
+
+class Classification(nn.Module):
+    """The trunk with its classifier, and the loss of its logits."""
+
+    def __init__(self, trunk: MegaVit, loss: Loss):
+        super().__init__()
+        self.trunk, self.loss = trunk, loss
+
+    def forward(self, inputs: Inputs) -> Sums:
+        trunk, num_classes = self.trunk, self.trunk.config.num_classes
+        logits = trunk(inputs.images.to(trunk.dtype), local_logits=True)
+        losses = image_losses(self.loss, logits, inputs.targets, num_classes, trunk.mesh)
+        metrics = {} if self.training else self._counts(logits, inputs)
+        return Sums((losses * inputs.weights).sum(), metrics)
+
+    def _counts(self, local_logits: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+        """How many of the images have a label, and have it among the classes with the largest logits."""
+        assert self.trunk.head is not None
+        labels, weights = inputs.labels, inputs.weights
+        logits = self.trunk.head.gather_logits(local_logits)
+        best = logits.topk(min(_TOP, logits.shape[1]), 1).indices
+        right = (labels[:, None] == best[:, :, None]).any(2)  # [b, 5]
+        counts = {"labelled": ((labels >= 0).any(1) * weights).sum()}
+        # argmax and topk may differ in what they make of equal logits.
+        counts["top1"] = ((labels == logits.argmax(1)[:, None]).any(1) * weights).sum()
+        if logits.shape[1] > _TOP:
+            counts[f"top{_TOP}"] = (right.any(1) * weights).sum()
+        return counts
