@@ -23,6 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--class_names", type=Path, help="text file, one class name a line (those that the run folder keeps)"
     )
+    parser.add_argument(
+        "--init_from",
+        default="",
+        help="the export that the run's frozen weights came from, if it was moved",
+    )
     arguments = parser.parse_args(argv)
     from megavit.data.class_names import read_class_names
     from megavit.train.checkpoint.export import export_weights
@@ -31,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         checkpoint = open_step(arguments.run_dir, arguments.step)
         names = read_class_names(arguments.class_names) if arguments.class_names else None
-        export_weights(checkpoint, arguments.out, class_names=names)
+        export_weights(checkpoint, arguments.out, class_names=names, init_from=arguments.init_from)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -90,6 +90,21 @@ def check_depth(config: ModelConfig, names: Mapping[str, Any]) -> None:
         raise ValueError(f"model.depth is {config.depth}, but there are the weights of {len(blocks)} blocks")
 
 
+def trunk_config(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], *, only: bool) -> ModelConfig:
+    """`config` as weights of these `shapes` have it: without a classifier, if they have none and others may
+    be among them (not `only`). ValueError unless all weights of the model are there, and with `only` no
+    others."""
+    if not only and HEAD[0] not in shapes:
+        config = dataclasses.replace(config, num_classes=0)
+    check_depth(config, shapes)
+    expected = logical_shapes(config)
+    names = expected | dict(shapes) if only else expected
+    if other := [name for name in names if expected.get(name) != shapes.get(name)]:
+        name = other[0]
+        raise ValueError(f"{name} has shape {shapes.get(name)}, the model needs {expected.get(name)}")
+    return config
+
+
 def _read_config(path: Path) -> ModelConfig:
     try:
         saved = json.loads(path.read_bytes())

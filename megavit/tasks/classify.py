@@ -43,13 +43,18 @@ class Classify(Task):
     config: ClassifyConfig
     metric = "top1"
 
-    def open(self, run_dir: Path) -> None:
-        data = self.data
-        self._names = class_names_of_run(run_dir, data.shards, data.class_names, self.model.num_classes)
+    def open(self, run_dir: Path, class_names: Sequence[str] | None = None) -> None:
+        data, count = self.data, self.model.num_classes
+        if class_names is None:
+            self._names = class_names_of_run(run_dir, data.shards, data.class_names, count)
+        elif len(class_names) == count:
+            self._names = list(class_names)
+        else:
+            raise ValueError(f"there are {len(class_names)} class names for the {count} classes of the model")
 
-    def keep(self, run_dir: Path) -> None:
+    def keep(self, folder: Path) -> None:
         if self._names:
-            write_class_names(run_dir, self._names)
+            write_class_names(folder, self._names)
 
     def fields(self) -> Sequence[Field]:
         labels = Labels(

@@ -74,13 +74,14 @@ class Task:
     def __init__(self, config: TaskConfig, model: ModelConfig, data: DataConfig):
         self.config, self.model, self.data = config, model, data
 
-    def open(self, run_dir: Path) -> None:
+    def open(self, run_dir: Path, class_names: Sequence[str] | None = None) -> None:
         """On the main rank, before anything is built: read what the run needs beside its samples, from the
-        data or from the run folder of a run that goes on. ValueError, naming the file, if it does not fit."""
+        data or from the run folder of a run that goes on or is exported; `class_names` may be given instead.
+        ValueError, naming the file, if it does not fit."""
 
-    def keep(self, run_dir: Path) -> None:
+    def keep(self, folder: Path) -> None:
         """On the main rank, once the run folder is open: write what `open` found, for whoever uses the
-        run."""
+        run; and the same into an export."""
 
     def fields(self) -> Sequence[Field]:
         """What is decoded of each sample. The first picture decides how the others are cropped."""

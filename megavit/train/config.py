@@ -244,5 +244,12 @@ MOVED_FIELDS = {
     "label_smoothing": "task.label_smoothing",
     "head_weight_decay": "task.head_weight_decay",
 }
+
+
+def saved_fields(saved: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a run that was saved, by the dotted names that they have now."""
+    return {MOVED_FIELDS.get(name, name): value for name, value in flat_config(saved).items()}
+
+
 # Fields that belong to one start of a run rather than to the run: a new start does not take them over.
 LAUNCH_FIELDS = ("run_dir", "init_from", "stop_at_step", "epochs", "data.class_names")

@@ -18,21 +18,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megavit.data.class_names import CLASSES_FILE, class_names_of_run, write_class_names
+from megavit.data.class_names import CLASSES_FILE
 from megavit.data.preprocessing import PREPROCESSING_FILE, Preprocessing
 from megavit.model.config import ModelConfig, model_config
-from megavit.model.exported import check_depth, logical_shapes
+from megavit.model.exported import logical_shapes, trunk_config
 from megavit.model.vit import CONFIG_FILE, WEIGHTS_FILE
 from megavit.parallel.init import Initializer, initial_values_of, logical_parameters
 from megavit.parallel.layout import Box, Layout
 from megavit.parallel.mesh import Mesh
 from megavit.recipe import DEFAULT_TASK, make_run
-from megavit.tasks.task import make_task
+from megavit.tasks.task import Task, make_task
 from megavit.train.checkpoint.checkpoint import MANIFEST_FILE, Checkpoint
 from megavit.train.checkpoint.frozen import Read, check_digest, exported_weights, frozen_reader
 from megavit.train.checkpoint.manifest import WEIGHT, CheckpointError
 from megavit.train.checkpoint.tensorfile import Entry, progress_bar, write_tensors
-from megavit.train.config import flat_config
+from megavit.train.config import RunConfig, saved_fields
 from megavit.train.zero_state import ZeroState
 
 TASK_WEIGHTS_FILE = "task.safetensors"  # what the task adds to the trunk
@@ -61,7 +61,8 @@ def export_weights(
     layouts = source.layouts | source.frozen.layouts
     config = _trunk_config(source, {name: layout.shape for name, layout in layouts.items()})
     preprocessing = _preprocessing(source)
-    names = _class_names(source, class_names, config.num_classes)
+    task, _ = _task(source)
+    task.open(source.folder.absolute().parents[1], class_names)  # RUN_DIR/checkpoints/step_00001000
     if verify:
         with _bar(
             sum(file.bytes for file in source.files), f"verify {source.folder.name}", progress
@@ -84,8 +85,7 @@ def export_weights(
             _write_weights(source, partial, layouts, {*logical_shapes(config)}, read, count)
         (partial / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         preprocessing.write(partial / PREPROCESSING_FILE)
-        if names:
-            write_class_names(partial, names)
+        task.keep(partial)
         for file in (CLASSES_FILE, TASK_WEIGHTS_FILE):
             if not (partial / file).exists():
                 (out / file).unlink(missing_ok=True)  # an earlier export's
@@ -130,26 +130,23 @@ def _preprocessing(source: Checkpoint) -> Preprocessing:
         raise CheckpointError(f"{source.folder / MANIFEST_FILE}: {error}") from error
 
 
-def _class_names(source: Checkpoint, given: Sequence[str] | None, num_classes: int) -> list[str]:
-    """The names to export, an empty list if there are none."""
-    if not num_classes:
-        return []
-    if given is None:
-        # RUN_DIR/checkpoints/step_00001000
-        return class_names_of_run(source.folder.absolute().parents[1], "", "", num_classes)
-    if len(given) != num_classes:
-        raise ValueError(f"there are {len(given)} class names for the {num_classes} classes of the model")
-    return list(given)
+def _task(source: Checkpoint) -> tuple[Task, RunConfig]:
+    """The task of the run, and the run. CheckpointError if the manifest's run is none that can be made."""
+    try:
+        run = make_run(saved_fields(source.run))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{source.folder / MANIFEST_FILE}: its run cannot be used: {error}") from error
+    return make_task(run.task, run.model, run.data), run
 
 
 def _initial(source: Checkpoint) -> Read:
     """Reads frozen weights that are those of the run's seed."""
     if not source.frozen.initial:
         return _none
-    run = make_run(flat_config(source.run))
+    task, run = _task(source)
     with torch.device("meta"):
         init = Initializer(run.seed, Mesh.single(), deferred=True)
-        parameters = logical_parameters(make_task(run.task, run.model, run.data).build(init, "none"))
+        parameters = logical_parameters(task.build(init, "none"))
 
     def read(name: str, boxes: list[Box], out: dict[str, np.ndarray]) -> None:
         initial_values_of(parameters[name]).read(boxes, out[WEIGHT])
@@ -162,23 +159,14 @@ def _none(name: str, boxes: list[Box], out: dict[str, np.ndarray]) -> None:
 
 
 def _trunk_config(source: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
-    """The configuration of the trunk that the checkpoint holds: the run's, without a classifier unless there
-    are weights of one. CheckpointError unless its weights are among `shapes`."""
-    config = model_config(source.run["model"])
+    """The configuration of the trunk that the checkpoint holds. CheckpointError unless its weights are among
+    `shapes`, and, for the default task, which adds none to them, the only ones."""
     is_default = source.run.get("task", {}).get("name", DEFAULT_TASK) == DEFAULT_TASK
-    if "head.weight" not in shapes and not is_default:
-        config = dataclasses.replace(config, num_classes=0)
     try:
-        check_depth(config, shapes)
-        expected = logical_shapes(config)
-        names = expected | shapes if is_default else expected  # other tasks add weights of their own
-        if other := [name for name in names if expected.get(name) != shapes.get(name)]:
-            name = other[0]
-            raise ValueError(f"{name} has shape {shapes.get(name)}, the model needs {expected.get(name)}")
+        return trunk_config(model_config(source.run["model"]), shapes, only=is_default)
     except ValueError as error:
         path = source.folder / MANIFEST_FILE
         raise CheckpointError(f"{path} does not describe the weights of its run.model: {error}") from error
-    return config
 
 
 @contextmanager

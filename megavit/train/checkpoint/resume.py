@@ -11,7 +11,7 @@ from megavit.data.lanes import DataState, ranges_from_json
 from megavit.model.config import ModelConfig
 from megavit.train.checkpoint.checkpoint import MANIFEST_FILE, Checkpoint
 from megavit.train.checkpoint.manifest import CheckpointError
-from megavit.train.config import LAUNCH_FIELDS, MOVED_FIELDS, RunConfig, flat_config, plain_config
+from megavit.train.config import LAUNCH_FIELDS, RunConfig, flat_config, plain_config, saved_fields
 
 # Expected to differ from one start of a run to the next.
 _OF_THE_START = {
@@ -55,8 +55,7 @@ def _is_moved(before: str, after: str) -> bool:
 def _saved_fields(saved: Checkpoint) -> dict[str, Any]:
     """The fields of the saved run by the names that they have now; those that there were not yet have their
     defaults."""
-    found = {MOVED_FIELDS.get(name, name): value for name, value in flat_config(saved.run).items()}
-    return flat_config(plain_config(RunConfig())) | found
+    return flat_config(plain_config(RunConfig())) | saved_fields(saved.run)
 
 
 def _check_state(state: dict[str, Any]) -> None:
