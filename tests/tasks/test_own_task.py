@@ -34,10 +34,10 @@ ROOT = Path(__file__).parents[2]
 OWN = "tests/tasks/own_task.py:Ink"
 
 
-def write_ink(folder: Path, without: int | None = None) -> None:
+def write_ink(folder: Path, train: int = 200, without: int | None = None) -> None:
     """Grey 8 x 8 pictures with their mean as a number in json; that `without` one of each split has none."""
     random = np.random.default_rng(0)
-    for split, count in (("train", 200), ("test", 37)):
+    for split, count in (("train", train), ("test", 37)):
         with wds.TarWriter(str(folder / f"{split}-0.tar"), encoder=False, mtime=0) as tar:
             for number in range(count):
                 pixels = random.integers(0, 256, (8, 8)) * random.random()
@@ -258,7 +258,7 @@ def test_the_readmes_command_runs(digits: Path, tmp_path: Path) -> None:
     for folder in ("ds_configs", "tests"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "ink").mkdir()
-    write_ink(tmp_path / "ink")
+    write_ink(tmp_path / "ink", train=300)
     first = small_run(digits, tmp_path / "runs" / "digits", max_steps=1, model__depth=3)
     assert run_ranks(1, train_here, first, ds_config(3)) == [""]
     run = train_with([*argv, "--log_every", "1"], tmp_path / "command")
