@@ -303,26 +303,27 @@ def differences_under_zero3(recompute: Any) -> list[str]:
     from megavit.train.ds_patches import safe_get_full_fp32_param
     from megavit.train.engine import Engine
 
+    def look(model: torch.nn.Module, height: int, width: int) -> Recorder:
+        with model.observe(Recorder()) as recorder:
+            logits = model(torch.linspace(-1, 1, height * width).view(1, 1, height, width))
+        logits[:, 1].sum().backward()
+        return recorder
+
     run = dataclasses.replace(RUN, recompute=recompute)
     mesh = Mesh.from_environment(1)
     engine = Engine(run, resolve_ds_config(ds_config(3, BATCH // 2), mesh.world_size, "cpu"), mesh)
     plain, wrong = MegaVit.from_config(run.model), []
-    for step, (height, width) in enumerate([(8, 8), (12, 4), (12, 4)]):
+    for step, sides in enumerate([(8, 8), (12, 4), (12, 4)]):
         engine.train_step(inputs(run, mesh, step, BATCH // 2), torch.tensor(6.0), 3e-2)
         with torch.no_grad():
-            for mine, theirs in zip(plain.parameters(), engine.model.parameters(), strict=True):
-                mine.copy_(safe_get_full_fp32_param(theirs).view(mine.shape))
-        results = []
-        for model, forward in ((plain, plain), (engine.model, engine._deepspeed)):
-            with model.observe(Recorder()) as recorder:
-                logits = forward(torch.linspace(-1, 1, height * width).view(1, 1, height, width))
-            logits[:, 1].sum().backward()
-            results.append(recorder)
-        if not results[0].grads.keys() == results[0].seen.keys() == results[1].grads.keys():
-            wrong.append(f"{recompute}, {step}: {results[1].grads.keys()}")
-        elif not (close(results[1].seen, results[0].seen) and close(results[1].grads, results[0].grads)):
+            for name, mine in plain.named_parameters():
+                mine.copy_(safe_get_full_fp32_param(engine.parameters[name]).view(mine.shape))
+        expected = look(plain, *sides)
+        found = engine.call(lambda module, sides: look(module.trunk, *sides), sides)
+        if not expected.grads.keys() == expected.seen.keys() == found.grads.keys():
+            wrong.append(f"{recompute}, {step}: {found.grads.keys()}")
+        elif not (close(found.seen, expected.seen) and close(found.grads, expected.grads)):
             wrong.append(f"{recompute}, {step}: values")
-        engine._deepspeed.zero_grad()
     return wrong
 
 
