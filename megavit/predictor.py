@@ -158,7 +158,7 @@ def load(
     if preprocessing.link == "none":
         raise ValueError(f"{folder} holds no classifier of photos: {PREPROCESSING_FILE} has the link none")
     names = _names(folder, config.num_classes)
-    model = MegaVit.from_pretrained(folder).to(chosen_device, chosen_dtype)
+    model = MegaVit.from_pretrained(folder, device=chosen_device, dtype=chosen_dtype)
     return Predictor(model, preprocessing, names, batch_size)
 
 

@@ -41,7 +41,7 @@ def test_run_folder_keeps_its_contract(reference: Run) -> None:
     keys += " bad_samples skipped_updates"
     assert [row["step"] for row in reference.steps] == list(range(1, STEPS + 1))
     assert all(list(row) == keys.split() for row in reference.steps)
-    assert reference.evaluations[-1]["eval_samples"] == 360
+    assert reference.evaluations[-1]["eval/val/samples"] == 360
     for name in (
         "config.yaml",
         "ds_config.json",
@@ -53,11 +53,12 @@ def test_run_folder_keeps_its_contract(reference: Run) -> None:
     board = EventAccumulator(str(reference.folder / "tensorboard"), size_guidance={"scalars": 0})
     board.Reload()
     tags = board.Tags()
-    wanted = "loss/train optim/lr optim/grad_norm speed/images_per_s memory/peak_gib eval/top1".split()
+    wanted = "loss/train optim/lr optim/grad_norm speed/images_per_s memory/peak_gib".split()
+    wanted += ["eval/val/top1", "eval/val/loss"]
     assert set(wanted) <= set(tags["scalars"])
     assert len(board.Scalars("loss/train")) == STEPS
     assert tags["images"] == ["data/augmented"] and len(tags["tensors"]) == 2
-    assert "final top-1" in reference.output and "this run" in reference.output
+    assert "final top1" in reference.output and "this run" in reference.output
 
 
 @pytest.mark.dist

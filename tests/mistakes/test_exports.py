@@ -66,7 +66,7 @@ def pretrained(run: Path) -> str:
 
 def init_from(run: Path) -> str:
     with pytest.raises(ValueError) as caught:
-        load_exported(run / "export", ModelState(RUN, Mesh.single()), RUN.model, Mesh.single())  # type: ignore[arg-type]
+        load_exported(run / "export", ModelState(RUN, Mesh.single()), RUN.model)  # type: ignore[arg-type]
     return str(caught.value)
 
 

@@ -136,7 +136,7 @@ BROUGHT: list[tuple[str, str]] = [
     ("--workers 8", "--data.workers"),
     ("--drop-path 0.1", "stochastic depth is not implemented"),
     ("--mixup 0.8", "--data.mixup"),
-    ("--smoothing 0.1", "--label_smoothing 0.1"),
+    ("--smoothing 0.1", "--task.label_smoothing 0.1"),
     ("--clip-grad 1", "--ds.gradient_clipping 1"),
     ("--log-every 5", "--log_every"),
     ("--save-every 5", "--checkpoint.every"),
