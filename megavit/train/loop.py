@@ -38,6 +38,7 @@ from megavit.train.inputs import (
     to_samples,
     train_loader,
 )
+from megavit.train.logging.attention import max_attention
 from megavit.train.logging.log_file import LogFile
 from megavit.train.logging.monitor import LOG_FILE, Monitor, choose_run_dir, reference_results, say
 from megavit.train.preempt import PREEMPTED_FILE, StopRequest, children_spared
@@ -234,6 +235,7 @@ class Trainer:
         if self.run.data.tp == "replicate" and step % self.run.data.check_every == 0:
             check_replicas(batches, step, self.mesh)
         counts = start_counts(batches, bool(stop), self.task, self.run.data, self.mesh)
+        largest = self._max_attention(batches[0]) if self.monitor.is_logged(step) else None
         micro_batches = self._inputs(batches)
         _seed_dropout(self.run.seed, step, self.mesh)
         lr = lr_at(step, self.run.max_steps, self.peak_lr, self.run.schedule)
@@ -256,8 +258,14 @@ class Trainer:
             skipped_updates=self.guard.skipped,
             step_time_s=time.perf_counter() - started,
             data_time_s=data_time_s,
+            max_logit=largest,
         )
         return result
+
+    def _max_attention(self, batch: Batch) -> float | None:
+        # Before dropout is seeded and with inputs of its own: the step that follows is the same to the bit.
+        samples = to_samples(batch, self._fields, self.run.data, self.mesh)
+        return max_attention(self.engine, self.task.inputs(samples, self.mesh, training=True))
 
     def _inputs(self, batches: list[Batch]) -> Iterator[Any]:
         for number, batch in enumerate(batches):

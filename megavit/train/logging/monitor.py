@@ -131,6 +131,10 @@ class Monitor:
             self._first_step.daemon = True
             self._first_step.start()
 
+    def is_logged(self, step: int) -> bool:
+        """Whether update number `step` (from 0) has a line: every `log_every`-th, the first and the last."""
+        return (step + 1) % self.run.log_every == 0 or step + 1 in (1, self.run.max_steps)
+
     def log_step(
         self,
         step: int,
@@ -144,13 +148,14 @@ class Monitor:
         skipped_updates: int,
         step_time_s: float,
         data_time_s: float,
+        max_logit: float | None = None,
     ) -> None:
-        """Record update number `step` (from 0); every `log_every`-th, the first and the last are written."""
+        """Record update number `step` (from 0); it is written if `is_logged`."""
         self._end_first_step()
         self._step_times.append(step_time_s)
         self._data_times.append(data_time_s)
         done = step + 1
-        if not self._enabled or not (done % self.run.log_every == 0 or done in (1, self.run.max_steps)):
+        if not self._enabled or not self.is_logged(step):
             return
         step_time = statistics.median(self._step_times)
         data_time = statistics.median(self._data_times)
@@ -175,6 +180,7 @@ class Monitor:
             "epoch": epoch,
             "bad_samples": bad_samples,
             "skipped_updates": skipped_updates,
+            "max_logit": max_logit,
         }
         self._log.write(**record)
         for tag, key in {**_TAGS, **{f"train/{name}": f"train/{name}" for name in metrics}}.items():
@@ -334,6 +340,7 @@ _TAGS = {
     "data/epoch": "epoch",
     "data/bad_samples": "bad_samples",
     "optim/skipped_updates": "skipped_updates",
+    "attention/max_logit": "max_logit",
 }
 
 
