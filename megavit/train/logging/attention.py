@@ -1,4 +1,4 @@
-"""How large the scores of attention are: those that QK norm keeps from growing until the softmax of large models
+"""How large the scores of attention are: QK norm keeps them from growing until the softmax of large models
 saturates (arXiv 2302.05442, section 2).
 
 Letters: b micro-batch, H/tp heads of this rank, N tokens, K head_dim.
