@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from megavit.data.lanes import DataState, mix
 from megavit.data.loader import Batch, EvalLoader
 from megavit.data.manifest import DATA_FILE
 from megavit.parallel.mesh import Mesh
-from megavit.tasks.task import make_task
+from megavit.tasks.task import DeviceBatch, make_task
 from megavit.train.checkpoint.checkpoint import Checkpoint
 from megavit.train.checkpoint.export import export_weights, load_exported
 from megavit.train.checkpoint.folder import open_step
@@ -45,6 +46,7 @@ from megavit.train.preempt import PREEMPTED_FILE, StopRequest, children_spared
 from megavit.train.schedule import lr_at
 from megavit.train.watchdog import Watchdog
 
+_NUM_SHOWN = 8  # pictures of a micro-batch
 _MAX_ROLLBACKS = 3  # to one checkpoint
 
 
@@ -272,7 +274,7 @@ class Trainer:
             samples = to_samples(batch, self._fields, self.run.data, self.mesh)
             inputs = self.task.inputs(samples, self.mesh, training=True)
             if number == self.step == 0:
-                self.monitor.show_first(inputs)
+                self.monitor.show_pictures("train", 0, self.task.pictures(samples, inputs, _NUM_SHOWN))
             yield inputs
 
     def _align_replicas_if_due(self) -> None:
@@ -316,9 +318,15 @@ class Trainer:
     def _evaluate(self, name: str, loader: EvalLoader) -> dict[str, float]:
         self.watchdog.at(f"evaluating after step {self.step}")
         progress = self.monitor.evaluation_progress(loader.num_batches)
-        found = evaluate(self.engine, loader, self.bad_samples, self.step, self.watchdog, progress)
+        show = functools.partial(self._show_predictions, name)
+        found = evaluate(self.engine, loader, self.bad_samples, self.step, self.watchdog, progress, show)
         self.monitor.log_eval(self.step, name, found)
         return found.results
+
+    @torch.no_grad()
+    def _show_predictions(self, name: str, samples: DeviceBatch, inputs: Any) -> None:
+        shown = self.engine.call(lambda module: self.task.pictures(samples, inputs, _NUM_SHOWN, module))
+        self.monitor.show_pictures(name, self.step, shown)
 
     def _refuse_if_useless(self) -> None:
         """Raise UselessRun if the weights are those of the start, or not numbers."""

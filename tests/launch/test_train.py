@@ -57,7 +57,7 @@ def test_run_folder_keeps_its_contract(reference: Run) -> None:
     wanted += ["attention/max_logit", "eval/val/top1", "eval/val/loss"]
     assert set(wanted) <= set(tags["scalars"])
     assert len(board.Scalars("loss/train")) == STEPS
-    assert tags["images"] == ["data/augmented"] and len(tags["tensors"]) == 2
+    assert set(tags["images"]) == {"pictures/train", "pictures/val"} and len(tags["tensors"]) == 2
     assert "final top1" in reference.output and "this run" in reference.output
 
 

@@ -6,7 +6,6 @@ A disk that is full costs log lines, never the run.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -24,12 +23,14 @@ import yaml
 from megavit.data.bad import BAD_SAMPLES_FILE
 from megavit.model.count import num_params, train_flops
 from megavit.parallel.mesh import Mesh
+from megavit.tasks.task import Pictures
 from megavit.train.checkpoint.saver import Progress, Saved
 from megavit.train.config import RunConfig, plain_config
 from megavit.train.ds_config import uses_bf16
 from megavit.train.logging.environment import environment
 from megavit.train.logging.log_file import LogFile, discard_rows, read_rows
 from megavit.train.logging.meters import memory_gib, rank_peak_flops
+from megavit.train.logging.pictures import draw_pictures
 from megavit.train.schedule import lr_at
 
 if TYPE_CHECKING:
@@ -112,15 +113,11 @@ class Monitor:
         """Print a line on the main rank."""
         say(self.mesh, text)
 
-    def show_first(self, inputs: Any) -> None:
-        """Of the first micro-batch, as the root module gets it, up to 64 augmented images go to TensorBoard
-        as a grid, if it has `images`."""
-        images = getattr(inputs, "images", None)
-        if self._enabled and images is not None:
-            from torchvision.utils import make_grid
-
-            grid = make_grid((images[:64].cpu() + 1) / 2, nrow=8, padding=1, pad_value=0.5)
-            self._on_board(functools.partial(_add_image, "data/augmented", grid))
+    def show_pictures(self, name: str, step: int, shown: Pictures | None) -> None:
+        """Captioned pictures of a micro-batch, for TensorBoard."""
+        if self._enabled and shown:
+            sheet = draw_pictures(*shown)
+            self._on_board(lambda board: board.add_image(f"pictures/{name}", sheet, step, dataformats="HWC"))
 
     def begin_step(self, step: int) -> None:
         """Update number `step` (from 0) begins. A line if the first of this start takes long."""
@@ -321,10 +318,6 @@ class Monitor:
         except OSError as error:
             self._board = None
             self.say(f"note: TensorBoard's file cannot be written: {error}")
-
-
-def _add_image(tag: str, image: Any, board: Any) -> None:
-    board.add_image(tag, image, 0)
 
 
 _TAGS = {
