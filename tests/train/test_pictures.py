@@ -25,13 +25,13 @@ def test_pictures_stand_above_their_captions(channels: int) -> None:
     images = torch.rand(6, channels, 8, 8, generator=torch.Generator().manual_seed(0))
     captions = ["cat", "", "two\nlines", "w" * 200, "\udcff \u4e2d", "dog"]
     sheet = draw_pictures(images, captions)
-    side, gap = 96, 6
+    side, gap = 128, 6
     height = (len(sheet) - gap) // 2
     assert sheet.dtype == np.uint8 and sheet.shape == (2 * height + gap, 4 * (side + gap) + gap, 3)
     shown = images[:, :3] if channels >= 3 else images[:, :1].expand(-1, 3, -1, -1)
     for number, picture in enumerate(shown):
         top, left = number // 4 * height + gap, number % 4 * (side + gap) + gap
-        found = sheet[top : top + side, left : left + side][::12, ::12].transpose(2, 0, 1)
+        found = sheet[top : top + side, left : left + side][::16, ::16].transpose(2, 0, 1)
         assert np.abs(found / 255 - picture.numpy()).max() <= 0.51 / 255
         under = sheet[top + side : top + height - gap, left : left + side]
         assert (under.min() < 128) == bool(captions[number])
@@ -42,8 +42,8 @@ def test_pictures_stand_above_their_captions(channels: int) -> None:
 
 def test_large_pictures_keep_their_size_and_values_their_range() -> None:
     """Catches a picture that wraps around where it is a little above one, and one that is made smaller."""
-    sheet = draw_pictures(torch.full((1, 3, 100, 100), 1.2), ["x"])
-    assert sheet[6:106, 6:106].min() == 255 and sheet.shape[1] == 112
+    sheet = draw_pictures(torch.full((1, 3, 150, 150), 1.2), ["x"])
+    assert sheet[6:156, 6:156].min() == 255 and sheet.shape[1] == 162
 
 
 def samples(**changes: Any) -> DeviceBatch:
@@ -98,4 +98,4 @@ def test_a_run_shows_its_samples_and_predictions(digits: Path, tmp_path: Path, t
     evaluations = board.Images("pictures/val")
     assert [image.step for image in evaluations] == [4, 8]
     first, second = (image.encoded_image_string for image in evaluations)
-    assert first != second and evaluations[0].width == 4 * 102 + 6
+    assert first != second and evaluations[0].width == 4 * 134 + 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 _COLUMNS = 4
-_LEAST_SIDE = 96  # smaller pictures are enlarged
+_LEAST_SIDE = 128  # smaller pictures are enlarged
 _GAP = 6
 _PAPER, _INK = 255, 0
 
@@ -46,8 +47,9 @@ def draw_pictures(images: Tensor, captions: Sequence[str]) -> np.ndarray:
 
 
 def _fit(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """`text`, of the characters that the font has, cut off at the end if it is wider than `width` pixels."""
-    text = text.encode("latin-1", "replace").decode("latin-1")
+    """`text` without accents, which the font lacks, cut off at the end if it is wider than `width` pixels."""
+    plain = (one for one in unicodedata.normalize("NFKD", text) if not unicodedata.combining(one))
+    text = "".join(plain).encode("ascii", "replace").decode()
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "..") > width:
