@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import megavit.model
 from megavit.model.vit import MegaVit
 from megavit.parallel.collectives import gather_from_tp
 from megavit.parallel.layout import layout_of
@@ -91,7 +94,18 @@ def look(module: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """All of it, as a caller's function does."""
     with torch.no_grad():
         found = features(module.trunk, images)
-    return found | observed(module.trunk, images)
+    found |= observed(module.trunk, images)
+    maps = shown_in_the_readme()(module, images, 1)
+    return found | {f"map {layer}": weights for layer, weights in enumerate(maps)}
+
+
+def shown_in_the_readme() -> Callable[[nn.Module, Tensor, int], list[Tensor]]:
+    """The function of README's section on the engine's model."""
+    readme = (Path(megavit.model.__file__).parent / "README.md").read_text()
+    section = readme.partition("## On the engine's model")[2]
+    names = {"__name__": "readme"}
+    exec(section.split("```")[1].removeprefix("python\n"), names)
+    return names["maps"]  # type: ignore[return-value]
 
 
 def batches(mesh: Mesh) -> list[Tensor]:
@@ -174,3 +188,39 @@ def test_the_engines_model_shows_what_a_single_process_does(case: str) -> None:
     run = dataclasses.replace(RUN, model=model, recompute=recompute)
     for wrong, clean, same in run_ranks(ranks, looking, tp_size, run, raw):
         assert wrong == [] and clean and same
+
+
+def results_of_calls(stage: int) -> list[Any]:
+    """What functions return that take nothing, or return what holds no tensors."""
+    from megavit.train.engine import Engine
+
+    mesh = Mesh.from_environment(1)
+    engine = Engine(RUN, resolve_ds_config(ds_config(stage), mesh.dp_size, "cpu"), mesh)
+    results: list[Any] = [0.5, None, {0: "cat"}, {1, 2}, range(3), Keeper]
+    found = [engine.call(lambda module, result=result: result) for result in results]
+    graph = engine.call(lambda module: module.trunk(torch.zeros(1, 1, 8, 8)))
+    return [a is b for a, b in zip(found, results, strict=True)] + [not graph.requires_grad]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", [0, 3])
+def test_functions_return_what_they_like(stage: int) -> None:
+    """Catches results that DeepSpeed takes apart, and copies, in its search for tensors."""
+    assert run_ranks(1, results_of_calls, stage) == [[True] * 7]
+
+
+def failed_call() -> bool:
+    """Whether weights are trained again after a function that fails."""
+    from megavit.train.engine import Engine
+
+    mesh = Mesh.from_environment(1)
+    engine = Engine(RUN, resolve_ds_config(ds_config(2), mesh.dp_size, "cpu"), mesh)
+    with pytest.raises(ZeroDivisionError):
+        engine.call(lambda module: 1 / 0)
+    return all(parameter.requires_grad for parameter in engine.parameters.values())
+
+
+@pytest.mark.dist
+def test_a_function_that_fails_leaves_the_weights_trainable() -> None:
+    """Catches a run that goes on after an error with nothing to train."""
+    assert run_ranks(1, failed_call) == [True]
