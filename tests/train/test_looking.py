@@ -75,6 +75,16 @@ def features(trunk: Any, images: Tensor) -> dict[str, Tensor]:
     return found | {"patches 1": only}
 
 
+class Hooks:
+    """Gradients as they pass by."""
+
+    def __init__(self) -> None:
+        self.grads: dict[str, Tensor] = {}
+
+    def tokens(self, layer: int, x: Tensor) -> None:
+        x.register_hook(lambda grad: self.grads.update({f"hooked {layer}": grad}))
+
+
 def observed(trunk: Any, images: Tensor) -> dict[str, Tensor]:
     """Attention, token states, and the gradients of a class score, also with respect to the images."""
     images = images.clone().requires_grad_()
@@ -95,6 +105,9 @@ def look(module: nn.Module, images: Tensor) -> dict[str, Tensor]:
     with torch.no_grad():
         found = features(module.trunk, images)
     found |= observed(module.trunk, images)
+    with module.trunk.observe(Hooks()) as hooks:
+        module.trunk(images)[:, 1].sum().backward()
+    found |= hooks.grads
     maps = shown_in_the_readme()(module, images, 1)
     return found | {f"map {layer}": weights for layer, weights in enumerate(maps)}
 
