@@ -28,23 +28,24 @@ SIZES = {"dim": 48, "num_heads": 6, "mlp_dim": 96, "depth": 3, "num_classes": 7,
 IMAGES, BATCH, LR = 7, 3, 3e-2  # two data-parallel ranks have 3 + 1 and 3 + 0 of them
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 
-# ranks, tp_size, ZeRO configuration, fields of the model, recompute
-CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], str]] = {
-    "stage 3, one rank": (1, 1, ds_config(3), {}, "none"),
-    "stage 3, dp 2": (2, 1, ds_config(3, micro_batch=2), {}, "none"),
-    "stage 3, tp 2": (2, 2, ds_config(3), {}, "none"),
-    "stage 3, tp 3": (3, 3, ds_config(3), {}, "none"),
-    "stage 3, dp 2 x tp 2": (4, 2, ds_config(3, micro_batch=2), {}, "none"),
+# ranks, tp_size, ZeRO configuration, fields of the model and of the run
+CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "stage 3, one rank": (1, 1, ds_config(3), {}, {}),
+    "stage 3, dp 2": (2, 1, ds_config(3, micro_batch=2), {}, {}),
+    "stage 3, tp 2": (2, 2, ds_config(3), {}, {}),
+    "stage 3, tp 3": (3, 3, ds_config(3), {}, {}),
+    "stage 3, dp 2 x tp 2": (4, 2, ds_config(3, micro_batch=2), {}, {}),
     "stage 3, dp 2, persistent": (
         2,
         1,
         ds_config(3, zero={"stage3_param_persistence_threshold": 1000}),
         {"pool": "cls", "block": "sequential"},
-        "full",
+        {"recompute": "full"},
     ),
-    "stage 2, dp 2 x tp 2": (4, 2, ds_config(2, micro_batch=2), {}, "selective"),
-    "stage 0, dp 2": (2, 1, ds_config(0), {}, "none"),
-    "stage 3, dp 2 x tp 2, bf16": (4, 2, ds_config(3, **BF16), {}, "none"),
+    "stage 3, dp 2, frozen": (2, 1, ds_config(3), {}, {"freeze": "trunk.embed,trunk.prefix,trunk.blocks.0"}),
+    "stage 2, dp 2 x tp 2": (4, 2, ds_config(2, micro_batch=2), {}, {"recompute": "selective"}),
+    "stage 0, dp 2": (2, 1, ds_config(0), {}, {}),
+    "stage 3, dp 2 x tp 2, bf16": (4, 2, ds_config(3, **BF16), {}, {}),
 }
 
 
@@ -131,20 +132,18 @@ def batches(mesh: Mesh) -> list[Tensor]:
 
 def single_process(engine: Any) -> MegaVit:
     """A plain model that has the engine's weights."""
-    mesh, logical = engine.mesh, {}
-    mine = []
+    mesh, mine = engine.mesh, []
     for part in engine.state.owned():
         layout = layout_of(engine.parameters[part.name])
         boxes = layout.boxes(mesh.tp_rank, mesh.tp_size, part.start, part.stop)
         mine.append((part.name, boxes, part.tensors["weight"].clone()))
-    plain = MegaVit.from_config(engine.run.model).eval()
-    logical = {name: torch.full_like(weight, torch.nan) for name, weight in plain.state_dict().items()}
+    plain = MegaVit.from_config(engine.run.model, seed=engine.run.seed).eval()
+    logical = plain.state_dict()  # frozen ones are still the initial ones
     for name, boxes, flat in (part for parts in mesh.gather(mine) for part in parts):
         matrix = logical[name].view(len(logical[name]), -1)
         for box in boxes:
             values = flat[box.offset :][: box.rows * box.columns].view(box.rows, box.columns)
             matrix[box.row :, box.column :][: box.rows, : box.columns] = values
-    plain.load_state_dict(logical)
     return plain
 
 
@@ -164,8 +163,8 @@ def differences(engine: Any, tolerance: float) -> list[str]:
 
 
 def looking(tp_size: int, run: RunConfig, raw: dict[str, Any]) -> tuple[list[str], bool, bool]:
-    """What is shown otherwise than by a single process, before, between and after steps; whether the weights
-    had gradients or required none afterwards; and whether the steps and weights are, to the bit, those of an
+    """What is shown otherwise than by a single process, before, between and after steps; whether the weights'
+    gradients are as before; and whether the steps and weights are, to the bit, those of an
     engine that nobody looked into."""
     from megavit.train.engine import Engine
 
@@ -179,10 +178,11 @@ def looking(tp_size: int, run: RunConfig, raw: dict[str, Any]) -> tuple[list[str
         for step in range(4):
             steps.append(engine.train_step(inputs(run, mesh, step, engine.micro_batch), WEIGHTS.sum(), LR))
             if is_looked_into and step in (1, 2):
-                before = {name: p.grad for name, p in engine.parameters.items()}
+                before = {name: (p.requires_grad, p.grad) for name, p in engine.parameters.items()}
                 wrong += differences(engine, tolerance)
                 for name, parameter in engine.parameters.items():
-                    clean &= parameter.requires_grad and parameter.grad is before[name]
+                    requires_grad, grad = before[name]
+                    clean &= parameter.requires_grad == requires_grad and parameter.grad is grad
         outcomes.append((steps, shards_of(engine)))
     (steps, weights), (same_steps, same_weights) = outcomes
     same = steps == same_steps and all(torch.equal(weights[name], same_weights[name]) for name in weights)
@@ -196,9 +196,9 @@ def test_the_engines_model_shows_what_a_single_process_does(case: str) -> None:
     """Catches weights that are not gathered (registers belong to no layer), heads or gradients that lack a
     rank's share, ranks that wait for one without images, and gradients or reductions left for the next
     step."""
-    ranks, tp_size, raw, fields, recompute = CASES[case]
+    ranks, tp_size, raw, fields, changes = CASES[case]
     model = dataclasses.replace(RUN.model, **SIZES | fields)
-    run = dataclasses.replace(RUN, model=model, recompute=recompute)
+    run = dataclasses.replace(RUN, model=model, **changes)
     for wrong, clean, same in run_ranks(ranks, looking, tp_size, run, raw):
         assert wrong == [] and clean and same
 
