@@ -70,6 +70,7 @@ def rehearse(
             engine.train_step(inputs, weight, 1e-3, norm_limit=math.inf)
         step_s = time.perf_counter() - started
         peak = meter.peak()
+    del samples, inputs  # what stays has no batch in it
     return Rehearsal(build_s, build_peak, step_s, meter.now(), peak, dict(counter.bytes))
 
 
