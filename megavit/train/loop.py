@@ -213,6 +213,7 @@ class Trainer:
             self._say(f"stopped at step {self.step}; start again on {self.run_dir} to go on")
             return None
         self._refuse_if_useless()
+        self.monitor.log_hparams()
         self._export()
         if result is not None:
             first = self.run.data.val_sets[0]

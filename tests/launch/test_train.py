@@ -57,7 +57,15 @@ def test_run_folder_keeps_its_contract(reference: Run) -> None:
     wanted += ["attention/max_logit", "eval/val/top1", "eval/val/loss"]
     assert set(wanted) <= set(tags["scalars"])
     assert len(board.Scalars("loss/train")) == STEPS
-    assert set(tags["images"]) == {"pictures/train", "pictures/val"} and len(tags["tensors"]) == 2
+    assert set(tags["images"]) == {"pictures/train", "pictures/val"}
+    texts = ["config/deepspeed/text_summary", "config/run/text_summary", "custom_scalars__config__"]
+    assert sorted(tags["tensors"]) == texts
+    assert not [path for path in (reference.folder / "tensorboard").iterdir() if path.is_dir()]
+    started = board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"schedule.warmup_steps" in started and b"ds.optimizer.params.lr" in started
+    metrics = board.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    assert all(tag in metrics for tag in (b"loss/train", b"eval/val/top1", b"eval/val/loss"))
+    assert b"eval/val/samples" not in metrics
     assert "final top1" in reference.output and "this run" in reference.output
 
 

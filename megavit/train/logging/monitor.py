@@ -25,7 +25,7 @@ from megavit.model.count import num_params, train_flops
 from megavit.parallel.mesh import Mesh
 from megavit.tasks.task import Pictures
 from megavit.train.checkpoint.saver import Progress, Saved
-from megavit.train.config import RunConfig, plain_config
+from megavit.train.config import RunConfig, flat_config, plain_config
 from megavit.train.ds_config import uses_bf16
 from megavit.train.logging.environment import environment
 from megavit.train.logging.log_file import LogFile, discard_rows, read_rows
@@ -94,6 +94,7 @@ class Monitor:
             self._on_board(lambda board: board.add_text("config/run", f"```yaml\n{resolved}```"))
             text = f"```json\n{json.dumps(ds_config, indent=2)}\n```"
             self._on_board(lambda board: board.add_text("config/deepspeed", text))
+            self._on_board(lambda board: board.add_custom_scalars(_CHARTS))
         self.say(
             f"{run.model.name}: {num_params(run.model) / 1e6:,.1f}M parameters, "
             f"{train_flops(run.model) / 1e9:,.2f} GFLOP per image and step; {mesh.describe()}; "
@@ -214,6 +215,27 @@ class Monitor:
             f"({found.num_samples} samples{left_out})"
         )
 
+    def log_hparams(self) -> None:
+        """Record the configuration with the run's final results, for TensorBoard's table of runs."""
+        if not self._enabled:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        config = flat_config(plain_config(self.run) | {"ds": self._ds_config})
+        values = {key: value for key, value in config.items() if isinstance(value, str | int | float)}
+        rows = [row for row in read_rows(self._run_dir / LOG_FILE) if row.get("step") == self.run.max_steps]
+        found = {key: value for row in rows for key, value in row.items() if value is not None}
+        counts = ("/samples", "/bad")
+        results = {key: found[key] for key in found if key.startswith("eval/") and not key.endswith(counts)}
+        if "loss" in found:
+            results["loss/train"] = found["loss"]
+
+        def add(board: Any) -> None:  # SummaryWriter.add_hparams makes another run of it
+            for summary in hparams(values, results):
+                board.file_writer.add_summary(summary)
+
+        self._on_board(add)
+
     def logged_results(self, step: int, name: str) -> dict[str, float] | None:
         """The results that an evaluation on the validation set `name` after `step` updates had, from the log;
         None if there was none, or its line is lost. The same on every rank; collective over the world."""
@@ -253,7 +275,7 @@ class Monitor:
                 f"before is kept: {saved.error}"
             )
             return
-        self._scalar("checkpoint/stall_s", saved.stall_s, saved.step)
+        self._scalar("speed/checkpoint_stall_s", saved.stall_s, saved.step)
         self.say(
             f"step {saved.step:>6}/{self.run.max_steps}  saved {saved.folder.name}: "
             f"{saved.bytes / 2**30:.3g} GiB; training held up {saved.stall_s:.2g} s, "
@@ -319,6 +341,26 @@ class Monitor:
             self._board = None
             self.say(f"note: TensorBoard's file cannot be written: {error}")
 
+
+# TensorBoard's tab of custom scalars, in this order: the loss comes first. Its other tabs have the tags in
+# alphabetical order.
+_CHARTS = {
+    "loss": {
+        "loss": ["Multiline", ["loss/train", "eval/.*/loss"]],
+        "evaluation": ["Multiline", ["eval/.*/(?!loss$)"]],
+    },
+    "optimization": {
+        "learning rate": ["Multiline", ["optim/lr"]],
+        "gradient norm": ["Multiline", ["optim/grad_norm"]],
+        "attention": ["Multiline", ["attention/max_logit"]],
+    },
+    "speed": {
+        "images per second": ["Multiline", ["speed/images_per_s"]],
+        "seconds per step": ["Multiline", ["speed/step_time_s", "speed/data_time_s"]],
+        "MFU": ["Multiline", ["speed/mfu"]],
+        "memory": ["Multiline", ["memory/peak_gib"]],
+    },
+}
 
 _TAGS = {
     "loss/train": "loss",
