@@ -175,7 +175,8 @@ def plan(
     elif flags.json:
         _parent_of(flags.json).write_text(json.dumps(facts, indent=2) + "\n")
     say = functools.partial(print, file=sys.stderr if flags.json == "-" else sys.stdout, flush=True)
-    say(f"{run.model.name} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}\n")
+    say(f"{run.model.name} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}")
+    say(report.trained(run))
     say(report.table(plans, flags.rows))
     say("\n" + report.details(best, run))
     for line in hints:
@@ -189,7 +190,8 @@ def plan(
         written = report.write_files(Path(flags.out), run, base, best, PROJECT_ROOT)
         say(f"\nwrote {', '.join(str(path) for path in written)}")
         steps = "" if run.max_steps else " --max_steps ..."
-        say(f"submit: sbatch {written[-1]} --data.shards ...{steps}")
+        start = f" --init_from {run.init_from or '...'}" if run.freeze else ""
+        say(f"submit: sbatch {written[-1]} --data.shards ...{steps}{start}")
     if flags.rehearse:
         say("\n" + rehearsal(run, base, best, flags))
     if not best.fits:
@@ -210,7 +212,7 @@ def rehearsal(run: RunConfig, base: dict[str, Any], best: Plan, flags: PlanConfi
     """One true rank of the plan beside its prediction, as text; fewer blocks if memory asks for it."""
     import torch
 
-    from megavit.scale.rehearse import compare, fitting_depth, rehearse
+    from megavit.scale.rehearse import compare, fitting_depth, rehearse, with_depth
     from megavit.scale.report import planned_ds_config
 
     on_cpu = not torch.cuda.is_available()
@@ -218,8 +220,8 @@ def rehearsal(run: RunConfig, base: dict[str, Any], best: Plan, flags: PlanConfi
     layout = dataclasses.replace(best.layout, micro_batch=micro_batch, grad_accum=1)
     best = dataclasses.replace(best, layout=layout)
     depth = fitting_depth(best, flags.rehearse_gib, on_cpu=on_cpu)
-    cut = dataclasses.replace(best, model=dataclasses.replace(run.model, depth=depth))
-    run = dataclasses.replace(run, model=cut.model, recompute=best.recompute)
+    cut = with_depth(best, depth)
+    run = dataclasses.replace(run, model=cut.model, freeze=cut.freeze, recompute=best.recompute)
     ds_config = planned_ds_config(base, cut) | {"bf16": {"enabled": True}}  # on a CPU too
     measured = rehearse(run, ds_config, layout.tp_size, layout.dp_size, flags.rehearse)
     return compare(best, depth, measured, on_cpu=on_cpu)

@@ -7,7 +7,7 @@ here works on one rank's shard and, with a single rank, is the plain layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,6 +31,10 @@ from megavit.parallel.linear import (
 
 # MLP biases start at Normal(0, 1e-6), as in big_vision's vit.py.
 MLP_BIAS_STD = 1e-6
+
+# What a block's attention can tell an observer, see `MegaVit.observe`.
+OBSERVED = ("queries_keys", "attention")
+Seen = dict[str, tuple[Tensor | None, ...]]
 
 
 class Norm(nn.Module):
@@ -80,18 +84,20 @@ class SelfAttention(nn.Module):
         scales: Sequence[Tensor],
         *,
         addend: Tensor | None = None,
-        explicit: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """[B, N, 3 D/tp] -> ([B, N, D], attention weights [B, H/tp, N, N] if `explicit`, else None). `scales`
-        are those of `column_parallel`; `addend` [B, N, D] joins the output inside its matmul."""
+        asked: Collection[str] = (),
+    ) -> tuple[Tensor, Seen]:
+        """[B, N, 3 D/tp] -> [B, N, D], and what is `asked` for (of `OBSERVED`). `scales` are those of
+        `column_parallel`; `addend` [B, N, D] joins the output inside its matmul."""
         qkv = qkv.unflatten(-1, (3, -1, self.head_dim))  # [B, N, 3, H/tp, K]
         q, k, v = qkv.unbind(2)  # [B, N, H/tp, K]
         if self.qk_norm:
             q = normalize(q, scales[0], None, centring=self.centring, eps=self.eps)
             k = normalize(k, scales[1], None, centring=self.centring, eps=self.eps)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H/tp, N, K]
-        attended, weights = attend(q, k, v, explicit=explicit)
-        return self.out(attended.transpose(1, 2).flatten(2), addend), weights
+        attended, weights = attend(q, k, v, explicit="attention" in asked)
+        seen = {"queries_keys": (q, k), "attention": (weights,)}
+        out = self.out(attended.transpose(1, 2).flatten(2), addend)
+        return out, {name: seen[name] for name in asked}
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, explicit: bool) -> tuple[Tensor, Tensor | None]:
@@ -152,15 +158,15 @@ class _Residual(nn.Module):
         return x + dropout(self.mesh, y, self.rate, self.training, sharded=False)
 
 
-Observe = Callable[[Tensor], None]
+Observe = Callable[..., None]
 
 
-def _observed(found: Any, observe: Observe | None) -> Tensor:
+def _observed(found: Any, observe: Mapping[str, Observe] | None) -> Tensor:
     """Ends a block's forward pass. The observer is called here because what it does must not become part of
     what is recomputed, and not outside of the module because ZeRO-3 replaces a module's outputs by copies."""
-    y, weights = found
-    if observe is not None:
-        observe(weights)
+    y, seen = found
+    for name, tell in (observe or {}).items():
+        tell(*seen[name])
     return y
 
 
@@ -179,20 +185,20 @@ class ParallelBlock(nn.Module):
         self.mlp = Mlp(config, init.scope("mlp"))
         self.residual = _Residual(config, init.scope("residual"))
 
-    def forward(self, x: Tensor, observe: Observe | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]. `observe` is called with the attention weights [B, H/tp, N, N]."""
+    def forward(self, x: Tensor, observe: Mapping[str, Observe] | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]. `observe` has functions by names of `OBSERVED`, which are told those."""
         # Layer scale's backward reads what the block adds.
         dead = () if self.residual.scale is not None else (self.attn.out, self.mlp.down)
-        found = recompute_with(self.recompute, self._forward, x, observe is not None, dead=dead)
+        found = recompute_with(self.recompute, self._forward, x, tuple(observe or ()), dead=dead)
         return _observed(found, observe)
 
-    def _forward(self, x: Tensor, explicit: bool) -> tuple[Tensor, Tensor | None]:
+    def _forward(self, x: Tensor, asked: tuple[str, ...]) -> tuple[Tensor, Seen]:
         layers = (self.attn.qkv, self.mlp.up)
         (qkv, hidden), scales = column_parallel(self.mesh, self.norm(x), layers, *self.attn.scales)
         start = x if self.residual.is_plain_sum else None
-        partial, weights = self.attn(qkv, scales, addend=start, explicit=explicit)
+        partial, seen = self.attn(qkv, scales, addend=start, asked=asked)
         y = self.mlp(hidden, addend=partial)
-        return self.residual(x, y) if start is None else y, weights
+        return self.residual(x, y) if start is None else y, seen
 
 
 class SequentialBlock(nn.Module):
@@ -210,18 +216,18 @@ class SequentialBlock(nn.Module):
         self.mlp = Mlp(config, init.scope("mlp"))
         self.residual = _Residual(config, init.scope("residual"))
 
-    def forward(self, x: Tensor, observe: Observe | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]. `observe` is called with the attention weights [B, H/tp, N, N]."""
+    def forward(self, x: Tensor, observe: Mapping[str, Observe] | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]. `observe` has functions by names of `OBSERVED`, which are told those."""
         dead = () if self.residual.scale is not None else (self.mlp.down,)
-        found = recompute_with(self.recompute, self._forward, x, observe is not None, dead=dead)
+        found = recompute_with(self.recompute, self._forward, x, tuple(observe or ()), dead=dead)
         return _observed(found, observe)
 
-    def _forward(self, x: Tensor, explicit: bool) -> tuple[Tensor, Tensor | None]:
+    def _forward(self, x: Tensor, asked: tuple[str, ...]) -> tuple[Tensor, Seen]:
         (qkv,), scales = column_parallel(self.mesh, self.norm(x), [self.attn.qkv], *self.attn.scales)
-        y, weights = self.attn(qkv, scales, explicit=explicit)
+        y, seen = self.attn(qkv, scales, asked=asked)
         x = self.attn_residual(x, y)
         (hidden,), _ = column_parallel(self.mesh, self.mlp_norm(x), [self.mlp.up])
-        return self.residual(x, self.mlp(hidden)), weights
+        return self.residual(x, self.mlp(hidden)), seen
 
 
 Block = ParallelBlock | SequentialBlock

@@ -5,7 +5,7 @@ The model calls them and keeps nothing. Everything that they are given is part o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,17 +32,22 @@ class Observers:
     def __bool__(self) -> bool:
         return bool(self._active)
 
-    def listener(self, method: str, *arguments: Any) -> Callable[[Tensor], None] | None:
-        """What passes a tensor on, as `observer.method(*arguments, tensor)`; None if no observer has it."""
+    def listener(self, method: str, *arguments: Any) -> Callable[..., None] | None:
+        """What passes tensors on, as `observer.method(*arguments, *tensors)`; None if no observer has it."""
         calls = [getattr(observer, method) for observer in self._active if hasattr(observer, method)]
         if not calls:
             return None
 
-        def tell(seen: Tensor) -> None:
+        def tell(*seen: Tensor) -> None:
             for call in calls:
-                call(*arguments, seen)
+                call(*arguments, *seen)
 
         return tell
+
+    def listeners(self, methods: Sequence[str], layer: int) -> dict[str, Callable[..., None]] | None:
+        """Those of the `methods` that some observer has; None if there are none."""
+        found = {method: self.listener(method, layer) for method in methods} if self._active else {}
+        return {method: tell for method, tell in found.items() if tell is not None} or None
 
     def tell(self, method: str, *arguments: Any) -> None:
         """Call `observer.method(*arguments)` of the observers that have it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from megavit.model.block import Norm, Observe, make_block
+from megavit.model.block import OBSERVED, Norm, Observe, make_block
 from megavit.model.config import ModelConfig, Recompute, model_config, model_preset
 from megavit.model.embed import POSITION, PatchEmbedding, resize_position
 from megavit.model.head import Classifier, MapHead, wide
@@ -240,6 +240,7 @@ class MegaVit(nn.Module):
 
         Of these methods the observer may have any:
 
+            queries_keys(layer, q, k)   the queries and keys [B, H/tp, N, K] of this rank's heads, normalised
             attention(layer, weights)   the softmax weights [B, H/tp, N, N] of this rank's heads, float32
             tokens(layer, x)            the token state [B, N, D] after block `layer`, from -1 on, the input
             pool(weights)               the MAP head's weights [B, H/tp, num_patches] of this rank's heads
@@ -269,7 +270,7 @@ class MegaVit(nn.Module):
         for layer, block in enumerate(self.blocks):
             if layer == depth:
                 break
-            observe = self._observers.listener("attention", layer)
+            observe = self._observers.listeners(OBSERVED, layer)
             x = block(x) if observe is None else block(x, observe)
             self._observers.tell("tokens", layer, x)
             if keep is not None:
@@ -321,11 +322,11 @@ def _block_numbers(indices: int | Sequence[int] | None, depth: int) -> set[int]:
 
 
 def _unless_observed(
-    compiled: Callable[[Tensor], Tensor], plain: Callable[[Tensor, Observe], Tensor]
+    compiled: Callable[[Tensor], Tensor], plain: Callable[[Tensor, Mapping[str, Observe]], Tensor]
 ) -> Callable[..., Tensor]:
     """A block's forward: compiled, but for an observer, whose code is not to be traced."""
 
-    def forward(x: Tensor, observe: Observe | None = None) -> Tensor:
+    def forward(x: Tensor, observe: Mapping[str, Observe] | None = None) -> Tensor:
         return compiled(x) if observe is None else plain(x, observe)
 
     return forward

@@ -160,6 +160,16 @@ def sum_over_world(mesh: Mesh, local: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def max_over_world(mesh: Mesh, local: Tensor) -> Tensor:
+    """Elementwise maximum over all ranks; carries no gradient."""
+    if mesh.world_size == 1:
+        return local
+    result = local.clone()
+    dist.all_reduce(result, op=dist.ReduceOp.MAX)
+    return result
+
+
+@torch.no_grad()
 def broadcast_over_tp(mesh: Mesh, local: Tensor) -> Tensor:
     """TP rank 0's tensor, in memory of its own; carries no gradient."""
     result = local.clone()

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavit.model.config import ModelConfig, Recompute
 from megavit.scale.gathers import replay
-from megavit.scale.inventory import inventory
+from megavit.scale.inventory import Unit, inventory
 from megavit.scale.job import Layout, ZeroSettings
 
 # c10d's operations, and which argument is the whole tensor.
@@ -68,14 +68,15 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def step_traffic(
-    model: ModelConfig, recompute: Recompute, layout: Layout, zero: ZeroSettings
+    model: ModelConfig, recompute: Recompute, layout: Layout, zero: ZeroSettings, freeze: str = ""
 ) -> dict[tuple[str, int], int]:
     """Bytes of one optimizer step's collectives on one rank, by (collective, ranks in its group), in the
     steady state (from the third step on). Exact but for a few scalars (loss, norm), under 100 bytes."""
     traffic: Counter[tuple[str, int]] = Counter()
-    tree = inventory(model, layout.tp_size)
+    tree = inventory(model, layout.tp_size, freeze)
+    trained = tree.trained_part()
     if layout.tp_size > 1:
-        per_micro_step = tp_bytes(model, recompute, layout.micro_batch, zero.element_bytes)
+        per_micro_step = tp_bytes(model, recompute, layout.micro_batch, zero, tree)
         traffic["all_reduce", layout.tp_size] = per_micro_step * layout.grad_accum
     dp = layout.dp_size
     if dp == 1:
@@ -84,32 +85,46 @@ def step_traffic(
         trace = replay(tree, dp, zero.gathers)
         gathered = trace.gathered * layout.grad_accum + trace.padded_persistent
         traffic["all_gather", dp] = gathered * zero.element_bytes
-        reduced = tree.shared(dp) * dp * layout.grad_accum
+        reduced = trained.shared(dp) * dp * layout.grad_accum
         traffic["reduce_scatter", dp] = reduced * zero.reduced_bytes
     else:
         times = layout.grad_accum if zero.stage == 2 else 1
-        traffic["all_reduce", dp] += tree.numel() * zero.reduced_bytes * times
+        traffic["all_reduce", dp] += trained.numel() * zero.reduced_bytes * times
         if zero.stage:
-            traffic["all_gather", dp] = tree.numel() * zero.element_bytes
+            traffic["all_gather", dp] = trained.numel() * zero.element_bytes
     return dict(traffic)
 
 
-def tp_bytes(model: ModelConfig, recompute: Recompute, micro_batch: int, element_bytes: int) -> int:
-    """Bytes all-reduced over a TP group in one forward and backward pass with weights of `element_bytes`.
+def tp_bytes(
+    model: ModelConfig, recompute: Recompute, micro_batch: int, zero: ZeroSettings, tree: Unit
+) -> int:
+    """Bytes all-reduced over a TP group in one forward and backward pass; `tree` is the model's inventory.
 
     A parallel block reduces its output forward and its input's gradient backward; a sequential one each
     twice. Recomputation leaves out a block's last reduce, so only full recomputation of a sequential block
-    repeats one; but layer scale's backward reads what it scales, and repeats that reduce too.
+    repeats one; but layer scale's backward reads what it scales, and repeats that reduce too. A frozen block
+    that the backward pass reaches sends what a trained one does, the sums of its QK scales' gradients too.
     """
     stream = micro_batch * model.num_tokens * model.dim
     sequential = model.block == "sequential"
-    reduces = 2 * (1 + sequential) + (sequential and recompute == "full")
-    reduces += model.layer_scale is not None and recompute != "none"
+    forward = 1 + sequential
+    backward = forward + (sequential and recompute == "full")
+    backward += model.layer_scale is not None and recompute != "none"
     scales = 2 * model.head_dim if model.qk_norm else 0
-    elements = model.depth * (reduces * stream + scales)
+    blocks = [unit for unit in tree.children if unit.is_block]
+    reached = sum(block.has_backward for block in blocks)
+    elements = len(blocks) * forward * stream + reached * (backward * stream + scales)
     pooled = micro_batch * model.dim
-    if model.pool == "map":
-        # Forward: attention output and MLP. Backward: the tokens, the probe, the MLP's input.
-        elements += 2 * pooled + micro_batch * model.num_patches * model.dim + model.dim + pooled
-    # The classifier's input has a float32 gradient.
-    return elements * element_bytes + (4 * pooled if model.num_classes else 0)
+    outside = {unit.name: unit for unit in tree.children if not unit.is_block}
+    if "pool" in outside:
+        pool = outside["pool"]
+        elements += 2 * pooled  # forward: attention output and MLP
+        if outside["norm"].has_backward or pool.trained:  # the tokens, the probe
+            elements += micro_batch * model.num_patches * model.dim + model.dim
+        if any(part.name == "norm" and part.has_backward for part in pool.children):  # the MLP's input
+            elements += pooled
+    # The classifier's input has a float32 gradient. With nothing before it to train, only ZeRO-3 wants it:
+    # the engine keeps its weights until backward that way.
+    before = outside.get("pool", outside["norm"])
+    classifier = bool(model.num_classes) and (before.has_backward or zero.stage == 3)
+    return elements * zero.element_bytes + (4 * pooled if classifier else 0)

@@ -78,11 +78,18 @@ class _Module:
         self.children: list[_Module] = [_Module(child, ranks, persistence) for child in unit.children]
         self.below: list[_Weight] = self.own + [weight for child in self.children for weight in child.below]
 
+    def visited(self, *, backward: bool) -> list[_Module]:
+        """The children in the order in which a pass runs them."""
+        if not backward:
+            return self.children
+        return [child for child in reversed(self.children) if child.unit.has_backward]
+
 
 @functools.lru_cache(maxsize=1024)
 def replay(model: Unit, ranks: int, limits: GatherLimits) -> GatherTrace:
     """The gathers of one forward and backward pass of `model`, sharded over `ranks` data-parallel ranks. With
-    one rank they are copies of what waits in host memory, without a buffer in between."""
+    one rank they are copies of what waits in host memory, without a buffer in between. The backward pass
+    visits only what it reaches; frozen weights are gathered like others."""
     root = _Module(model, ranks, limits.persistence)
     replayed = _Replay(root, limits, buffered=ranks > 1)
     replayed.run()
@@ -106,7 +113,7 @@ class _Replay:
 
     def _append(self, module: _Module, *, backward: bool) -> None:
         self.order.append(module)
-        for child in reversed(module.children) if backward else module.children:
+        for child in module.visited(backward=backward):
             self._append(child, backward=backward)
 
     def run(self) -> None:
@@ -118,7 +125,7 @@ class _Replay:
         self._fetch(module)
         self.moments.append(Moment(module.unit, backward, self.live, self.peak))
         self.peak = self.live
-        for child in reversed(module.children) if backward else module.children:
+        for child in module.visited(backward=backward):
             self._visit(child, backward=backward)
         self._release(module)
 

@@ -1,5 +1,6 @@
 """What one TP rank's model consists of, as DeepSpeed's ZeRO-3 sees it: modules, in the order they run, with
-the sizes of their parameters. Read off the production model, built without memory."""
+the sizes of their parameters. Read off the production model, built without memory, as the task `classify`
+trains it: `--freeze` names its parts below `trunk`."""
 
 from __future__ import annotations
 
@@ -15,17 +16,23 @@ from megavit.model.block import ParallelBlock, SequentialBlock
 from megavit.model.config import ModelConfig
 from megavit.model.vit import MegaVit
 from megavit.parallel.mesh import Mesh
+from megavit.train.optim import freeze as freeze_modules
 
 
 @dataclass(frozen=True)
 class Unit:
     """A module that ZeRO-3 fetches for: the local sizes, in elements, of its own parameters, or, for a block,
-    which is fetched as a whole, of all below it."""
+    which is fetched as a whole, of all below it; `trained` are those of parameters that are not frozen.
+
+    The backward pass ends where nothing before is trained: `has_backward` says whether it reaches the module.
+    """
 
     name: str
     is_block: bool
     sizes: tuple[int, ...]
+    trained: tuple[int, ...]
     children: tuple[Unit, ...] = ()
+    has_backward: bool = True
 
     @property
     def all_sizes(self) -> tuple[int, ...]:
@@ -39,24 +46,49 @@ class Unit:
         """Elements that each of `ranks` holds when every parameter is cut into equal parts, rounded up."""
         return sum(math.ceil(size / ranks) for size in self.all_sizes)
 
+    def trained_part(self) -> Unit:
+        """The same tree without the frozen parameters."""
+        return replace(
+            self, sizes=self.trained, children=tuple(child.trained_part() for child in self.children)
+        )
+
 
 @functools.lru_cache(maxsize=64)
-def inventory(config: ModelConfig, tp_size: int) -> Unit:
-    """The tree of the model of one of `tp_size` ranks; siblings stand in the order in which they run."""
-    with torch.device("meta"):
-        model = MegaVit.from_config(replace(config, depth=1), mesh=Mesh(tp_size=tp_size))
-    root = _unit("", model)
+def inventory(config: ModelConfig, tp_size: int, freeze: str = "") -> Unit:
+    """The tree of the model of one of `tp_size` ranks; siblings stand in the order in which they run.
+    `freeze` is the run's: ValueError for what the trainer refuses too."""
+    depth = config.depth if freeze else 1  # blocks are alike unless some are frozen
+    root = _unit("", model_on_meta(replace(config, depth=depth), tp_size, freeze))
     children: list[Unit] = []
     for child in root.children:
-        children += [child] * config.depth if child.is_block else [child]
-    return replace(root, children=tuple(children))
+        children += [child] * (config.depth // depth) if child.is_block else [child]
+    return _mark_backward(replace(root, children=tuple(children)), reached=False)
+
+
+def model_on_meta(config: ModelConfig, tp_size: int, freeze: str) -> MegaVit:
+    """One TP rank's model without memory, its frozen parameters without gradients."""
+    with torch.device("meta"):
+        model = MegaVit.from_config(config, mesh=Mesh(tp_size=tp_size))
+    freeze_modules(nn.ModuleDict({"trunk": model}), freeze)
+    return model
+
+
+def _mark_backward(unit: Unit, *, reached: bool) -> Unit:
+    """`unit`, its `has_backward` and those below it set. `reached`: whether anything before it is trained."""
+    reached = reached or bool(unit.trained)
+    children: list[Unit] = []
+    for child in unit.children:
+        children.append(_mark_backward(child, reached=reached))
+        reached = children[-1].has_backward
+    return replace(unit, children=tuple(children), has_backward=reached)
 
 
 def _unit(name: str, module: nn.Module) -> Unit:
-    if isinstance(module, ParallelBlock | SequentialBlock):
-        return Unit(name, True, tuple(p.numel() for p in module.parameters()))
-    sizes = tuple(p.numel() for p in module.parameters(recurse=False))
-    return Unit(name, False, sizes, tuple(_children(module)))
+    is_block = isinstance(module, ParallelBlock | SequentialBlock)
+    own = list(module.parameters(recurse=is_block))
+    sizes = tuple(parameter.numel() for parameter in own)
+    trained = tuple(parameter.numel() for parameter in own if parameter.requires_grad)
+    return Unit(name, is_block, sizes, trained, () if is_block else tuple(_children(module)))
 
 
 def _children(module: nn.Module) -> Iterator[Unit]:

@@ -41,20 +41,28 @@ class Memory:
 
 
 def predict_memory(
-    model: ModelConfig, recompute: Recompute, layout: Layout, zero: ZeroSettings, *, on_cpu: bool = False
+    model: ModelConfig,
+    recompute: Recompute,
+    layout: Layout,
+    zero: ZeroSettings,
+    freeze: str = "",
+    *,
+    on_cpu: bool = False,
 ) -> Memory:
-    """Memory of one rank, at its peak in the steady state. `on_cpu` is for rehearsals there: in the
-    peak, pages of buffers that nobody writes do not count."""
-    tree = inventory(model, layout.tp_size)
-    persistent, host = _states(tree, layout, zero)
-    gradients, bucket = _gradients(tree, layout, zero), _bucket(zero)
+    """Memory of one rank, at its peak in the steady state. What is frozen has weights in the model's dtype
+    and nothing else. `on_cpu` is for rehearsals there: in the peak, pages of buffers that nobody writes do
+    not count."""
+    tree = inventory(model, layout.tp_size, freeze)
+    trained = tree.trained_part()
+    persistent, host = _states(tree, trained, layout, zero)
+    gradients, bucket = _gradients(trained, layout, zero), _bucket(zero)
     if zero.stage == 3:  # allocated once; the other stages do it in every step
         persistent |= gradients | bucket
         gradients, bucket = {}, {}
     peak_moment, in_step = _in_step(model, recompute, layout, zero, tree)
-    unwritten = {"pages of the bucket never written": -_unwritten(tree, layout, zero)} if on_cpu else {}
+    unwritten = {"pages of the bucket never written": -_unwritten(trained, layout, zero)} if on_cpu else {}
     in_step |= gradients | bucket | unwritten
-    in_update = _in_update(tree, layout, zero, on_cpu) | gradients | (unwritten if zero.stage == 3 else {})
+    in_update = _in_update(trained, layout, zero, on_cpu) | gradients | (unwritten if zero.stage == 3 else {})
     if sum(in_update.values()) > sum(in_step.values()):
         peak_moment, in_step = "the update", in_update
     return Memory(_nonzero(persistent), _nonzero(in_step), _nonzero(host), peak_moment)
@@ -64,11 +72,13 @@ def _nonzero(items: dict[str, int]) -> dict[str, int]:
     return {name: int(size) for name, size in items.items() if size}
 
 
-def _states(tree: Unit, layout: Layout, zero: ZeroSettings) -> tuple[dict[str, int], dict[str, int]]:
+def _states(
+    tree: Unit, trained: Unit, layout: Layout, zero: ZeroSettings
+) -> tuple[dict[str, int], dict[str, int]]:
     """(on the device, on the host) between two steps: weights, master weights, moments."""
-    whole, share, size = tree.numel(), tree.shared(layout.dp_size), zero.element_bytes
+    whole, share, size = tree.numel(), trained.shared(layout.dp_size), zero.element_bytes
     if zero.stage == 0:
-        return {"weights": size * whole, "Adam's moments": _MOMENT_BYTES * whole}, {}
+        return {"weights": size * whole, "Adam's moments": _MOMENT_BYTES * trained.numel()}, {}
     # DeepSpeed keeps master weights beside float32 weights too.
     items = {"master weights": 4 * share, "Adam's moments": _MOMENT_BYTES * share}
     host: dict[str, int] = {}
@@ -77,17 +87,17 @@ def _states(tree: Unit, layout: Layout, zero: ZeroSettings) -> tuple[dict[str, i
     if zero.stage < 3:
         return {"weights": size * whole} | items, host
     small = sum(n for n in tree.all_sizes if n <= zero.gathers.persistence)
-    (host if zero.offload_param else items)["weights"] = size * share
+    (host if zero.offload_param else items)["weights"] = size * tree.shared(layout.dp_size)
     return items | {"small weights that are not sharded": size * small}, host
 
 
-def _gradients(tree: Unit, layout: Layout, zero: ZeroSettings) -> dict[str, int]:
+def _gradients(trained: Unit, layout: Layout, zero: ZeroSettings) -> dict[str, int]:
     """What accumulates over the micro-steps."""
     if zero.offload_optimizer:
         return {}
     if zero.stage < 2:
-        return {"gradients": zero.element_bytes * tree.numel()}
-    return {"gradients": zero.accumulated_bytes * tree.shared(layout.dp_size)}
+        return {"gradients": zero.element_bytes * trained.numel()}
+    return {"gradients": zero.accumulated_bytes * trained.shared(layout.dp_size)}
 
 
 def _bucket(zero: ZeroSettings) -> dict[str, int]:
@@ -103,9 +113,9 @@ def _bucket_element_bytes(zero: ZeroSettings) -> int:
     return zero.reduced_bytes if zero.stage == 3 else zero.element_bytes
 
 
-def _unwritten(tree: Unit, layout: Layout, zero: ZeroSettings) -> int:
+def _unwritten(trained: Unit, layout: Layout, zero: ZeroSettings) -> int:
     """Bytes of the bucket that a step's gradients do not reach."""
-    elements = _bucket_elements(zero) - tree.numel() * layout.grad_accum
+    elements = _bucket_elements(zero) - trained.numel() * layout.grad_accum
     return max(0, elements) * _bucket_element_bytes(zero)
 
 
@@ -122,22 +132,23 @@ def _in_step(
         moments = _without_gathers(tree)
     found: list[tuple[str, dict[str, int]]] = []
     bucket = _Bucket(layout, zero)
-    blocks_done = 0
+    outside = activations.outside(tree)
+    blocks_done = blocks_kept = 0
     for moment in moments:
         unit = moment.unit
         items = {"gathered weights": moment.peak * zero.element_bytes}
         blocks_done -= unit.is_block and moment.backward
-        items["activations kept for backward"] = activations.outside + blocks_done * activations.per_block
+        blocks_kept -= unit.is_block and moment.backward
+        items["activations kept for backward"] = outside + blocks_kept * activations.per_block
         if unit.is_block:
-            items["working set of the running block"] = activations.working_set(backward=moment.backward)
+            items["working set of the running block"] = activations.working_set(
+                backward=moment.backward, keeps=unit.has_backward
+            )
         if moment.backward:
-            items["gradients not reduced yet"] = (
-                sum(unit.all_sizes if unit.is_block else unit.sizes) * zero.element_bytes
-            )
-            items["copy of the gradients being reduced"] = bucket.add(
-                unit.all_sizes if unit.is_block else unit.sizes
-            )
+            items["gradients not reduced yet"] = sum(unit.trained) * zero.element_bytes
+            items["copy of the gradients being reduced"] = bucket.add(unit.trained)
         blocks_done += unit.is_block and not moment.backward
+        blocks_kept += unit.is_block and not moment.backward and unit.has_backward
         found.append((_in_words(moment, blocks_done), items))
     end = {
         "gathered weights": moments[-1].live * zero.element_bytes,
@@ -180,7 +191,7 @@ class _Bucket:
 def _without_gathers(tree: Unit) -> tuple[Moment, ...]:
     leaves = tree.children
     forward = [Moment(unit, False, 0, 0) for unit in leaves]
-    return (*forward, *(Moment(unit, True, 0, 0) for unit in reversed(leaves)))
+    return (*forward, *(Moment(unit, True, 0, 0) for unit in reversed(leaves) if unit.has_backward))
 
 
 def _in_words(moment: Moment, block: int) -> str:
@@ -188,12 +199,12 @@ def _in_words(moment: Moment, block: int) -> str:
     return f"{'backward' if moment.backward else 'forward'} pass of {what}"
 
 
-def _in_update(tree: Unit, layout: Layout, zero: ZeroSettings, on_cpu: bool) -> dict[str, int]:
+def _in_update(trained: Unit, layout: Layout, zero: ZeroSettings, on_cpu: bool) -> dict[str, int]:
     """Adam works on one sub-group at a time (stage 3), with a flat copy of its gradients and, where it is not
     fused (`resolve_ds_config`), two temporaries."""
     if zero.offload_optimizer:
         return {}
-    elements = tree.shared(layout.dp_size if zero.stage else 1)
+    elements = trained.shared(layout.dp_size if zero.stage else 1)
     if zero.stage == 3:
         elements = min(elements, zero.sub_group)
     copies = (1 if zero.stage else 0) + (0 if on_cpu else 2)
@@ -254,25 +265,30 @@ class Activations:
         rows = heads + (2 * heads if self.model.qk_norm else 0) + 1
         return self.tokens * 4 * rows
 
-    def working_set(self, *, backward: bool) -> int:
-        """The most that a block holds beside what it keeps, while it runs forward or backward."""
+    def working_set(self, *, backward: bool, keeps: bool = True) -> int:
+        """The most that a block holds beside what it keeps, while it runs forward or backward. One that the
+        backward pass does not reach `keeps` nothing."""
         t = self.layout.tp_size
         if not backward:
-            alive = self._none if self.recompute != "none" else 2 + self._ratio / t
+            alive = 2 + self._ratio / t if keeps and self.recompute == "none" else self._none
             return int(alive * self.stream)
         rebuilt = {"none": 0.0, "selective": self._none - self._selective, "full": self._none - 1}
         # Gradients of the output, of the hidden layer before and after GELU, of the normalised input.
         gradients = 2 + 2 * self._ratio / t
         return int((rebuilt[self.recompute] + gradients) * self.stream)
 
-    @property
-    def outside(self) -> int:
-        """Kept outside the blocks: patches, embedded tokens, the last norm, MAP's keys and values, logits,
-        and beside bfloat16 weights the classifier's float32 copy of its own."""
+    def outside(self, tree: Unit) -> int:
+        """Kept outside the blocks: images, patches, embedded tokens, the last norm, MAP's keys and values,
+        logits, and beside bfloat16 weights the classifier's float32 copy of its own; all but images and
+        logits only where the backward pass comes by."""
         model, t = self.model, self.layout.tp_size
-        patches = self.tokens * model.channels * model.patch_size**2 * self.element_bytes
+        reached = {unit.name for unit in tree.children if unit.has_backward}
+        images = self.tokens * model.channels * model.patch_size**2 * self.element_bytes
+        embed = images + self.stream if "embed" in reached else 0
+        norm = self.stream if "norm" in reached else 0
         pool = (2 / t + 1) * self.stream if model.pool == "map" else self.stream
+        pool = pool if "pool" in reached or "norm" in reached else 0
         classes = math.ceil(model.num_classes / t)
         logits = self.layout.micro_batch * classes * 5 * 4
         copy = classes * model.dim * 4 if self.element_bytes < 4 else 0
-        return int(2 * patches + 2 * self.stream + pool) + logits + copy
+        return int(images + embed + norm + pool) + logits + copy

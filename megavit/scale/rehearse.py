@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,7 +70,16 @@ def rehearse(
             engine.train_step(inputs, weight, 1e-3, norm_limit=math.inf)
         step_s = time.perf_counter() - started
         peak = meter.peak()
+    del samples, inputs  # what stays has no batch in it
     return Rehearsal(build_s, build_peak, step_s, meter.now(), peak, dict(counter.bytes))
+
+
+def with_depth(plan: Plan, depth: int) -> Plan:
+    """The plan for a model of the first `depth` blocks; of what is frozen, the other blocks are left out."""
+    names = [name.strip() for name in plan.freeze.split(",")]
+    blocks = [re.match(r"trunk\.blocks\.(\d+)", name) for name in names]
+    kept = [name for name, block in zip(names, blocks, strict=True) if not block or int(block[1]) < depth]
+    return replace(plan, model=replace(plan.model, depth=depth), freeze=",".join(kept))
 
 
 def fitting_depth(plan: Plan, limit_gib: float, *, on_cpu: bool) -> int:
@@ -91,8 +101,8 @@ def fitting_depth(plan: Plan, limit_gib: float, *, on_cpu: bool) -> int:
 def compare(plan: Plan, depth: int, measured: Rehearsal, *, on_cpu: bool) -> str:
     """The rehearsal with `depth` blocks beside the prediction for it, and the prediction for all blocks."""
     predicted, whole = (_predicted(plan, blocks, on_cpu=on_cpu) for blocks in (depth, plan.model.depth))
-    model = replace(plan.model, depth=depth)
-    traffic = step_traffic(model, plan.recompute, plan.layout, plan.zero)
+    cut = with_depth(plan, depth)
+    traffic = step_traffic(cut.model, cut.recompute, cut.layout, cut.zero, cut.freeze)
     layout = plan.layout
     lines = [
         f"rehearsal of rank 0 of {layout.ranks} ({plan.name}, dp {layout.dp_size}), {depth} of "
@@ -118,8 +128,8 @@ def compare(plan: Plan, depth: int, measured: Rehearsal, *, on_cpu: bool) -> str
 
 def _predicted(plan: Plan, depth: int, *, on_cpu: bool) -> tuple[int, int]:
     """Bytes of (persistent memory, peak) with `depth` blocks; on a CPU the host's memory is the same one."""
-    model = replace(plan.model, depth=depth)
-    memory = predict_memory(model, plan.recompute, plan.layout, plan.zero, on_cpu=on_cpu)
+    cut = with_depth(plan, depth)
+    memory = predict_memory(cut.model, cut.recompute, cut.layout, cut.zero, cut.freeze, on_cpu=on_cpu)
     host = memory.host_bytes if on_cpu else 0
     return memory.persistent_bytes + host, memory.peak_bytes + host
 

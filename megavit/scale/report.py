@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from megavit.model.config import model_preset
+from megavit.scale.inventory import inventory
 from megavit.scale.search import FRAGMENTATION, RUNTIME_GIB, Plan, reason
 from megavit.scale.storage import checkpoint_cost
 from megavit.train.config import LAUNCH_FIELDS, RunConfig, flat_config, plain_config
@@ -44,12 +45,21 @@ def table(plans: list[Plan], rows: int) -> str:
         layout = plan.layout
         lines.append(
             f"| {plan.name} | {layout.micro_batch} x {layout.grad_accum} | {plan.needed_gib:.1f} "
-            f"| {plan.step.total:.2f} | {_rate(plan)} | {plan.mfu:.1%} "
+            f"| {plan.step.total:.2f} | {_rate(plan)} | {_mfu(plan)} "
             f"| {reason(plan, plans[0])} |"
         )
     if len(plans) > rows:
         lines.append(f"\nThere are {len(plans) - rows} more; --rows {len(plans)} shows all.")
     return "\n".join(lines)
+
+
+def trained(run: RunConfig) -> str:
+    """How many of the parameters are trained, and what is frozen; empty if nothing is."""
+    if not run.freeze:
+        return ""
+    tree = inventory(run.model, 1, run.freeze)
+    mine, whole = tree.trained_part().numel(), tree.numel()
+    return f"trains {mine:,} of {whole:,} parameters ({mine / whole:.2%}); frozen: {run.freeze}\n"
 
 
 def details(plan: Plan, run: RunConfig) -> str:
@@ -79,7 +89,7 @@ def details(plan: Plan, run: RunConfig) -> str:
         f"--epochs and --dataset_size, or a recipe)"
     )
     lines += [
-        f"{whole}, {_rate(plan)} images/s, MFU {plan.mfu:.1%}",
+        f"{whole}, {_rate(plan)} images/s" + ("" if plan.mfu is None else f", MFU {plan.mfu:.1%}"),
         f"a checkpoint: {cost.total_bytes / 1e9:.1f} GB in {cost.files} files of at most "
         f"{cost.most_bytes / 1e9:.2f} GB and a manifest of {cost.manifest_bytes / 1e6:.1f} MB; at "
         f"{bandwidth:g} GB/s {cost.save_s(bandwidth):.0f} s to save (in the background), "
@@ -93,14 +103,21 @@ def _rate(plan: Plan) -> str:
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
+def _mfu(plan: Plan) -> str:
+    return "" if plan.mfu is None else f"{plan.mfu:.1%}"
+
+
 def _sizes(title: str, items: dict[str, int]) -> list[str]:
     return [f"  {title}", *(f"    {name:<44}{size / _GIB:8.2f} GiB" for name, size in items.items())]
 
 
 def as_json(plans: list[Plan], run: RunConfig, advice: list[str]) -> dict[str, Any]:
     """All that the table says, and every plan's items, in bytes and seconds."""
+    tree = inventory(run.model, 1, run.freeze)
     return {
         "model": asdict(run.model),
+        "freeze": run.freeze,
+        "parameters": {"all": tree.numel(), "trained": tree.trained_part().numel()},
         "cluster": asdict(plans[0].cluster),
         "advice": advice,
         "checkpoint": asdict(checkpoint_cost(run, plans[0].layout)),
@@ -193,10 +210,11 @@ def _batch_script(folder: Path, run: RunConfig, plan: Plan, root: Path) -> str:
     inside = folder.resolve().is_relative_to(root)
     place = shlex.quote(str(folder.resolve().relative_to(root) if inside else folder.resolve()))
     run_dir = shlex.quote(run.run_dir or f"runs/{folder.name}")
+    frozen = f"\n# Frozen: {run.freeze}." if run.freeze else ""
     gpus = "" if cluster.gpu.name == "cpu" else f"#SBATCH --gpus-per-node={cluster.gpus_per_node}\n"
     return f"""#!/bin/bash
 # {run.model.name} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}: {plan.name}, micro-batch \
-{plan.layout.micro_batch}, written by launch/plan.py.
+{plan.layout.micro_batch}, written by launch/plan.py.{frozen}
 # From the checkout's root; flags given there come later and win:
 #   sbatch {place}/train.sbatch --data.shards data/train.manifest.json
 #SBATCH --job-name={run.model.name}
@@ -250,10 +268,11 @@ def plot(path: Path, gpus: list[int], plans: list[Plan | None], title: str) -> N
     _bars(axes[1], labels, seconds)
     axes[1].set(title="a step: equal bars would be ideal scaling", ylabel="GPU-seconds", xlabel="GPUs")
     for place, (_, plan) in enumerate(shown):
-        axes[1].annotate(
-            f"{plan.mfu:.0%}", (place, sum(seconds[place].values())), ha="center", va="bottom", fontsize=8
-        )
-    figure.suptitle(f"{title}; MFU above the bars")
+        if plan.mfu is not None:
+            axes[1].annotate(
+                f"{plan.mfu:.0%}", (place, sum(seconds[place].values())), ha="center", va="bottom", fontsize=8
+            )
+    figure.suptitle(title if shown[0][1].mfu is None else f"{title}; MFU above the bars")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -292,7 +311,7 @@ def scaling_table(gpus: list[int], plans: list[Plan | None]) -> str:
         lost = f"{_PART_NAMES[part]} +{(parts[part] - before[part]) / plan.step.total:.1%}"
         lines.append(
             f"| {count} | {plan.name}, micro-batch {plan.layout.micro_batch} | {plan.step.total:.2f} "
-            f"| {plan.mfu:.1%} | {ideal / plan.step.total:.1%} "
+            f"| {_mfu(plan)} | {ideal / plan.step.total:.1%} "
             f"| {lost if parts[part] > before[part] + 1e-9 else ''} |"
         )
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from megavit.model.count import forward_flops, repeated_flops, train_flops
 from megavit.scale.cluster import Cluster
 from megavit.scale.communication import tp_bytes
 from megavit.scale.gathers import replay
-from megavit.scale.inventory import inventory
+from megavit.scale.inventory import Unit, inventory
 from megavit.scale.job import Layout, ZeroSettings
 
 MATMUL_SHARE = 0.80  # of the nominal rate, large matmuls: 790 to 795 of an H100's 989 TFLOP/s
@@ -58,17 +58,23 @@ class StepTime:
 
 
 def predict_step(
-    model: ModelConfig, recompute: Recompute, layout: Layout, zero: ZeroSettings, cluster: Cluster
+    model: ModelConfig,
+    recompute: Recompute,
+    layout: Layout,
+    zero: ZeroSettings,
+    cluster: Cluster,
+    freeze: str = "",
 ) -> StepTime:
     """Time of an optimizer step of `layout` on `cluster`, in the steady state."""
-    passes = _Passes(model, recompute, layout, cluster)
+    tree = inventory(model, layout.tp_size, freeze)
+    passes = _Passes(model, recompute, layout, cluster, tree)
     times = layout.grad_accum
     tensor_parallel = _tensor_parallel_s(model, recompute, layout, zero, cluster, passes)
-    sharding, update = _data_parallel_s(model, layout, zero, cluster, passes)
+    sharding, update = _data_parallel_s(layout, zero, cluster, passes)
     compute = passes.forward_s + passes.backward_s
     images = layout.micro_batch * times
     decoded = images / layout.tp_size / (cluster.cores_per_gpu * DECODE_PER_CORE_S)
-    host_copies = _host_copies_s(model, layout, zero, cluster)
+    host_copies = _host_copies_s(tree, layout, zero, cluster)
     busy = times * (compute + tensor_parallel) + sharding + update + host_copies
     return StepTime(
         matmuls=times * passes.matmuls_s,
@@ -84,36 +90,66 @@ def predict_step(
     )
 
 
+class _Work:
+    """What of a whole backward pass is left to do when parts are frozen: the shares of the matmuls' FLOPs
+    that give the gradients of inputs (`inputs`) and of weights (`weights`), and of the blocks (`blocks`)."""
+
+    def __init__(self, model: ModelConfig, tree: Unit):
+        self._tokens = model.num_tokens
+        whole = self._flops(tree, ())
+        self.inputs, self.weights = (self._flops(tree, (), part) / whole for part in ("inputs", "weights"))
+        blocks = [unit for unit in tree.children if unit.is_block]
+        self.blocks = sum(block.has_backward for block in blocks) / len(blocks)
+
+    def _flops(self, unit: Unit, path: tuple[str, ...], part: str = "") -> int:
+        """Of a forward pass, in units of 2 FLOPs an image; pooling and classifier see one token."""
+        sees_all = path[:1] in (("embed",), ("blocks",)) or unit.is_block or path == ("pool", "kv")
+        own = unit.trained if part == "weights" else unit.sizes
+        done = part != "inputs" or unit.has_backward
+        below = sum(self._flops(child, (*path, child.name), part) for child in unit.children)
+        return sum(own) * done * (self._tokens if sees_all else 1) + below
+
+
 class _Passes:
     """Compute of one micro-step on one rank, in seconds."""
 
-    def __init__(self, model: ModelConfig, recompute: Recompute, layout: Layout, cluster: Cluster):
+    def __init__(
+        self, model: ModelConfig, recompute: Recompute, layout: Layout, cluster: Cluster, tree: Unit
+    ):
+        self.tree = tree
+        self.work = work = _Work(model, tree)
         gpu, t, batch = cluster.gpu, layout.tp_size, layout.micro_batch
         rate = gpu.tflops * 1e12 * SUSTAINED_SHARE
         attention_flops = 3 * 4 * model.num_tokens**2 * model.dim * model.depth * batch / t
         matmul_flops = train_flops(model) * batch / t - attention_flops
         share = MATMUL_SHARE * _wave_share(model, layout, gpu)
-        self.matmuls_s = matmul_flops / (rate * share)
-        self.attention_s = attention_flops / (rate * ATTENTION_SHARE)
+        # Forward, gradients of inputs, gradients of weights: a third each. Attention has no weights.
+        matmuls_s = matmul_flops / (rate * share)
+        attention_s = attention_flops / (rate * ATTENTION_SHARE)
+        self.matmul_pass_s = matmuls_s / 3
+        self.matmuls_s = matmuls_s * ((1 + work.inputs + work.weights) / 3)
+        self.attention_s = attention_s * ((1 + 2 * work.blocks) / 3)
         bytes_per_s = gpu.memory_gb_per_s * 1e9 * MEMORY_SHARE
         stream_s = batch * model.num_tokens * model.dim * 2 / bytes_per_s
         # Reads and writes of [B, N, D] tensors by norms, GELU, attention's layout and sums, counted by hand
         # (+-30%): forward 14 + 4 F/D, backward 18 + 5 F/D, most of it on a rank's own heads and hidden units.
         ratio = model.mlp_dim / model.dim
         forward = (6 + (8 + 4 * ratio) / t) * stream_s * model.depth
-        backward = (8 + (10 + 5 * ratio) / t) * stream_s * model.depth
+        backward = (8 + (10 + 5 * ratio) / t) * stream_s * model.depth * work.blocks
         self.elementwise_s = forward + backward
-        forward_s = (self.matmuls_s + self.attention_s) / 3 + forward
-        self.recomputation_s = {
+        forward_s = (matmuls_s + attention_s) / 3 + forward
+        repeated_s = {
             "none": 0.0,
             "selective": (4 + (2 + 2 * ratio) / t) * stream_s * model.depth,
             "full": forward_s * repeated_flops(model) / forward_flops(model),
         }[recompute]
-        launches = _KERNELS * model.depth * KERNEL_S
+        self.recomputation_s = repeated_s * work.blocks
+        backward_launches = 2 * work.blocks / (1 + 2 * work.blocks)
+        launches = _KERNELS * model.depth * KERNEL_S * (1 + 2 * work.blocks) / 3
         busy = self.matmuls_s + self.attention_s + self.elementwise_s + self.recomputation_s
         self.launches_s = max(0.0, launches - busy)
-        self.forward_s = forward_s + self.launches_s / 3
-        self.backward_s = busy - forward_s + self.launches_s * 2 / 3
+        self.forward_s = forward_s + self.launches_s * (1 - backward_launches)
+        self.backward_s = busy - forward_s + self.launches_s * backward_launches
 
 
 def _wave_share(model: ModelConfig, layout: Layout, gpu: Gpu) -> float:
@@ -137,7 +173,8 @@ def _tensor_parallel_s(
     cluster: Cluster,
     passes: _Passes,
 ) -> float:
-    """What a micro-step waits for its all-reduces over the TP group, half of them forward.
+    """What a micro-step waits for its all-reduces over the TP group, half of them forward if nothing is
+    frozen.
 
     A block's output is reduced in two chunks, the first one behind the matmul of the second; its input's
     gradient behind the gradients of the weights of qkv and MLP up.
@@ -145,23 +182,25 @@ def _tensor_parallel_s(
     t = layout.tp_size
     if t == 1:
         return 0.0
-    size = tp_bytes(model, recompute, layout.micro_batch, zero.element_bytes)
-    in_node = min(t, cluster.gpus_per_node)
-    calls = model.depth * (2 if model.block == "parallel" else 4)
+    size = tp_bytes(model, recompute, layout.micro_batch, zero, passes.tree)
+    work, in_node = passes.work, min(t, cluster.gpus_per_node)
+    calls = model.depth * (1 if model.block == "parallel" else 2) * (1 + work.blocks)
     reduce_s = 2 * _ring_s(size, in_node, math.ceil(t / in_node), 1, cluster) + calls * _latency(t, cluster)
     up, square = model.dim * model.mlp_dim, model.dim**2
-    pass_s = passes.matmuls_s / 3 / (4 * square + 2 * up)  # of a matrix entry
+    pass_s = passes.matmul_pass_s / (4 * square + 2 * up)  # of a matrix entry
     reduced = up if model.block == "parallel" else up + square
-    chunk = sum(_overlap(reduce_s / 4, pass_s * reduced / 2))
-    return reduce_s / 4 + chunk + sum(_overlap(reduce_s / 2, pass_s * (3 * square + up)))
+    forward_s = reduce_s / (1 + work.blocks)
+    chunk = sum(_overlap(forward_s / 2, pass_s * reduced / 2))
+    backward = _overlap(reduce_s - forward_s, pass_s * (3 * square + up) * work.weights)
+    return forward_s / 2 + chunk + sum(backward)
 
 
 def _data_parallel_s(
-    model: ModelConfig, layout: Layout, zero: ZeroSettings, cluster: Cluster, passes: _Passes
+    layout: Layout, zero: ZeroSettings, cluster: Cluster, passes: _Passes
 ) -> tuple[float, float]:
     """(communication of ZeRO that is not hidden and the price of what is, the update itself), a step."""
-    tree, dp = inventory(model, layout.tp_size), layout.dp_size
-    share = tree.shared(dp if zero.stage else 1)
+    tree, trained, dp = passes.tree, passes.tree.trained_part(), layout.dp_size
+    share = trained.shared(dp if zero.stage else 1)
     in_node = max(1, min(dp, cluster.gpus_per_node // layout.tp_size))
     nodes = math.ceil(dp / in_node)
     groups = min(layout.tp_size, cluster.gpus_per_node)
@@ -176,24 +215,25 @@ def _data_parallel_s(
     if dp == 1:
         return 0.0, update_s
     latency_s = _latency(dp, cluster)
-    whole = tree.numel()
+    whole = trained.numel()
     if zero.stage < 3:
         reduce_s = 2 * scatter_s(whole) + latency_s * max(1, whole / zero.reduce_bucket)
         exposed, tax = _overlap(reduce_s, passes.backward_s)
         every = layout.grad_accum if zero.stage == 2 else 1
         return every * (exposed + tax) + (gather_s(whole) if zero.stage else 0.0), update_s
     trace = replay(tree, dp, zero.gathers)
-    calls = model.depth + len(tree.children)
+    blocks = sum(unit.is_block for unit in tree.children)
+    calls = blocks + len(tree.children)
     forward_s = gather_s(trace.gathered_forward) + calls * latency_s
     backward_s = (
         gather_s(trace.gathered - trace.gathered_forward)
-        + scatter_s(tree.shared(dp) * dp)
-        + 2 * calls * latency_s
+        + scatter_s(trained.shared(dp) * dp)
+        + 2 * calls * passes.work.blocks * latency_s
     )
     sums = [_overlap(forward_s, passes.forward_s), _overlap(backward_s, passes.backward_s)]
     # Nothing runs yet while the first weights come, and nothing any more while the last gradients go.
-    largest = max(unit.numel() for unit in tree.children)
-    ends_s = gather_s(largest) + scatter_s(largest)
+    largest, reduced = (max(unit.numel() for unit in part.children) for part in (tree, trained))
+    ends_s = gather_s(largest) + scatter_s(reduced)
     per_micro_step = sum(exposed + tax for exposed, tax in sums) + ends_s
     return per_micro_step * layout.grad_accum + gather_s(trace.padded_persistent), update_s
 
@@ -224,7 +264,7 @@ def _update_s(share: int, zero: ZeroSettings, cluster: Cluster) -> float:
     return 28 * share * cluster.gpus_per_node / (HOST_ADAM_GB_PER_S * 1e9)
 
 
-def _host_copies_s(model: ModelConfig, layout: Layout, zero: ZeroSettings, cluster: Cluster) -> float:
+def _host_copies_s(tree: Unit, layout: Layout, zero: ZeroSettings, cluster: Cluster) -> float:
     """Copies between a GPU and its host's memory in a step, one after the other, none behind compute.
 
     Gradients go down after every micro-step, come up before the sum of all but the first, and go down once
@@ -233,8 +273,8 @@ def _host_copies_s(model: ModelConfig, layout: Layout, zero: ZeroSettings, clust
     """
     if not zero.offload_optimizer:
         return 0.0
-    tree, dp, times = inventory(model, layout.tp_size), layout.dp_size, layout.grad_accum
-    share = tree.shared(dp)
+    dp, times = layout.dp_size, layout.grad_accum
+    share = tree.trained_part().shared(dp)
     size = share * 2 * times * zero.accumulated_bytes  # down: times + 1; up: times - 1
     if zero.offload_param:
         trace = replay(tree, dp, zero.gathers)

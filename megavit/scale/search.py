@@ -37,6 +37,7 @@ class Plan:
     cluster: Cluster
     memory: Memory
     step: StepTime
+    freeze: str = ""
 
     @property
     def needed_gib(self) -> float:
@@ -62,8 +63,11 @@ class Plan:
         return self.layout.global_batch / self.step.total
 
     @property
-    def mfu(self) -> float:
-        """Model FLOPs utilisation, of the GPUs' nominal rate; recomputation does not count."""
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation, of the GPUs' nominal rate; recomputation does not count. None when parts
+        are frozen: their step has no agreed number of FLOPs, and the trainer logs none."""
+        if self.freeze:
+            return None
         rate = self.images_per_s * train_flops(self.model)
         return rate / (self.cluster.gpus * self.cluster.gpu.tflops * 1e12)
 
@@ -89,18 +93,18 @@ def search(run: RunConfig, global_batch: int, cluster: Cluster, only: Only = ANY
     """
     require_choice(run.model, global_batch, cluster, only)
     plans = [
-        _best(run.model, recompute, zero, candidates, cluster)
+        _best(run, recompute, zero, candidates, cluster)
         for tp_size, candidates in layouts(run.model, global_batch, cluster, only)
-        for zero in _settings(run.model, tp_size)
+        for zero in _settings(run, tp_size)
         for recompute in policies(run.model)
         if only.allows(stage=zero.stage, recompute=recompute, offload=zero.offload)
     ]
     return sorted(plans, key=lambda plan: (not plan.fits, plan.step.total if plan.fits else plan.missing_gib))
 
 
-def _settings(model: ModelConfig, tp_size: int) -> Iterator[ZeroSettings]:
-    tree = inventory(model, tp_size)
-    block = max(unit.numel() for unit in tree.children)
+def _settings(run: RunConfig, tp_size: int) -> Iterator[ZeroSettings]:
+    tree = inventory(run.model, tp_size, run.freeze)
+    block, reduced = (max(unit.numel() for unit in part.children) for part in (tree, tree.trained_part()))
     bucket = max(_MIN_BUCKET, block)
     # One block ahead: a prefetch bucket that a block just overflows takes that block, no second one.
     # DeepSpeed keeps a gather's buffer until its last weight is used: what is prefetched counts twice.
@@ -116,19 +120,19 @@ def _settings(model: ModelConfig, tp_size: int) -> Iterator[ZeroSettings]:
                 stage,
                 True,
                 limits,
-                bucket,
+                max(_MIN_BUCKET, reduced),
                 offload_optimizer=offload != "none",
                 offload_param=offload == "params",
             )
 
 
 def _best(
-    model: ModelConfig, recompute: Recompute, zero: ZeroSettings, candidates: list[Layout], cluster: Cluster
+    run: RunConfig, recompute: Recompute, zero: ZeroSettings, candidates: list[Layout], cluster: Cluster
 ) -> Plan:
     """The fastest layout that fits, else the one with the smallest micro-batch."""
     found = []
     for layout in candidates:
-        plan = make_plan(model, recompute, layout, zero, cluster)
+        plan = make_plan(run.model, recompute, layout, zero, cluster, run.freeze)
         found.append(plan)
         if not plan.fits:
             break
@@ -141,11 +145,16 @@ def _best(
 
 
 def make_plan(
-    model: ModelConfig, recompute: Recompute, layout: Layout, zero: ZeroSettings, cluster: Cluster
+    model: ModelConfig,
+    recompute: Recompute,
+    layout: Layout,
+    zero: ZeroSettings,
+    cluster: Cluster,
+    freeze: str = "",
 ) -> Plan:
-    memory = predict_memory(model, recompute, layout, zero)
-    step = predict_step(model, recompute, layout, zero, cluster)
-    return Plan(model, recompute, layout, zero, cluster, memory, step)
+    memory = predict_memory(model, recompute, layout, zero, freeze)
+    step = predict_step(model, recompute, layout, zero, cluster, freeze)
+    return Plan(model, recompute, layout, zero, cluster, memory, step, freeze)
 
 
 # What a larger part of a step, or a missing piece of memory, is called in a reason.

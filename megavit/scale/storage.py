@@ -7,14 +7,11 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from megavit.model.vit import MegaVit
 from megavit.parallel.layout import layout_of
-from megavit.parallel.mesh import Mesh
+from megavit.scale.inventory import model_on_meta
 from megavit.scale.job import Layout
 from megavit.train.checkpoint.checkpoint import Checkpoint
-from megavit.train.checkpoint.manifest import WEIGHT, RankFile
+from megavit.train.checkpoint.manifest import WEIGHT, Frozen, RankFile
 from megavit.train.config import RunConfig, plain_config
 from megavit.train.zero_state import MOMENTS
 
@@ -40,7 +37,7 @@ class CheckpointCost:
 
 def checkpoint_cost(run: RunConfig, layout: Layout) -> CheckpointCost:
     """The checkpoint of a ZeRO-3 run: every rank's slices, laid out as the trainer does, and the manifest
-    that names them. Stages 1 and 2 cut elsewhere, into as many bytes."""
+    that names them. Stages 1 and 2 cut elsewhere, into as many bytes. It does not hold what is frozen."""
     described = _describe(run, layout)
     sizes = [file.bytes for file in described.files]
     manifest = json.dumps(described.manifest(), separators=(",", ":"))
@@ -48,9 +45,10 @@ def checkpoint_cost(run: RunConfig, layout: Layout) -> CheckpointCost:
 
 
 def _describe(run: RunConfig, layout: Layout) -> Checkpoint:
-    with torch.device("meta"):
-        model = MegaVit.from_config(run.model, mesh=Mesh(tp_size=layout.tp_size))
-    parameters = {name: (p.numel(), layout_of(p)) for name, p in model.named_parameters()}
+    model = model_on_meta(run.model, layout.tp_size, run.freeze)
+    found = dict(model.named_parameters())
+    parameters = {name: (p.numel(), layout_of(p)) for name, p in found.items() if p.requires_grad}
+    frozen = {name: layout_of(p) for name, p in found.items() if not p.requires_grad}
     files = []
     for rank in range(layout.ranks):
         dp_rank, tp_rank = divmod(rank, layout.tp_size)
@@ -77,4 +75,5 @@ def _describe(run: RunConfig, layout: Layout) -> Checkpoint:
         state={},
         run=plain_config(run),
         ds_config={},
+        frozen=Frozen(exported=frozen),
     )

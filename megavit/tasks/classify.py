@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from megavit.parallel.init import Initializer
 from megavit.parallel.mesh import Mesh
 from megavit.tasks.config import ClassifyConfig, Loss
 from megavit.tasks.loss import image_losses, local_targets
-from megavit.tasks.task import DeviceBatch, Group, Sums, Task
+from megavit.tasks.task import DeviceBatch, Group, Pictures, Sums, Task
 
 _TOP = 5
 
@@ -42,6 +42,7 @@ class Classify(Task):
     Config = ClassifyConfig
     config: ClassifyConfig
     metric = "top1"
+    _names: Sequence[str] = ()  # on the main rank, if they are known
 
     def open(self, run_dir: Path, class_names: Sequence[str] | None = None) -> None:
         data, count = self.data, self.model.num_classes
@@ -77,6 +78,40 @@ class Classify(Task):
             images, targets = blend(images, targets, weights, samples.blends)
         return Inputs(images, targets, labels, weights)
 
+    def pictures(
+        self, samples: DeviceBatch, inputs: Inputs, count: int, module: nn.Module | None = None
+    ) -> Pictures:
+        images, captions = inputs.images[:count], self._label_captions(samples, count)
+        if module is not None:
+            best, predicted = _predict(module, images, self.config.loss)
+            captions = [
+                f"{self._name(number)} {share:.0%}\n{caption}"
+                for number, share, caption in zip(predicted, best, captions, strict=True)
+            ]
+        return Pictures((images + 1) / 2, captions)
+
+    def _label_captions(self, samples: DeviceBatch, count: int) -> list[str]:
+        """The samples' labels; of a blended pair the shares of both."""
+        usable = (samples.weights > 0).tolist()
+        labels = [
+            ", ".join(self._name(label) for label in row if label >= 0) or "no label"
+            for row in samples.fields["label"].tolist()
+        ]
+
+        def caption(slot: int) -> str:
+            partner = slot ^ 1
+            if not usable[slot]:
+                return "not usable"
+            share = 1.0 if samples.blends is None or not usable[partner] else float(samples.blends[slot, 1])
+            if share < 1.0:
+                return f"{share:.0%} {labels[slot]}\n{1 - share:.0%} {labels[partner]}"
+            return labels[slot] if labels[slot] == "no label" else f"label: {labels[slot]}"
+
+        return [caption(slot) for slot in range(min(count, len(usable)))]
+
+    def _name(self, number: int) -> str:
+        return self._names[number] if self._names else str(number)
+
     def group(self, name: str, shape: tuple[int, ...], weight_decay: float) -> Group:
         if name == "head.weight":  # ViT-22B: 0.03 on the body, 3.0 on the head
             own = self.config.head_weight_decay
@@ -89,6 +124,13 @@ class Classify(Task):
             name: float(sums[name]) / max(labelled, 1) for name in ("top1", f"top{_TOP}") if name in sums
         }
         return found | {"loss": float(sums["loss"]) / max(units, 1.0), "unlabelled": int(units) - labelled}
+
+
+def _predict(module: Any, images: Tensor, loss: Loss) -> tuple[list[float], list[int]]:
+    """The probability and the number of each image's most probable class."""
+    logits = module.trunk(images.to(module.trunk.dtype))  # [b, K]
+    best = (logits.sigmoid() if loss == "sigmoid" else logits.softmax(1)).max(1)
+    return best.values.tolist(), best.indices.tolist()
 
 
 class Classification(nn.Module):

@@ -51,6 +51,13 @@ class Sums(NamedTuple):
     metrics: dict[str, Tensor]  # of any shape, e.g. a confusion matrix in evaluation; numbers in training
 
 
+class Pictures(NamedTuple):
+    """What a run shows of a micro-batch."""
+
+    images: Tensor  # float32 [n, C, S, S] in [0, 1]; of more than three channels the first three are shown
+    captions: list[str]  # n, of one or more lines
+
+
 class Group(NamedTuple):
     """How the optimizer treats a parameter; parameters of equal groups are updated together."""
 
@@ -128,6 +135,16 @@ class Task:
         """The number of units in the samples, float32 []: what sums are divided by. Here, of samples that
         could be used."""
         return samples.weights.sum()
+
+    def pictures(
+        self, samples: DeviceBatch, inputs: Any, count: int, module: nn.Module | None = None
+    ) -> Pictures | None:
+        """The first `count` pictures of a micro-batch as the root module gets them, with what the samples say
+        of them and, with the root module (in an evaluation), what it predicts; for TensorBoard. Here: none.
+
+        Every rank calls it, as the module may need them all; only the main rank has opened the task.
+        """
+        return None
 
     def group(self, name: str, shape: tuple[int, ...], weight_decay: float) -> Group:
         """The group of the parameter called `name`, of the logical `shape`; `weight_decay` is that of the

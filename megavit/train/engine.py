@@ -7,7 +7,9 @@ differently from its documentation is handled here and said where it is handled.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -119,15 +121,27 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, inputs: Any) -> Sums:
         """The root module's sums over one micro-batch of an evaluation."""
-        return Sums(*self.call(_forward, inputs))
+        return self.call(_forward, inputs)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """`function(module, *arguments)` in evaluation mode, whatever parts of the root module it uses: under
-        ZeRO-3 their weights are gathered as they run. Collective: every rank calls it with the same function.
-        For what the model has beside its sums, e.g. `lambda module, images: module.trunk(images)`.
+        ZeRO-3 their weights are gathered as they run. For what the model has beside its sums: its features
+        (`module.trunk.forward_features(images)`), what observers are told, gradients of activations.
+
+        Collective: every rank calls it equally often, with a function that uses the same parts in the same
+        order. Data-parallel ranks may have different numbers of images, an empty batch [0, C, S, S] if they
+        have none left; the ranks of one TP group have the same images.
+
+        Gradients are taken inside the function, of and with respect to anything but weights: these require
+        none meanwhile, so that nothing is accumulated, reduced or trained.
         """
         self._deepspeed.eval()
-        return self._deepspeed(function, *arguments)
+        results: list[Any] = []
+        # Around DeepSpeed, which wraps tensors that go in and out, knows few types of results, and prepares
+        # for a step when a gradient reaches one.
+        with _without_gradients(self.module):
+            self._deepspeed(lambda module: results.append(function(module, *arguments)))
+        return results[0]
 
     @property
     def _keeps_gradients_whole(self) -> bool:
@@ -224,6 +238,25 @@ def _keep_until_backward(module: nn.Module) -> None:
         own = part.parameters(recurse=is_block)
         if any(parameter.requires_grad for parameter in own):
             part.register_forward_pre_hook(require_grad)
+
+
+@contextmanager
+def _without_gradients(module: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient, nor does ZeRO-3 reduce any. Hooks of its reduce zeros for the weights
+    of a block whenever a gradient passes through it."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    hooks = {part: part._backward_hooks for part in module.modules()}
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    for part in hooks:
+        part._backward_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
+        for part, own in hooks.items():
+            part._backward_hooks = own
 
 
 class _Step:

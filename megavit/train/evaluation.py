@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from megavit.data.bad import BadSample, BadSamples
 from megavit.data.loader import EvalLoader
 from megavit.parallel.collectives import sum_over_dp
+from megavit.tasks.task import DeviceBatch
 from megavit.train.engine import Engine
 from megavit.train.inputs import gather_bad, to_samples
 from megavit.train.watchdog import Watchdog
@@ -31,10 +32,11 @@ def evaluate(
     step: int,
     watchdog: Watchdog,
     progress: Callable[[int], None] = lambda done: None,
+    show: Callable[[DeviceBatch, Any], None] = lambda samples, inputs: None,
 ) -> Evaluation:
     """The task's results over a whole validation set, exact at any number of ranks: no sample is dropped or
     counted twice. Bad samples are recorded and left out. `progress` is told the number of batches that are
-    done.
+    done, and `show` the first batch and its inputs.
     """
     task, data, mesh = engine.task, engine.run.data, engine.mesh
     fields, sums = task.fields(), _Sums()
@@ -42,7 +44,10 @@ def evaluate(
     for number, batch in enumerate(loader):
         watchdog.at(f"evaluating batch {number} after step {step}")
         samples = to_samples(batch, fields, data, mesh)
-        found = engine.evaluate(task.inputs(samples, mesh, training=False))
+        inputs = task.inputs(samples, mesh, training=False)
+        if number == 0:
+            show(samples, inputs)
+        found = engine.evaluate(inputs)
         counts = {"units": task.weight(samples), "usable": samples.weights.sum()}
         sums.add({"loss": found.loss} | found.metrics, counts)
         bad += batch.bad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from megavit.data.lanes import DataState, mix
 from megavit.data.loader import Batch, EvalLoader
 from megavit.data.manifest import DATA_FILE
 from megavit.parallel.mesh import Mesh
-from megavit.tasks.task import make_task
+from megavit.tasks.task import DeviceBatch, make_task
 from megavit.train.checkpoint.checkpoint import Checkpoint
 from megavit.train.checkpoint.export import export_weights, load_exported
 from megavit.train.checkpoint.folder import open_step
@@ -38,12 +39,14 @@ from megavit.train.inputs import (
     to_samples,
     train_loader,
 )
+from megavit.train.logging.attention import max_attention
 from megavit.train.logging.log_file import LogFile
 from megavit.train.logging.monitor import LOG_FILE, Monitor, choose_run_dir, reference_results, say
 from megavit.train.preempt import PREEMPTED_FILE, StopRequest, children_spared
 from megavit.train.schedule import lr_at
 from megavit.train.watchdog import Watchdog
 
+_NUM_SHOWN = 8  # pictures of a micro-batch
 _MAX_ROLLBACKS = 3  # to one checkpoint
 
 
@@ -210,6 +213,7 @@ class Trainer:
             self._say(f"stopped at step {self.step}; start again on {self.run_dir} to go on")
             return None
         self._refuse_if_useless()
+        self.monitor.log_hparams()
         self._export()
         if result is not None:
             first = self.run.data.val_sets[0]
@@ -234,6 +238,7 @@ class Trainer:
         if self.run.data.tp == "replicate" and step % self.run.data.check_every == 0:
             check_replicas(batches, step, self.mesh)
         counts = start_counts(batches, bool(stop), self.task, self.run.data, self.mesh)
+        largest = self._max_attention(batches[0]) if self.monitor.is_logged(step) else None
         micro_batches = self._inputs(batches)
         _seed_dropout(self.run.seed, step, self.mesh)
         lr = lr_at(step, self.run.max_steps, self.peak_lr, self.run.schedule)
@@ -256,15 +261,21 @@ class Trainer:
             skipped_updates=self.guard.skipped,
             step_time_s=time.perf_counter() - started,
             data_time_s=data_time_s,
+            max_logit=largest,
         )
         return result
+
+    def _max_attention(self, batch: Batch) -> float | None:
+        # Before dropout is seeded and with inputs of its own: the step that follows is the same to the bit.
+        samples = to_samples(batch, self._fields, self.run.data, self.mesh)
+        return max_attention(self.engine, self.task.inputs(samples, self.mesh, training=True))
 
     def _inputs(self, batches: list[Batch]) -> Iterator[Any]:
         for number, batch in enumerate(batches):
             samples = to_samples(batch, self._fields, self.run.data, self.mesh)
             inputs = self.task.inputs(samples, self.mesh, training=True)
             if number == self.step == 0:
-                self.monitor.show_first(inputs)
+                self.monitor.show_pictures("train", 0, self.task.pictures(samples, inputs, _NUM_SHOWN))
             yield inputs
 
     def _align_replicas_if_due(self) -> None:
@@ -308,9 +319,15 @@ class Trainer:
     def _evaluate(self, name: str, loader: EvalLoader) -> dict[str, float]:
         self.watchdog.at(f"evaluating after step {self.step}")
         progress = self.monitor.evaluation_progress(loader.num_batches)
-        found = evaluate(self.engine, loader, self.bad_samples, self.step, self.watchdog, progress)
+        show = functools.partial(self._show_predictions, name)
+        found = evaluate(self.engine, loader, self.bad_samples, self.step, self.watchdog, progress, show)
         self.monitor.log_eval(self.step, name, found)
         return found.results
+
+    @torch.no_grad()
+    def _show_predictions(self, name: str, samples: DeviceBatch, inputs: Any) -> None:
+        shown = self.engine.call(lambda module: self.task.pictures(samples, inputs, _NUM_SHOWN, module))
+        self.monitor.show_pictures(name, self.step, shown)
 
     def _refuse_if_useless(self) -> None:
         """Raise UselessRun if the weights are those of the start, or not numbers."""

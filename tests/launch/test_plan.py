@@ -77,6 +77,24 @@ def test_steps_of_epochs() -> None:
     assert steps_of_epochs(1e-9, 10, 10) == 1
 
 
+def test_what_is_frozen_is_said_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a flag that is planned with and then lost on the way to the files."""
+    freeze = "trunk.embed,trunk.blocks,trunk.norm"
+    out, facts_file = tmp_path / "plan", tmp_path / "plan.json"
+    flags = [*SMALL, "--freeze", freeze, "--out", str(out), "--json", str(facts_file)]
+    assert main(flags) == 0
+    printed = capsys.readouterr().out
+    facts = json.loads(facts_file.read_text())
+    trained, whole = facts["parameters"]["trained"], facts["parameters"]["all"]
+    assert f"trains {trained:,} of {whole:,} parameters" in printed and f"frozen: {freeze}\n" in printed
+    assert "--init_from ..." in printed and "MFU 0" not in printed
+    assert facts["freeze"] == freeze and facts["plans"][0]["mfu"] is None
+    assert read_recipe(out / "run.yaml").freeze == freeze
+    assert f"# Frozen: {freeze}.\n" in (out / "train.sbatch").read_text()
+    assert main([*SMALL, "--freeze", "trunk.blocks.12"]) == 2
+    assert "error: --freeze trunk.blocks.12: there is no such module" in capsys.readouterr().err
+
+
 def test_a_kind_of_gpu_that_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a description that the search does not use: twice the rate is a faster step."""
 

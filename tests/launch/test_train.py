@@ -38,7 +38,7 @@ def test_run_folder_keeps_its_contract(reference: Run) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     keys = "step loss lr grad_norm images_per_s tokens_per_s mfu step_time_s data_time_s memory_gib epoch"
-    keys += " bad_samples skipped_updates"
+    keys += " bad_samples skipped_updates max_logit"
     assert [row["step"] for row in reference.steps] == list(range(1, STEPS + 1))
     assert all(list(row) == keys.split() for row in reference.steps)
     assert reference.evaluations[-1]["eval/val/samples"] == 360
@@ -54,10 +54,18 @@ def test_run_folder_keeps_its_contract(reference: Run) -> None:
     board.Reload()
     tags = board.Tags()
     wanted = "loss/train optim/lr optim/grad_norm speed/images_per_s memory/peak_gib".split()
-    wanted += ["eval/val/top1", "eval/val/loss"]
+    wanted += ["attention/max_logit", "eval/val/top1", "eval/val/loss"]
     assert set(wanted) <= set(tags["scalars"])
     assert len(board.Scalars("loss/train")) == STEPS
-    assert tags["images"] == ["data/augmented"] and len(tags["tensors"]) == 2
+    assert set(tags["images"]) == {"pictures/train", "pictures/val"}
+    texts = ["config/deepspeed/text_summary", "config/run/text_summary", "custom_scalars__config__"]
+    assert sorted(tags["tensors"]) == texts
+    assert not [path for path in (reference.folder / "tensorboard").iterdir() if path.is_dir()]
+    started = board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"schedule.warmup_steps" in started and b"ds.optimizer.params.lr" in started
+    metrics = board.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    assert all(tag in metrics for tag in (b"loss/train", b"eval/val/top1", b"eval/val/loss"))
+    assert b"eval/val/samples" not in metrics
     assert "final top1" in reference.output and "this run" in reference.output
 
 

@@ -44,6 +44,10 @@ class Recorder:
         self.seen: dict[str, Tensor] = {}
         self.grads: dict[str, Tensor] = {}
 
+    def queries_keys(self, layer: int, q: Tensor, k: Tensor) -> None:
+        self._record(f"queries {layer}", q)
+        self._record(f"keys {layer}", k)
+
     def attention(self, layer: int, weights: Tensor) -> None:
         (weights * weights).sum()  # must not become part of what is recomputed
         self._record(f"attention {layer}", weights)
@@ -117,10 +121,24 @@ def test_the_tensors_are_those_that_the_logits_come_from(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+def test_queries_and_keys_are_those_of_the_attention_weights(name: str) -> None:
+    """Catches queries and keys before QK norm, without their scales, or of another layer."""
+    model = build(**VARIANTS[name])
+    for part, parameter in model.named_parameters():
+        if part.endswith("_scale"):
+            torch.nn.init.uniform_(parameter, 0.5, 2.0, generator=torch.Generator().manual_seed(5))
+    seen = observed(model)[0].seen
+    for layer in range(3):
+        q, k = seen[f"queries {layer}"], seen[f"keys {layer}"]
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        torch.testing.assert_close(weights, seen[f"attention {layer}"])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 def test_every_recompute_policy_tells_the_same(name: str) -> None:
     """Catches observers that are told twice, by recomputation, and gradients that pass them by."""
     plain, logits = observed(build(**VARIANTS[name]))
-    assert plain.seen.keys() == plain.grads.keys() and len(plain.grads) == 7 + ("pool" in plain.seen)
+    assert plain.seen.keys() == plain.grads.keys() and len(plain.grads) == 13 + ("pool" in plain.seen)
     for policy in ["full"] if name == "sequential" else ["full", "selective"]:
         other, same = observed(build(policy, **VARIANTS[name]))
         assert torch.equal(logits, same)
@@ -189,7 +207,7 @@ def test_observers_nest_and_leave() -> None:
         outer.seen.clear()
         with model.observe(Recorder()) as inner:
             model(images(2))
-        assert close(outer.seen, inner.seen) and len(inner.seen) == 8
+        assert close(outer.seen, inner.seen) and len(inner.seen) == 14
     model(images(2))  # would tell the recorder twice
 
 
@@ -203,6 +221,9 @@ def test_what_is_not_asked_for_costs_nothing() -> None:
         def tokens(self, layer: int, x: Tensor) -> None:
             self.count += 1
 
+        def queries_keys(self, layer: int, q: Tensor, k: Tensor) -> None:
+            self.count += 1
+
     def uses_fused_kernel(model: MegaVit) -> bool:
         with FlopCounterMode(display=False) as counter:
             model(images(1))
@@ -212,7 +233,7 @@ def test_what_is_not_asked_for_costs_nothing() -> None:
     assert uses_fused_kernel(model)
     with model.observe(Tokens()) as observer:
         assert uses_fused_kernel(model)
-    assert observer.count == 4
+    assert observer.count == 7
     with model.observe(Recorder()):
         assert not uses_fused_kernel(model)
 
@@ -249,7 +270,8 @@ def test_bfloat16_and_autocast_agree_with_the_fused_kernel() -> None:
             with model.observe(Recorder()) as recorder:
                 explicit = model(x)
         assert (fused - explicit).abs().max() < 2**-6 * fused.abs().max()
-        assert all(t.dtype == torch.float32 for name, t in recorder.seen.items() if "tokens" not in name)
+        maps = {name: t for name, t in recorder.seen.items() if name.startswith(("attention", "pool"))}
+        assert len(maps) == 4 and all(t.dtype == torch.float32 for t in maps.values())
 
 
 def test_compiled_blocks_are_observed_uncompiled() -> None:
@@ -303,26 +325,27 @@ def differences_under_zero3(recompute: Any) -> list[str]:
     from megavit.train.ds_patches import safe_get_full_fp32_param
     from megavit.train.engine import Engine
 
+    def look(model: torch.nn.Module, height: int, width: int) -> Recorder:
+        with model.observe(Recorder()) as recorder:
+            logits = model(torch.linspace(-1, 1, height * width).view(1, 1, height, width))
+        logits[:, 1].sum().backward()
+        return recorder
+
     run = dataclasses.replace(RUN, recompute=recompute)
     mesh = Mesh.from_environment(1)
     engine = Engine(run, resolve_ds_config(ds_config(3, BATCH // 2), mesh.world_size, "cpu"), mesh)
     plain, wrong = MegaVit.from_config(run.model), []
-    for step, (height, width) in enumerate([(8, 8), (12, 4), (12, 4)]):
+    for step, sides in enumerate([(8, 8), (12, 4), (12, 4)]):
         engine.train_step(inputs(run, mesh, step, BATCH // 2), torch.tensor(6.0), 3e-2)
         with torch.no_grad():
-            for mine, theirs in zip(plain.parameters(), engine.model.parameters(), strict=True):
-                mine.copy_(safe_get_full_fp32_param(theirs).view(mine.shape))
-        results = []
-        for model, forward in ((plain, plain), (engine.model, engine._deepspeed)):
-            with model.observe(Recorder()) as recorder:
-                logits = forward(torch.linspace(-1, 1, height * width).view(1, 1, height, width))
-            logits[:, 1].sum().backward()
-            results.append(recorder)
-        if not results[0].grads.keys() == results[0].seen.keys() == results[1].grads.keys():
-            wrong.append(f"{recompute}, {step}: {results[1].grads.keys()}")
-        elif not (close(results[1].seen, results[0].seen) and close(results[1].grads, results[0].grads)):
+            for name, mine in plain.named_parameters():
+                mine.copy_(safe_get_full_fp32_param(engine.parameters[name]).view(mine.shape))
+        expected = look(plain, *sides)
+        found = engine.call(lambda module, sides: look(module.trunk, *sides), sides)
+        if not expected.grads.keys() == expected.seen.keys() == found.grads.keys():
+            wrong.append(f"{recompute}, {step}: {found.grads.keys()}")
+        elif not (close(found.seen, expected.seen) and close(found.grads, expected.grads)):
             wrong.append(f"{recompute}, {step}: values")
-        engine._deepspeed.zero_grad()
     return wrong
 
 

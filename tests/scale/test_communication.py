@@ -25,7 +25,9 @@ SMALL = ModelConfig(
 )
 
 
-def case(tp: int = 1, accum: int = 1, model: dict[str, Any] | None = None, **zero: Any) -> dict[str, Any]:
+def case(
+    tp: int = 1, accum: int = 1, model: dict[str, Any] | None = None, freeze: str = "", **zero: Any
+) -> dict[str, Any]:
     """`recompute` and `bf16` are taken out of the ZeRO settings."""
     recompute, bf16 = zero.pop("recompute", "none"), zero.pop("bf16", False)
     return {
@@ -34,6 +36,7 @@ def case(tp: int = 1, accum: int = 1, model: dict[str, Any] | None = None, **zer
             model=dataclasses.replace(SMALL, **(model or {})),
             task=ClassifyConfig(loss="sigmoid"),
             recompute=recompute,
+            freeze=freeze,
         ),
         "accum": accum,
         "ds": {
@@ -46,6 +49,10 @@ def case(tp: int = 1, accum: int = 1, model: dict[str, Any] | None = None, **zer
         },
     }
 
+
+START = "trunk.embed,trunk.blocks.0"
+BODY = "trunk.embed,trunk.blocks,trunk.norm"  # the backward pass ends in the pooling
+ALL_BUT_HEAD = f"{BODY},trunk.pool"
 
 # A block has 42,000 elements: prefetches and distances below, at and above that.
 CASES = [
@@ -61,8 +68,26 @@ CASES = [
     case(tp=2, stage=0, model={"pool": "mean", "num_registers": 3}),
     case(tp=2, stage=0, model={"layer_scale": 0.1}, recompute="selective"),
 ]
+FROZEN = [
+    case(stage=3, stage3_param_persistence_threshold=100, freeze=START),
+    case(stage=3, stage3_param_persistence_threshold=100, freeze=ALL_BUT_HEAD),
+    case(stage=3, bf16=True, accum=2, stage3_prefetch_bucket_size=50_000, freeze=BODY),
+    # Frozen blocks that the backward pass reaches, and does not.
+    case(stage=3, stage3_max_reuse_distance=60_000, recompute="full", freeze=f"{START},trunk.blocks.4"),
+    case(stage=2, bf16=True, accum=2, freeze=START),
+    case(stage=1, freeze=ALL_BUT_HEAD),
+    case(stage=0, freeze=START),
+    case(tp=2, stage=3, stage3_param_persistence_threshold=70, recompute="selective", freeze=START),
+    case(tp=2, stage=3, freeze=ALL_BUT_HEAD),
+    case(tp=2, stage=2, freeze=ALL_BUT_HEAD),
+    case(tp=2, stage=0, freeze=BODY),
+    case(tp=2, stage=3, freeze=f"{BODY},trunk.pool.probe,trunk.pool.q,trunk.pool.kv"),
+    case(tp=2, stage=0, freeze="trunk.embed,trunk.blocks.0,trunk.blocks.3.attn"),
+    case(tp=2, stage=0, model={"layer_scale": 0.1}, recompute="selective", freeze=START),
+    case(tp=2, stage=2, model={"pool": "mean", "num_registers": 3}, freeze=f"{BODY},trunk.prefix"),
+]
 # Four ranks are for what two cannot be: tensor- and data-parallel at once, and shares of more than a half.
-CASES_OF = {2: CASES[:8], 4: [CASES[0], *CASES[4:5], *CASES[6:]]}
+CASES_OF = {2: CASES[:8] + FROZEN[:7], 4: [CASES[0], *CASES[4:5], *CASES[6:], *FROZEN[7:]]}
 
 
 def count(cases: list[dict[str, Any]]) -> list[tuple[dict[Any, int], dict[Any, int]]]:
@@ -82,7 +107,7 @@ def count(cases: list[dict[str, Any]]) -> list[tuple[dict[Any, int], dict[Any, i
         for _ in range(3):
             with CollectiveCounter() as counter:
                 engine.train_step(batches, torch.tensor(float(layout.global_batch)), 1e-3)
-        predicted = step_traffic(model, run.recompute, layout, ZeroSettings.from_ds_config(ds))
+        predicted = step_traffic(model, run.recompute, layout, ZeroSettings.from_ds_config(ds), run.freeze)
         found.append((dict(counter.bytes), predicted))
     return found
 
@@ -91,8 +116,8 @@ def count(cases: list[dict[str, Any]]) -> list[tuple[dict[Any, int], dict[Any, i
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", CASES_OF)
 def test_bytes_of_a_step_are_those_of_the_formula(ranks: int) -> None:
-    """Catches a formula that is not what DeepSpeed and the TP layers send, to the byte; scalars (loss, norm)
-    aside."""
+    """Catches a formula that is not what DeepSpeed and the TP layers send, to the byte, also for what is
+    frozen; scalars (loss, norm) aside."""
     for results in run_ranks(ranks, count, CASES_OF[ranks]):
         for number, (counted, predicted) in enumerate(results):
             for key in counted.keys() | predicted.keys():
@@ -122,3 +147,18 @@ def test_persistent_weights_are_gathered_after_the_update_only() -> None:
     trace = replay(tree, 2, GatherLimits(persistence=100))
     assert trace.padded_persistent == sum(size + size % 2 for size in small)
     assert trace.gathered + trace.padded_persistent == tree.shared(2) * 2
+
+
+def test_a_backward_pass_that_ends_early_gathers_nothing_before() -> None:
+    """Catches frozen blocks that are visited in backward, or not where something before them is trained."""
+
+    def visited(freeze: str) -> list[str]:
+        trace = replay(inventory(SMALL, 1, freeze), 2, GatherLimits(persistence=0, prefetch=0, max_reuse=0))
+        units = [moment.unit for moment in trace.moments if moment.backward]
+        return ["block" if unit.is_block else unit.name for unit in units]
+
+    whole = visited("")
+    assert whole.count("block") == 6 and whole[-1] == "embed"
+    assert visited("trunk.blocks.0,trunk.blocks.3") == whole
+    assert visited("trunk.embed,trunk.blocks.0,trunk.blocks.1,trunk.blocks.4") == whole[:-3]
+    assert visited(ALL_BUT_HEAD) == ["", "head"]

@@ -81,6 +81,28 @@ def test_scaling_loses_efficiency_to_communication() -> None:
     assert many.step.sharding / many.step.total > few.step.sharding / few.step.total
 
 
+def test_a_frozen_trunk_is_cheaper_by_what_it_does_not_do() -> None:
+    """Catches frozen parts that cost a backward pass, one that is left out where it is needed,
+    and an MFU of work that is not done."""
+    only = Only.parse("tp=8,stage=3,recompute=selective,offload=none,micro_batch=8")
+
+    def best(freeze: str) -> Plan:
+        run = dataclasses.replace(RUN, freeze=freeze)
+        return search(run, BATCH, cluster("h100", 1), only)[0]
+
+    whole, trunk, inside = best(""), best("trunk.embed,trunk.blocks,trunk.norm"), best("trunk.blocks.20")
+    assert trunk.step.matmuls == pytest.approx(whole.step.matmuls / 3, rel=0.05)
+    assert trunk.step.attention == pytest.approx(whole.step.attention / 3)
+    assert trunk.step.recomputation == 0 and trunk.step.tensor_parallel < whole.step.tensor_parallel
+    assert trunk.step.update < 0.03 * whole.step.update
+    # A third of one of 48 blocks' matmuls: the gradients of its weights.
+    assert inside.step.matmuls == pytest.approx(whole.step.matmuls * (1 - 1 / 3 / 48), rel=1e-3)
+    assert inside.step.attention == whole.step.attention
+    assert whole.mfu and trunk.mfu is None and inside.mfu is None
+    head = best("trunk.embed,trunk.blocks,trunk.norm,trunk.pool")
+    assert head.zero.reduce_bucket < whole.zero.reduce_bucket and head.zero.gathers == whole.zero.gathers
+
+
 def test_mistakes_are_named() -> None:
     """Catches a KeyError, a division by zero, and an empty table."""
     with pytest.raises(ValueError, match=r"unknown GPU 'h10'; did you mean 'h100'"):

@@ -21,13 +21,13 @@ from tests.ranks import run_ranks
 RUN = read_recipe(RECIPES / "digits.yaml")
 
 
-def save(folder: Path, tp_size: int, ds_config: dict[str, Any]) -> None:
+def save(folder: Path, tp_size: int, ds_config: dict[str, Any], freeze: str = "") -> None:
     from megavit.train.checkpoint.saver import Saver
     from megavit.train.config import plain_config
     from megavit.train.engine import Engine
 
     mesh = Mesh.from_environment(tp_size)
-    run = dataclasses.replace(RUN, tensor_parallel_size=tp_size)
+    run = dataclasses.replace(RUN, tensor_parallel_size=tp_size, freeze=freeze)
     engine = Engine(run, resolve_ds_config(ds_config, mesh.dp_size, "cpu"), mesh)
     saver = Saver(folder, CheckpointConfig(), mesh, engine.state, 0)
     saver.save(1, {"state": {}, "run": plain_config(run), "ds_config": {}})
@@ -36,15 +36,17 @@ def save(folder: Path, tp_size: int, ds_config: dict[str, Any]) -> None:
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_ranks_write_what_is_planned(tmp_path: Path) -> None:
-    """Catches a rank that writes more than its share, and a manifest that grows otherwise than planned."""
+@pytest.mark.parametrize("freeze", ["", "trunk.embed,trunk.blocks.0"])
+def test_ranks_write_what_is_planned(tmp_path: Path, freeze: str) -> None:
+    """Catches a rank that writes more than its share, frozen weights that only the plan writes, and a
+    manifest that grows otherwise than planned."""
     ds_config = {
         "train_batch_size": 8,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
         "zero_optimization": {"stage": 3},
     }
-    run_ranks(4, save, tmp_path, 2, ds_config)
-    planned = checkpoint_cost(RUN, Layout(2, 2, 4))
+    run_ranks(4, save, tmp_path, 2, ds_config, freeze)
+    planned = checkpoint_cost(dataclasses.replace(RUN, freeze=freeze), Layout(2, 2, 4))
     folder = tmp_path / "checkpoints" / "step_00000001"
     sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
     assert len(sizes) == planned.files == 4

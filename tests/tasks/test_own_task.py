@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from megavit.cli import parse_run
 from megavit.model.vit import MegaVit
 from megavit.tasks.config import load_task
 from megavit.train.config import RunConfig
+from tests.launch.commands import train_with
 from tests.ranks import run_ranks
 from tests.train.runs import DEMO, ds_config, log_of, small_run, steps_of, train_here
 
@@ -32,20 +34,24 @@ ROOT = Path(__file__).parents[2]
 OWN = "tests/tasks/own_task.py:Ink"
 
 
-@pytest.fixture(scope="module")
-def ink(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Grey 8 x 8 pictures with their mean as a number in json; one of each split has none."""
-    folder = tmp_path_factory.mktemp("ink")
+def write_ink(folder: Path, train: int = 200, without: int | None = None) -> None:
+    """Grey 8 x 8 pictures with their mean as a number in json; that `without` one of each split has none."""
     random = np.random.default_rng(0)
-    for split, count in (("train", 200), ("test", 37)):
+    for split, count in (("train", train), ("test", 37)):
         with wds.TarWriter(str(folder / f"{split}-0.tar"), encoder=False, mtime=0) as tar:
             for number in range(count):
                 pixels = random.integers(0, 256, (8, 8)) * random.random()
                 buffer = io.BytesIO()
                 Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
-                value = {"ink": pixels.mean() / 255} if number != 5 else {}
+                value = {"ink": pixels.mean() / 255} if number != without else {}
                 members = {"png": buffer.getvalue(), "json": json.dumps(value).encode()}
                 tar.write({"__key__": f"{number:03}", **members})
+
+
+@pytest.fixture(scope="module")
+def ink(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ink")
+    write_ink(folder, without=5)
     return folder
 
 
@@ -238,6 +244,30 @@ def test_the_readme_shows_the_file_that_is_tested() -> None:
     readme = (ROOT / "megavit" / "tasks" / "README.md").read_text()
     (shown,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert shown == (ROOT / "tests" / "tasks" / "own_task.py").read_text()
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_the_readmes_command_runs(digits: Path, tmp_path: Path) -> None:
+    """Catches a command that people cannot copy: wrong flags, a task that `main` does not find, results that
+    are not logged."""
+    readme = (ROOT / "megavit" / "tasks" / "README.md").read_text()
+    (command,) = re.findall(r"```\n(python launch/train\.py .*?)```", readme, re.DOTALL)
+    _, _, *argv = shlex.split(command.replace("\\\n", " "))
+    argv[argv.index("--max_steps") + 1] = "3"
+    for folder in ("ds_configs", "tests"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    (tmp_path / "ink").mkdir()
+    write_ink(tmp_path / "ink", train=300)
+    first = small_run(digits, tmp_path / "runs" / "digits", max_steps=1, model__depth=3)
+    assert run_ranks(1, train_here, first, ds_config(3)) == [""]
+    run = train_with([*argv, "--log_every", "1"], tmp_path / "command")
+    assert run.code == 0, run.output
+    trained = tmp_path / argv[argv.index("--run_dir") + 1]
+    assert len(losses(trained)) == 3 and sorted(results(trained, "val")) == [3]
+    exported = load_file(trained / "export" / "task.safetensors")
+    assert sorted(exported) == ["ink.bias", "ink.weight"]
+    assert MegaVit.from_pretrained(trained).config.depth == 3
 
 
 START = ["--deepspeed_config", "ds_configs/zero3_fp32.json", "--model.name", "vit_tiny"]

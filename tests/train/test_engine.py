@@ -58,11 +58,26 @@ def inputs(run: RunConfig, mesh: Mesh, step: int, micro_batch: int) -> list[Inpu
     return [Inputs(*part) for part in parts]
 
 
+LAYERS_ABOVE = {"embed": 3, "blocks.0": 2, "blocks.1": 1, "norm": 1, "pool": 0, "head": 0}
+
+
+def plain_groups(run: RunConfig, model: MegaVit) -> list[dict[str, Any]]:
+    """A group for each parameter, with the rate of its layer."""
+    task = make_task(run.task, run.model, run.data)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = []
+    for group in optimizer_groups(task, logical_parameters(model), 0.1):
+        for parameter in group["params"]:
+            (above,) = (n for part, n in LAYERS_ABOVE.items() if names[id(parameter)].startswith(f"{part}."))
+            lr = LR * run.schedule.layer_decay**above
+            groups.append({"params": [parameter], "weight_decay": group["weight_decay"], "lr": lr})
+    return groups
+
+
 def plain_pytorch(run: RunConfig) -> dict[str, Any]:
     """The same steps with nothing but torch: what every engine must reproduce."""
     model = MegaVit.from_config(run.model, seed=run.seed)
-    task = make_task(run.task, run.model, run.data)
-    optimizer = torch.optim.AdamW(optimizer_groups(task, logical_parameters(model), 0.1), lr=LR)
+    optimizer = torch.optim.AdamW(plain_groups(run, model))
     losses, norms = [], []
     for step in range(STEPS):
         images, labels = batch(step)
@@ -122,6 +137,7 @@ def run_engine(tp_size: int, run: RunConfig, raw: dict[str, Any]) -> float | dic
     return relative | {"weights": weights}
 
 
+DECAYED = {"schedule": dataclasses.replace(RUN.schedule, layer_decay=0.75)}
 CASES = {
     "stage 0, tp 2": (2, 2, {}, ds_config(0)),
     "stage 1, dp 2": (2, 1, {}, ds_config(1)),
@@ -137,14 +153,17 @@ CASES = {
         {},
         ds_config(3, zero={"stage3_param_persistence_threshold": 100_000}),
     ),
+    "stage 0, one rank, layer decay": (1, 1, DECAYED, ds_config(0)),
+    "stage 3, tp 2, layer decay": (2, 2, DECAYED, ds_config(3)),
+    "stage 2, dp 4, layer decay": (4, 1, DECAYED, ds_config(2, micro_batch=2)),
 }
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("case", CASES)
 def test_every_layout_takes_the_same_steps_as_plain_pytorch(case: str) -> None:
-    """Catches wrong gradient averaging, clipping by a rank's own norm, decay lost with groups, stale gathered
-    weights."""
+    """Catches wrong gradient averaging, clipping by a rank's own norm, decay or rates lost with groups, stale
+    gathered weights."""
     ranks, tp_size, change, raw = CASES[case]
     for found in run_ranks(ranks, run_engine, tp_size, dataclasses.replace(RUN, **change), raw):
         assert found["losses"] < 1e-5 and found["norms"] < 1e-5 and found["weights"] < 1e-4, found

@@ -10,6 +10,7 @@ import pytest
 
 from megavit.parallel.mesh import Mesh
 from megavit.train.ds_config import resolve_ds_config, slow_parts
+from megavit.train.evaluation import Evaluation
 from megavit.train.logging import monitor
 from megavit.train.logging.monitor import Monitor
 from tests.train.runs import ds_config, small_run
@@ -72,6 +73,31 @@ def test_an_evaluation_that_takes_long_shows_how_far_it_is(
     monkeypatch.setattr(monitor, "_PROGRESS_S", 0.0)
     show(2)
     assert capsys.readouterr().out.startswith("  evaluating: 2 of 1,000 batches, ")
+
+
+def test_the_table_of_runs_has_the_final_results(quiet: Monitor, tmp_path: Path) -> None:
+    """Catches results of an earlier evaluation, values that are no numbers, and a second run beside it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    quiet.open()
+    quiet.log_eval(10, "early", Evaluation({"top1": 0.1}, 360, 0))
+    log_step(quiet, 19)
+    quiet.log_eval(20, "val", Evaluation({"top1": 0.9, "loss": math.nan}, 360, 0))
+    quiet.log_hparams()
+    quiet.close()
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    contents = [
+        HParamsPluginData.FromString(board.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content)
+        for tag in ("session_start_info", "experiment")
+    ]
+    values = contents[0].session_start_info.hparams
+    assert values["model.depth"].number_value == 2 and values["task.name"].string_value == "classify"
+    assert math.isclose(values["ds.optimizer.params.lr"].number_value, 3e-3)
+    metrics = [info.name.tag for info in contents[1].experiment.metric_infos]
+    assert sorted(metrics) == ["eval/val/top1", "loss/train"]
 
 
 def test_what_makes_a_start_slow_is_said_before_it_starts() -> None:

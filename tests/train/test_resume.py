@@ -102,6 +102,21 @@ def test_resume_at_another_layout(
         assert (f"{name} {was} -> {is_now}" in resumed_at["changes"]) == (was != is_now)
 
 
+@pytest.mark.dist
+@pytest.mark.slow
+def test_layer_decay_goes_on_at_another_layout(whole: Path, digits: Path, tmp_path: Path) -> None:
+    """Catches learning rates of layers that are lost, or land in other groups, when a run goes on."""
+    decay = {"schedule__layer_decay": 0.75}
+    start(tmp_path / "whole", digits, "one rank, stage 3", **decay)
+    start(tmp_path / "run", digits, "tp 2, dp 2, stage 3", stop_at_step=STEPS // 2, **decay)
+    start(tmp_path / "run", digits, "dp 2, stage 1", **decay)
+    expected, resumed, plain = (
+        [row["loss"] for row in steps_of(folder)] for folder in (tmp_path / "whole", tmp_path / "run", whole)
+    )
+    assert resumed == pytest.approx(expected, rel=1e-5)
+    assert expected[-1] != pytest.approx(plain[-1], rel=1e-3)
+
+
 def test_shipped_loss_stays_readable(whole: Path) -> None:
     """Catches a log that is no JSON, e.g. with NaN in it."""
     for line in (whole / "log.jsonl").read_text().splitlines():

@@ -6,7 +6,6 @@ A disk that is full costs log lines, never the run.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -24,12 +23,14 @@ import yaml
 from megavit.data.bad import BAD_SAMPLES_FILE
 from megavit.model.count import num_params, train_flops
 from megavit.parallel.mesh import Mesh
+from megavit.tasks.task import Pictures
 from megavit.train.checkpoint.saver import Progress, Saved
-from megavit.train.config import RunConfig, plain_config
+from megavit.train.config import RunConfig, flat_config, plain_config
 from megavit.train.ds_config import uses_bf16
 from megavit.train.logging.environment import environment
 from megavit.train.logging.log_file import LogFile, discard_rows, read_rows
 from megavit.train.logging.meters import memory_gib, rank_peak_flops
+from megavit.train.logging.pictures import draw_pictures
 from megavit.train.schedule import lr_at
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class Monitor:
             self._on_board(lambda board: board.add_text("config/run", f"```yaml\n{resolved}```"))
             text = f"```json\n{json.dumps(ds_config, indent=2)}\n```"
             self._on_board(lambda board: board.add_text("config/deepspeed", text))
+            self._on_board(lambda board: board.add_custom_scalars(_CHARTS))
         self.say(
             f"{run.model.name}: {num_params(run.model) / 1e6:,.1f}M parameters, "
             f"{train_flops(run.model) / 1e9:,.2f} GFLOP per image and step; {mesh.describe()}; "
@@ -112,15 +114,11 @@ class Monitor:
         """Print a line on the main rank."""
         say(self.mesh, text)
 
-    def show_first(self, inputs: Any) -> None:
-        """Of the first micro-batch, as the root module gets it, up to 64 augmented images go to TensorBoard
-        as a grid, if it has `images`."""
-        images = getattr(inputs, "images", None)
-        if self._enabled and images is not None:
-            from torchvision.utils import make_grid
-
-            grid = make_grid((images[:64].cpu() + 1) / 2, nrow=8, padding=1, pad_value=0.5)
-            self._on_board(functools.partial(_add_image, "data/augmented", grid))
+    def show_pictures(self, name: str, step: int, shown: Pictures | None) -> None:
+        """Captioned pictures of a micro-batch, for TensorBoard."""
+        if self._enabled and shown:
+            sheet = draw_pictures(*shown)
+            self._on_board(lambda board: board.add_image(f"pictures/{name}", sheet, step, dataformats="HWC"))
 
     def begin_step(self, step: int) -> None:
         """Update number `step` (from 0) begins. A line if the first of this start takes long."""
@@ -130,6 +128,10 @@ class Monitor:
             self._first_step = threading.Timer(_SLOW_STEP_S, self.say, (text,))
             self._first_step.daemon = True
             self._first_step.start()
+
+    def is_logged(self, step: int) -> bool:
+        """Whether update number `step` (from 0) has a line: every `log_every`-th, the first and the last."""
+        return (step + 1) % self.run.log_every == 0 or step + 1 in (1, self.run.max_steps)
 
     def log_step(
         self,
@@ -144,13 +146,14 @@ class Monitor:
         skipped_updates: int,
         step_time_s: float,
         data_time_s: float,
+        max_logit: float | None = None,
     ) -> None:
-        """Record update number `step` (from 0); every `log_every`-th, the first and the last are written."""
+        """Record update number `step` (from 0); it is written if `is_logged`."""
         self._end_first_step()
         self._step_times.append(step_time_s)
         self._data_times.append(data_time_s)
         done = step + 1
-        if not self._enabled or not (done % self.run.log_every == 0 or done in (1, self.run.max_steps)):
+        if not self._enabled or not self.is_logged(step):
             return
         step_time = statistics.median(self._step_times)
         data_time = statistics.median(self._data_times)
@@ -175,6 +178,7 @@ class Monitor:
             "epoch": epoch,
             "bad_samples": bad_samples,
             "skipped_updates": skipped_updates,
+            "max_logit": max_logit,
         }
         self._log.write(**record)
         for tag, key in {**_TAGS, **{f"train/{name}": f"train/{name}" for name in metrics}}.items():
@@ -210,6 +214,27 @@ class Monitor:
             f"step {step:>6}/{self.run.max_steps}  evaluation on {name}: {', '.join(shown)} "
             f"({found.num_samples} samples{left_out})"
         )
+
+    def log_hparams(self) -> None:
+        """Record the configuration with the run's final results, for TensorBoard's table of runs."""
+        if not self._enabled:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        config = flat_config(plain_config(self.run) | {"ds": self._ds_config})
+        values = {key: value for key, value in config.items() if isinstance(value, str | int | float)}
+        rows = [row for row in read_rows(self._run_dir / LOG_FILE) if row.get("step") == self.run.max_steps]
+        found = {key: value for row in rows for key, value in row.items() if value is not None}
+        counts = ("/samples", "/bad")
+        results = {key: found[key] for key in found if key.startswith("eval/") and not key.endswith(counts)}
+        if "loss" in found:
+            results["loss/train"] = found["loss"]
+
+        def add(board: Any) -> None:  # SummaryWriter.add_hparams makes another run of it
+            for summary in hparams(values, results):
+                board.file_writer.add_summary(summary)
+
+        self._on_board(add)
 
     def logged_results(self, step: int, name: str) -> dict[str, float] | None:
         """The results that an evaluation on the validation set `name` after `step` updates had, from the log;
@@ -250,7 +275,7 @@ class Monitor:
                 f"before is kept: {saved.error}"
             )
             return
-        self._scalar("checkpoint/stall_s", saved.stall_s, saved.step)
+        self._scalar("speed/checkpoint_stall_s", saved.stall_s, saved.step)
         self.say(
             f"step {saved.step:>6}/{self.run.max_steps}  saved {saved.folder.name}: "
             f"{saved.bytes / 2**30:.3g} GiB; training held up {saved.stall_s:.2g} s, "
@@ -317,9 +342,25 @@ class Monitor:
             self.say(f"note: TensorBoard's file cannot be written: {error}")
 
 
-def _add_image(tag: str, image: Any, board: Any) -> None:
-    board.add_image(tag, image, 0)
-
+# TensorBoard's tab of custom scalars, in this order: the loss comes first. Its other tabs have the tags in
+# alphabetical order.
+_CHARTS = {
+    "loss": {
+        "loss": ["Multiline", ["loss/train", "eval/.*/loss"]],
+        "evaluation": ["Multiline", ["eval/.*/(?!loss$)"]],
+    },
+    "optimization": {
+        "learning rate": ["Multiline", ["optim/lr"]],
+        "gradient norm": ["Multiline", ["optim/grad_norm"]],
+        "attention": ["Multiline", ["attention/max_logit"]],
+    },
+    "speed": {
+        "images per second": ["Multiline", ["speed/images_per_s"]],
+        "seconds per step": ["Multiline", ["speed/step_time_s", "speed/data_time_s"]],
+        "MFU": ["Multiline", ["speed/mfu"]],
+        "memory": ["Multiline", ["memory/peak_gib"]],
+    },
+}
 
 _TAGS = {
     "loss/train": "loss",
@@ -334,6 +375,7 @@ _TAGS = {
     "data/epoch": "epoch",
     "data/bad_samples": "bad_samples",
     "optim/skipped_updates": "skipped_updates",
+    "attention/max_logit": "max_logit",
 }
 
 
