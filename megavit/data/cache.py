@@ -44,13 +44,13 @@ class ShardCache:
     """
 
     def __init__(
-        self, folder: str | Path, max_bytes: int, tries: int = 5, timeout_s: float = 60, threads: int = 8
+        self, folder: str | Path, max_bytes: int, attempts: int = 5, timeout_s: float = 60, threads: int = 8
     ):
         """An empty `folder` is `default_folder()`. A try fails when no byte arrives for `timeout_s`;
         `prefetch` fetches `threads` shards at once."""
         self.folder = Path(folder) if folder else default_folder()
         self.max_bytes = max_bytes
-        self.tries = tries
+        self.attempts = attempts
         self.timeout_s = timeout_s
         self.threads = threads
         self._start_empty()
@@ -152,7 +152,7 @@ class ShardCache:
                 raise SourceError(failure.removeprefix(f"{name}\n"))
             self._evict(room=size or 0)
             try:
-                self._try_to_fetch(fetch, url, size, part)
+                self._fetch_with_retries(fetch, url, size, part)
                 descriptor = os.open(part, os.O_RDONLY)  # before it has a name that others may evict
                 os.replace(part, self.folder / name)
             except SourceError as error:
@@ -164,9 +164,9 @@ class ShardCache:
         self._evict(keep=name)
         return descriptor
 
-    def _try_to_fetch(self, fetch: Fetch, url: str, size: int | None, part: Path) -> None:
-        for count in range(1, self.tries + 1):
-            part.unlink(missing_ok=True)  # a new file: a cancelled try may still write into the old one
+    def _fetch_with_retries(self, fetch: Fetch, url: str, size: int | None, part: Path) -> None:
+        for count in range(1, self.attempts + 1):
+            part.unlink(missing_ok=True)  # a new file: a cancelled attempt may still write into the old one
             try:
                 announced = fetch(url, part, self.timeout_s)
                 actual = part.stat().st_size
@@ -177,9 +177,9 @@ class ShardCache:
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in _FULL:
                     raise
-                if count >= (min(2, self.tries) if _is_permanent(error) else self.tries):
+                if count >= (min(2, self.attempts) if _is_permanent(error) else self.attempts):
                     raise SourceError(
-                        f"shard {url}: not to be had in {count} tries; the last: {_describe(error)}"
+                        f"shard {url}: not to be had in {count} attempts; the last: {_describe(error)}"
                     ) from error
             time.sleep(min(30, 0.5 * 2 ** (count - 1)) * _jitter.uniform(0.5, 1))
 
@@ -213,7 +213,7 @@ class ShardCache:
             self._failures.setdefault(url, (time.monotonic(), str(error)))
 
     def _raise_recent_failure(self, url: str) -> None:
-        """Ten thousand samples of one missing shard must not each try for a minute."""
+        """Ten thousand samples of one missing shard must not each retry for a minute."""
         with self._mutex:
             failed_at, message = self._failures.get(url, (0.0, ""))
             if message and time.monotonic() - failed_at < _REMEMBER_FAILURE_S:

@@ -42,7 +42,7 @@ for _scheme in ("s3", "s3a", "gcs", "az", "abfs"):
 
 
 class SourceError(ValueError):
-    """A shard cannot be had; the message names its full url, the reason and the number of tries."""
+    """A shard cannot be had; the message names its full url, the reason and the number of attempts."""
 
 
 def is_local(url: str) -> bool:

@@ -34,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megavit.train.guard import TooManySkipped
     from megavit.train.logging.monitor import say
     from megavit.train.loop import OutOfMemory, SaveError, UselessRun, train
-    from megavit.train.preempt import children_spared
+    from megavit.train.preempt import stop_signals_blocked
 
     try:
-        with children_spared():
+        with stop_signals_blocked():
             # The watchdog ends a rank that hangs, with a report; this limit is for when it cannot.
             mesh = Mesh.from_environment(run.tensor_parallel_size, run.timeout_s + 60)
         for note in command.notes:

@@ -42,7 +42,7 @@ from megavit.train.inputs import (
 from megavit.train.logging.attention import max_attention
 from megavit.train.logging.log_file import LogFile
 from megavit.train.logging.monitor import LOG_FILE, Monitor, choose_run_dir, reference_results, say
-from megavit.train.preempt import PREEMPTED_FILE, StopRequest, children_spared
+from megavit.train.preempt import PREEMPTED_FILE, StopRequest, stop_signals_blocked
 from megavit.train.schedule import lr_at
 from megavit.train.watchdog import Watchdog
 
@@ -148,7 +148,7 @@ class Trainer:
         self.watchdog.at("building the engine")
         for note in slow_parts(self.ds_config, mesh.device.type):
             self._say(f"note: {note}")
-        with children_spared():
+        with stop_signals_blocked():
             self.engine = Engine(run, self.ds_config, mesh, initialise=saved is None)
         if saved:
             self.watchdog.at(f"restoring {saved.folder.name}")

@@ -36,7 +36,7 @@ class StopRequest:
 
 
 @contextmanager
-def children_spared() -> Iterator[None]:
+def stop_signals_blocked() -> Iterator[None]:
     """Child processes started inside ignore the stop signals; here they wait until the end.
 
     Launchers signal whole process groups, and a compiler or a data worker that dies of it takes the run down

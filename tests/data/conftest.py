@@ -26,4 +26,4 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> ShardCache:
-    return ShardCache(tmp_path / "cache", max_bytes=100 << 20, tries=3, timeout_s=30)
+    return ShardCache(tmp_path / "cache", max_bytes=100 << 20, attempts=3, timeout_s=30)

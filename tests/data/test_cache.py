@@ -80,12 +80,12 @@ def test_failures_are_noticed_without_a_known_size(server: Server, cache: ShardC
 
 def test_slow_is_not_hung(server: Server, tmp_path: Path) -> None:
     """Catches a time limit for the whole shard where one for standing still is meant."""
-    cache = ShardCache(tmp_path, 10 << 20, tries=1, timeout_s=1.5)  # it takes two seconds
+    cache = ShardCache(tmp_path, 10 << 20, attempts=1, timeout_s=1.5)  # it takes two seconds
     assert fetched(cache, server.url("/slow/1/a.tar")) == BODY
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "reason", "tries"),
+    ("behaviour", "reason", "attempts"),
     [
         ("404", "FileNotFoundError", 2),
         ("403", "403", 2),
@@ -94,17 +94,17 @@ def test_slow_is_not_hung(server: Server, tmp_path: Path) -> None:
         ("short_unnoticed", f"received 1000 bytes instead of {len(BODY)}", 3),
     ],
 )
-def test_lasting_failures_name_url_reason_and_tries(
-    server: Server, cache: ShardCache, behaviour: str, reason: str, tries: int
+def test_lasting_failures_name_url_reason_and_attempts(
+    server: Server, cache: ShardCache, behaviour: str, reason: str, attempts: int
 ) -> None:
-    """Catches endless retries, five tries of a shard that does not exist, and errors nobody can act on."""
+    """Catches endless retries, five attempts of a shard that does not exist, and errors nobody can act on."""
     url = server.url(f"/{behaviour}/99/a.tar")
     with pytest.raises(SourceError) as caught:
         fetched(cache, url, len(BODY))
     assert url in str(caught.value)
     assert reason in str(caught.value)
-    assert f"in {tries} tries" in str(caught.value)
-    assert len(server.requests) == tries
+    assert f"in {attempts} attempts" in str(caught.value)
+    assert len(server.requests) == attempts
     assert files(cache) == []
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
@@ -195,7 +195,7 @@ def test_cache_travels_to_workers(server: Server, cache: ShardCache) -> None:
     cache.prefetch([(server.url("/good/0/a.tar"), None)])
     copy = pickle.loads(pickle.dumps(cache))
     assert fetched(copy, server.url("/good/0/a.tar")) == fetched(cache, server.url("/good/0/a.tar"))
-    assert (copy.folder, copy.max_bytes, copy.tries) == (cache.folder, cache.max_bytes, cache.tries)
+    assert (copy.folder, copy.max_bytes, copy.attempts) == (cache.folder, cache.max_bytes, cache.attempts)
     assert len(server.requests) == 1
 
 
@@ -379,7 +379,7 @@ def test_killed_process_holds_nobody_up(server: Server, cache: ShardCache) -> No
 
 
 def test_full_disk_is_explained(server: Server, tmp_path: Path) -> None:
-    """Catches a bare "No space left on device" from a worker, or five tries against a full disk."""
+    """Catches a bare "No space left on device" from a worker, or five attempts against a full disk."""
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(["unshare", "-Urm", "mount", "-t", "tmpfs", "tmpfs", str(small)], check=False)

@@ -64,7 +64,7 @@ def test_pipe_is_read(tmp_path: Path, cache: ShardCache) -> None:
 def test_failing_pipe_is_no_shard(tmp_path: Path, command: str, reason: str) -> None:
     """Catches webdataset's silence about commands that fail after the last byte, and ones left running."""
     (tmp_path / "a.tar").write_bytes(BODY)
-    cache = ShardCache(tmp_path / "cache", 10 << 20, tries=2, timeout_s=1 if "sleep" in command else 30)
+    cache = ShardCache(tmp_path / "cache", 10 << 20, attempts=2, timeout_s=1 if "sleep" in command else 30)
     with pytest.raises(SourceError, match=reason):
         fetched(cache, "pipe:" + command.format(tmp_path / "a.tar"))
     assert not any(path.is_file() for path in cache.folder.iterdir())
@@ -140,9 +140,9 @@ def _small_tar() -> bytes:
 def test_s3_is_read(tmp_path: Path) -> None:
     """Catches an endpoint in the environment that is not honoured, and s3 errors not understood."""
     data = _small_tar()
-    cache = ShardCache(tmp_path, 10 << 20, tries=3)
+    cache = ShardCache(tmp_path, 10 << 20, attempts=3)
     assert fetched(cache, "s3://shards/train/a.tar", len(data)) == data
-    with pytest.raises(SourceError, match=r"in 2 tries.*FileNotFoundError"):
+    with pytest.raises(SourceError, match=r"in 2 attempts.*FileNotFoundError"):
         fetched(cache, "s3://shards/train/none.tar")
     with pytest.raises(SourceError, match="received 10240 bytes instead of 5"):
         fetched(cache, "s3://shards/train/a.tar", 5)
@@ -167,7 +167,7 @@ def test_s3_is_tried_as_often_as_http(
         fsspec.config.conf, "s3", {"endpoint_url": server.url(f"/{behaviour}/99"), "key": "k", "secret": "s"}
     )
     cache.timeout_s = 1 if behaviour == "hang" else 60
-    with pytest.raises(SourceError, match="in 3 tries"):
+    with pytest.raises(SourceError, match="in 3 attempts"):
         fetched(cache, "s3://shards/a.tar")
     # On a loaded machine a try can be over before its request is sent: what hangs may have asked less often.
     assert len(server.requests) == 3 or (behaviour == "hang" and len(server.requests) < 3)

@@ -206,7 +206,7 @@ def pattern(text: str) -> Way:
         write_shards(folder, shards=2, samples=3, indexed=False)
         os.mkfifo(folder / "pipe.tar")
         (folder / "link.tar").symlink_to(folder / "nowhere.tar")
-        cache = ShardCache(folder / "cache", 10**9, tries=1)
+        cache = ShardCache(folder / "cache", 10**9, attempts=1)
         return open_shards(text.replace("{tmp}", str(folder)), cache)
 
     return way
