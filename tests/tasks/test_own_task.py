@@ -67,7 +67,7 @@ def own_run(ink: Path, folder: Path, **changes: Any) -> RunConfig:
     """12 steps of the own task on the trunk of `small_run`; a `val` set and one called `more`."""
     config = load_task(OWN).Config(name=str(ROOT / OWN))
     data = {"data__shards": f"{ink}/train-0.tar", "data__val_shards": f"{ink}/test-0.tar"}
-    data |= {"data__val": (f"more@4={ink}/test-0.tar",), "data__max_bad_fraction": 0.1, "data__workers": 1}
+    data |= {"data__val": (f"more@4={ink}/test-0.tar",), "data__max_bad_fraction": 0.1, "data__workers": 0}
     run = small_run(ink, folder, **{"max_steps": 12, "eval_every": 6} | data | changes)
     return dataclasses.replace(run, task=config)
 
@@ -124,7 +124,9 @@ def test_it_trains_is_killed_goes_on_in_another_layout_evaluates_and_exports(
     """Catches a trainer that knows more than its task: checkpoints, layouts, evaluations or exports which
     work for classification only; frozen weights that move, or that checkpoints hold."""
     frozen = {"freeze": "trunk", "init_from": str(trunk), "checkpoint__every": 4}
-    assert run_ranks(1, train_own, ds_config(3), ink, tmp_path / "whole", frozen) == [""]
+    # With a worker process, which has to import the task's file.
+    with_worker = frozen | {"data__workers": 1}
+    assert run_ranks(1, train_own, ds_config(3), ink, tmp_path / "whole", with_worker) == [""]
 
     run_dir, program, arguments = tmp_path / "run", tmp_path / "killed.py", tmp_path / "arguments"
     program.write_text(KILLED)
@@ -261,7 +263,7 @@ def test_the_readmes_command_runs(digits: Path, tmp_path: Path) -> None:
     write_ink(tmp_path / "ink", train=300)
     first = small_run(digits, tmp_path / "runs" / "digits", max_steps=1, model__depth=3)
     assert run_ranks(1, train_here, first, ds_config(3)) == [""]
-    run = train_with([*argv, "--log_every", "1"], tmp_path / "command")
+    run = train_with([*argv, "--log_every", "1", "--data.workers", "0"], tmp_path / "command")
     assert run.code == 0, run.output
     trained = tmp_path / argv[argv.index("--run_dir") + 1]
     assert len(losses(trained)) == 3 and sorted(results(trained, "val")) == [3]

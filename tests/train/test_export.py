@@ -74,8 +74,13 @@ def test_a_run_without_its_fields_is_refused(run: dict[str, Any]) -> None:
         Preprocessing.of_run(run)
 
 
-def test_an_earlier_exports_names_do_not_stay(tmp_path: Path) -> None:
-    """Catches the names of another model in the same folder, and remains of an export that was killed."""
+def test_an_earlier_exports_names_do_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the names of another model in the same folder, remains of an export that was killed, and names
+    beside the shards, which may have been written since the run."""
+    monkeypatch.chdir(tmp_path)
+    beside = Path(RUN.data.shards).parent
+    beside.mkdir(parents=True)
+    write_class_names(beside, DIGITS)
     save_steps(tmp_path, 4)
     out = tmp_path / "out"
     (out / "export.partial").mkdir(parents=True)

@@ -136,7 +136,9 @@ def _task(source: Checkpoint) -> tuple[Task, RunConfig]:
         run = make_run(saved_fields(source.run))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{source.folder / MANIFEST_FILE}: its run cannot be used: {error}") from error
-    return make_task(run.task, run.model, run.data), run
+    # Only what the run folder keeps counts now: the data may be elsewhere, or others.
+    data = dataclasses.replace(run.data, shards="", class_names="")
+    return make_task(run.task, run.model, data), run
 
 
 def _initial(source: Checkpoint) -> Read:
