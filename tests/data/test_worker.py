@@ -179,7 +179,6 @@ def test_a_worker_killed_while_no_batch_is_ready_is_noticed(
     assert CHECK_S <= 10
     monkeypatch.setattr("megavit.data.loader.CHECK_S", 0.5)
     loader = train_loader(str(shards / "x.manifest.json"), workers=2, timeout_s=120.0)
-    batches = loader.batches(0, 1)
     killed: list[int] = []
 
     def kill_one() -> None:
@@ -188,8 +187,10 @@ def test_a_worker_killed_while_no_batch_is_ready_is_noticed(
         killed.append(int(lines[0].split()[2]))
         os.kill(killed[0], signal.SIGKILL)
 
-    threading.Thread(target=kill_one).start()
     expected = r"ended from outside.* sample \d+ of .*x-\d+\.tar"
+    # The workers start after it: a file that one of them has opened already could not be made to hang.
     with reading_hangs(shards.glob("*.tar")), pytest.raises(WorkerError, match=expected) as error:
+        batches = loader.batches(0, 1)
+        threading.Thread(target=kill_one).start()
         next(batches)
     assert f"worker {killed[0]} " in str(error.value)
