@@ -138,6 +138,8 @@ def test_it_trains_is_killed_goes_on_in_another_layout_evaluates_and_exports(
     assert run_ranks(4, train_own, ds_config(2, micro_batch=12), ink, run_dir, resumed) == [""] * 4
 
     assert losses(run_dir) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    (going_on,) = [row for row in log_of(run_dir) if row.get("event") == "resumed"]
+    assert not [change for change in going_on["changes"] if change.startswith("task.")]
     assert saved_names(run_dir) == {"ink.weight", "ink.bias"}
     val, more = results(run_dir, "val"), results(run_dir, "more")
     assert (sorted(val), sorted(more)) == ([6, 12], [4, 8, 12])
@@ -299,6 +301,7 @@ BROKEN = {
     "missing.py:Mine": "there is no file",
     "empty.py:Mine": "has no class Mine",
     "wrong.py:Mine": "ZeroDivisionError",
+    "half.py:Mine": "Mine must define build and inputs",
     "json.py:Mine": "another module is called json",
     "classfy": "did you mean 'classify'",
 }
@@ -312,6 +315,7 @@ def test_a_task_that_cannot_be_used_is_named(
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "wrong.py").write_text("\n1 / 0\n")
     (tmp_path / "json.py").write_text("")
+    (tmp_path / "half.py").write_text("from megavit.tasks.task import Task\nclass Mine(Task): ...\n")
     with pytest.raises(SystemExit):
         parse_run([*START, "--task", str(tmp_path / name) if ":" in name else name])
     error = capsys.readouterr().err

@@ -55,7 +55,11 @@ def _is_moved(before: str, after: str) -> bool:
 def _saved_fields(saved: Checkpoint) -> dict[str, Any]:
     """The fields of the saved run by the names that they have now; those that there were not yet have their
     defaults."""
-    return flat_config(plain_config(RunConfig())) | saved_fields(saved.run)
+    found = saved_fields(saved.run)
+    defaults = flat_config(plain_config(RunConfig()))
+    if "task.name" in found:  # it has its own task's fields, which are not those of the default one
+        defaults = {name: value for name, value in defaults.items() if not name.startswith("task.")}
+    return defaults | found
 
 
 def _check_state(state: dict[str, Any]) -> None:
