@@ -105,6 +105,8 @@ def load_task(name: str) -> Any:
         raise ValueError(
             f"task.name {name!r}: {path} has no class {class_name} that derives from megavit.tasks.task.Task"
         )
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise ValueError(f"task.name {name!r}: {class_name} must define {' and '.join(missing)}")
     return found
 
 

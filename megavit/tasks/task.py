@@ -10,6 +10,8 @@ Letters: b micro-batch.
 
 from __future__ import annotations
 
+import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -66,7 +68,7 @@ class Group(NamedTuple):
     lr_factor: float = 1.0  # the learning rate is the schedule's times this
 
 
-class Task:
+class Task(ABC):
     """The base class of tasks. A subclass must define `build` and `inputs`, and may define the rest.
 
     It holds configuration only, so every process may have one of its own. Nothing here but `build`'s module
@@ -81,12 +83,12 @@ class Task:
     def __init__(self, config: TaskConfig, model: ModelConfig, data: DataConfig):
         self.config, self.model, self.data = config, model, data
 
-    def open(self, run_dir: Path, class_names: Sequence[str] | None = None) -> None:
+    def open(self, run_dir: Path, class_names: Sequence[str] | None = None) -> None:  # noqa: B027 (optional)
         """On the main rank, before anything is built: read what the run needs beside its samples, from the
         data or from the run folder of a run that goes on or is exported; `class_names` may be given instead.
         ValueError, naming the file, if it does not fit."""
 
-    def keep(self, folder: Path) -> None:
+    def keep(self, folder: Path) -> None:  # noqa: B027 (optional)
         """On the main rank, once the run folder is open: write what `open` found, for whoever uses the
         run; and the same into an export."""
 
@@ -105,6 +107,7 @@ class Task:
             max_pixels=data.max_pixels,
         )
 
+    @abstractmethod
     def build(self, init: Initializer, recompute: Recompute) -> nn.Module:
         """The root module, on the default device: the trunk (`trunk`), and what the task adds.
 
@@ -112,24 +115,21 @@ class Task:
         for an optimizer step or for an evaluation. All its parameters are made with `init`, those of the task
         below a scope of their own: it makes them at any TP size, ZeRO stage and seed.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define build")
 
     def trunk(self, init: Initializer, recompute: Recompute, *, num_classes: int = 0) -> MegaVit:
         """A `MegaVit` of the run's architecture, for `build`; without a classifier unless `num_classes`."""
-        fields = {**vars(self.model), "num_classes": num_classes}
-        return MegaVit(
-            heads=fields.pop("num_heads"),
-            **fields,
+        return MegaVit.from_config(
+            dataclasses.replace(self.model, num_classes=num_classes),
             mesh=init.mesh,
             seed=init.seed,
             recompute=recompute,
             deferred_init=init.deferred,
         )
 
+    @abstractmethod
     def inputs(self, samples: DeviceBatch, mesh: Mesh, *, training: bool) -> Any:
         """What the root module takes: tensors, or a (named) tuple of them. On the device, without
         gradients."""
-        raise NotImplementedError(f"{type(self).__name__} must define inputs")
 
     def weight(self, samples: AnyBatch) -> Tensor:
         """The number of units in the samples, float32 []: what sums are divided by. Here, of samples that
