@@ -1,0 +1,1 @@
+"""Protocols: one file each, functions of features that yield measurements."""
