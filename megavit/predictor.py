@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megavit.data.class_names import CLASSES_FILE, read_class_names
-from megavit.data.device import to_model_input
+from megavit.data.device import normalised
 from megavit.data.photos import Photo, PhotoReader, one_by_one
 from megavit.data.preprocessing import PREPROCESSING_FILE, Preprocessing
 from megavit.model.exported import export_folder, open_export
@@ -71,9 +71,6 @@ class Predictor:
         self.model, self.preprocessing = model.eval(), preprocessing
         self.names, self.batch_size = tuple(names), batch_size
         self._reader = PhotoReader(preprocessing)
-        self._mean, self._std = (
-            torch.tensor(values).reshape(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std)
-        )
 
     def __call__(self, photos: Photo | Iterable[Photo]) -> Predictions:
         """The predictions for one photo or several, B >= 1.
@@ -115,10 +112,7 @@ class Predictor:
     def predict(self, pixels: Tensor) -> Predictions:
         """The predictions for uint8 [B, S, S, C], as `prepare` makes them, in one batch."""
         weight = self.model.embed.weight
-        images = to_model_input(pixels, weight.device)  # as with a mean and std of 0.5, which training has
-        if not (self._mean == 0.5).all() or not (self._std == 0.5).all():
-            mean, std = self._mean.to(weight.device), self._std.to(weight.device)
-            images = (images * 0.5 + 0.5 - mean) / std
+        images = normalised(pixels, self.preprocessing.mean, self.preprocessing.std, weight.device)
         logits: Tensor = self.model(images.to(weight.dtype)).float().cpu()
         link = logits.softmax(1) if self.preprocessing.link == "softmax" else logits.sigmoid()
         return Predictions(logits, link, self.names)
@@ -157,12 +151,14 @@ def load(
         )
     if preprocessing.link == "none":
         raise ValueError(f"{folder} holds no classifier of photos: {PREPROCESSING_FILE} has the link none")
-    names = _names(folder, config.num_classes)
+    names = class_names_of_export(folder, config.num_classes)
     model = MegaVit.from_pretrained(folder, device=chosen_device, dtype=chosen_dtype)
     return Predictor(model, preprocessing, names, batch_size)
 
 
-def _names(folder: Path, num_classes: int) -> list[str]:
+def class_names_of_export(folder: Path, num_classes: int) -> list[str]:
+    """The names of an export's classes, their numbers if nobody has named them. ValueError if they are not
+    one a class."""
     path = folder / CLASSES_FILE
     if not path.exists():
         return [str(number) for number in range(num_classes)]

@@ -6,6 +6,8 @@ float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,16 @@ def to_model_input(images: Tensor, device: torch.device, flips: Tensor | None = 
         images = mirror(images, flips)
     planes = images.permute(0, 3, 1, 2)
     return planes if images.is_floating_point() else planes.float().div_(127.5).sub_(1.0)
+
+
+def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Tensor:
+    """uint8 [B, S, S, C] -> float32 [B, C, S, S] on `device`: pixels in [0, 1] less the mean of each channel,
+    by its standard deviation."""
+    found = to_model_input(images, device)  # as with a mean and std of 0.5, which training has
+    if all(value == 0.5 for value in (*mean, *std)):
+        return found
+    shift, scale = (torch.tensor(values, device=device).reshape(-1, 1, 1) for values in (mean, std))
+    return (found * 0.5 + 0.5 - shift) / scale
 
 
 def blend(images: Tensor, targets: Tensor, weights: Tensor, blends: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from megavit.data.samples import Samples
 from megavit.data.sources import is_local
 from megavit.data.worker import CHECK_S, WorkerLog, start_forkserver, watched
 
+T = TypeVar("T")
 _MAX_WORKERS = 4  # processes cost memory: more of them only for whom decoding is too slow
 
 
@@ -64,8 +65,22 @@ class Share:
         return min(len(os.sched_getaffinity(0)), equal, _MAX_WORKERS)
 
 
-class _TrainItems(Dataset[Batch]):
+class Reads(Protocol):
+    """What tells of each sample before it is read: the shard or folder, and the sample's number."""
+
+    record: Callable[[str, int], None] | None
+
+
+class Items(Dataset[T]):
+    """What `load_items` loads, by number. `samples` does the reading."""
+
+    samples: Reads
+
+
+class _TrainItems(Items[Batch]):
     """Micro-batch number i of this rank: accumulation index i % per_step of step i // per_step."""
+
+    samples: Samples
 
     def __init__(self, samples: Samples, order: Order, share: Share, micro_batch: int):
         self.samples, self.order, self.share, self.micro_batch = samples, order, share, micro_batch
@@ -111,9 +126,11 @@ class _TrainItems(Dataset[Batch]):
             self.samples.reader.prefetch(lanes.block_shards(*place, mine))
 
 
-class _EvalItems(Dataset[Batch]):
+class _EvalItems(Items[Batch]):
     """Batch number i of this rank's share, every dp_size-th sample in file order; rows beyond the end are
     empty."""
+
+    samples: Samples
 
     def __init__(self, samples: Samples, share: Share, batch: int):
         self.samples, self.share, self.batch = samples, share, batch
@@ -227,9 +244,9 @@ class TrainLoader:
         """The micro-batches of optimizer steps [first_step, last_step), in order."""
         per_step = self._items.per_step
         numbers = range(first_step * per_step, last_step * per_step)
-        self._log = _log(self._items, self._workers)
+        self._log = worker_log(self._items, self._workers)
         # The loop takes a whole step's micro-batches at once.
-        return _load(self._items, numbers, self._workers, self._config.timeout_s, per_step, self._log)
+        return load_items(self._items, numbers, self._workers, self._config.timeout_s, per_step, self._log)
 
     def reading(self) -> str:
         """What the data workers read last, a line each, for the report of a hang."""
@@ -257,8 +274,8 @@ class EvalLoader:
         self._workers, self._timeout_s = share.workers(config.workers), config.timeout_s
 
     def __iter__(self) -> Iterator[Batch]:
-        log = _log(self._items, self._workers)
-        return _load(self._items, range(self.num_batches), self._workers, self._timeout_s, 1, log)
+        log = worker_log(self._items, self._workers)
+        return load_items(self._items, range(self.num_batches), self._workers, self._timeout_s, 1, log)
 
 
 def _changed(manifest: Manifest, state: DataState, before: Sequence[ShardRow]) -> str:
@@ -274,17 +291,18 @@ def _changed(manifest: Manifest, state: DataState, before: Sequence[ShardRow]) -
     )
 
 
-def _log(items: _TrainItems | _EvalItems, workers: int) -> WorkerLog:
+def worker_log(items: Items[Any], workers: int) -> WorkerLog:
     """Records what is being read; without worker processes this process is the one that reads."""
     log = WorkerLog(max(1, workers))
     items.samples.record = None if workers else log.record(0)
     return log
 
 
-def _load(
-    items: Dataset[Batch], numbers: range, workers: int, timeout_s: float, ahead: int, log: WorkerLog
-) -> Iterator[Batch]:
-    """The items in order, in worker processes that keep at least `ahead` of them ready, twice."""
+def load_items(
+    items: Items[T], numbers: Sequence[int], workers: int, timeout_s: float, ahead: int, log: WorkerLog
+) -> Iterator[T]:
+    """The items with these numbers in order, in worker processes that keep at least `ahead` of them ready,
+    twice."""
     pin = torch.cuda.is_available()
     if not workers:
         return iter(DataLoader(items, batch_size=None, sampler=numbers, pin_memory=pin))

@@ -36,11 +36,11 @@ class PhotoReader:
         a numpy array [H, W] or [H, W, 1, 3 or 4];
         a torch tensor [H, W] or [1, 3 or 4, H, W], as torchvision has them.
     Numbers are uint8, uint16 (the upper 8 bits are kept) or floating point in [0, 1]. Grey becomes colour and
-    colour grey, as the model wants; alpha is dropped.
+    colour grey, as the model wants; alpha is dropped. `border` pixels are cut off on every side first.
     """
 
-    def __init__(self, preprocessing: Preprocessing):
-        self._crop = preprocessing.crop
+    def __init__(self, preprocessing: Preprocessing, border: int = 0):
+        self._crop, self._border = preprocessing.crop, border
         self._decoder = Decoder(
             preprocessing.channels,
             preprocessing.image_size,
@@ -67,7 +67,9 @@ class PhotoReader:
         return torch.from_numpy(row)
 
     def _box(self, width: int, height: int) -> Box:
-        return eval_box(width, height, self._crop)
+        border = min(self._border, (min(width, height) - 1) // 2)
+        left, top, right, bottom = eval_box(width - 2 * border, height - 2 * border, self._crop)
+        return left + border, top + border, right + border, bottom + border
 
 
 def one_by_one(photos: Photo | Iterable[Photo]) -> list[Photo]:

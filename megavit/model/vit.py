@@ -235,6 +235,12 @@ class MegaVit(nn.Module):
             pooled = wide(tokens[:, self.config.num_registers])
         return pooled if pre_logits or self.head is None else self._logits(self.head, pooled, local=False)
 
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Logits [B, num_classes], float32, of pooled features [B, D]. ValueError without a classifier."""
+        if self.head is None:
+            raise ValueError("this model has no classifier: its num_classes is 0")
+        return self._logits(self.head, pooled, local=False)
+
     def observe(self, observer: Any) -> AbstractContextManager[Any]:
         """A context in which `observer` is told what the model does, block by block. The model keeps nothing.
 

@@ -147,6 +147,14 @@ class Mesh:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_over_tp(self, value: Any) -> list[Any]:
+        """As `gather`, of the ranks of this TP group; collective over it."""
+        if self.tp_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.tp_size
+        dist.all_gather_object(values, value, group=self.tp_group)
+        return values
+
     def any(self, flag: bool) -> bool:
         """Whether any rank's `flag` is set, the same answer everywhere; one all-reduce of a number."""
         if self.world_size == 1:

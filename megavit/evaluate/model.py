@@ -1,0 +1,140 @@
+"""A model to be evaluated: its features, its classifier, and what tells it from every other.
+
+Letters: b images, S image side, C channels, N tokens, D width of a feature, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megavit.data.device import normalised
+from megavit.data.preprocessing import PREPROCESSING_FILE, Preprocessing
+from megavit.evaluate.sets.image_set import digest_of
+from megavit.evaluate.spaces import space_of
+from megavit.model.exported import export_folder, open_export
+from megavit.model.vit import CONFIG_FILE, MegaVit
+from megavit.parallel.mesh import Mesh
+from megavit.predictor import class_names_of_export
+from megavit.train.checkpoint.frozen import export_digest
+
+POOLED, PATCHES, BLOCK = "pooled", "patches", "block."
+
+
+class FrozenModel(Protocol):
+    """What is asked of a model. Under tensor parallelism all ranks of a TP group ask it together.
+
+    Its layers are `pooled` (what the classifier reads), `patches` (the mean of the last patch tokens) and
+    `block.K` (the mean of the patch tokens after block K, from 0 on, with the final norm).
+    """
+
+    name: str
+    digest: str  # of the weights and of all that the features depend on, but for the transform
+    preprocessing: Preprocessing
+    mesh: Mesh
+    num_classes: int  # 0 for a model without a classifier
+    class_names: tuple[str, ...]
+    space: str  # the label space of the classes, see ImageSet
+    depth: int  # blocks
+
+    def features(self, pixels: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """uint8 [b, S, S, C] -> each layer's float32 [b, D], on the mesh's device."""
+        ...
+
+    def logits(self, pooled: Tensor) -> Tensor:
+        """float32 [b, D] -> float32 [b, K]."""
+        ...
+
+
+class ExportedModel:
+    """The model of an export, or of a run that has ended: this rank's shard of it.
+
+    Collective over the world. `name` is that of the folder. ValueError, naming the file and the fix, for a
+    folder that is no whole export.
+    """
+
+    def __init__(self, folder: str | Path, mesh: Mesh, dtype: torch.dtype = torch.float32):
+        self.name, self.mesh = Path(folder).resolve().name, mesh
+        folder = export_folder(Path(folder))
+        with open_export(folder) as (config, _):
+            pass
+        self.preprocessing = Preprocessing.read(folder)
+        if (self.preprocessing.image_size, self.preprocessing.channels) != (
+            config.image_size,
+            config.channels,
+        ):
+            raise ValueError(
+                f"{folder / PREPROCESSING_FILE} is of another model than {CONFIG_FILE}: image_size "
+                f"{self.preprocessing.image_size} and {config.image_size}, channels "
+                f"{self.preprocessing.channels} and {config.channels}"
+            )
+        config.check_tensor_parallel(mesh.tp_size)
+        self.num_classes = config.num_classes if self.preprocessing.link != "none" else 0
+        names = class_names_of_export(folder, config.num_classes) if self.num_classes else []
+        self.class_names, self.space = tuple(names), space_of(names)
+        self.depth = config.depth
+        self.digest = digest_of(export_digest(folder, mesh), config, dtype)
+        self._model = MegaVit.from_pretrained(folder, mesh=mesh, dtype=dtype)
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        used = self.preprocessing
+        images = normalised(pixels, used.mean, used.std, self.mesh.device)
+        return trunk_features(self._model, images, layers)
+
+    @torch.no_grad()
+    def logits(self, pooled: Tensor) -> Tensor:
+        return self._model.classify(pooled.to(self.mesh.device))
+
+
+def trunk_features(model: MegaVit, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+    """Each layer's float32 [b, D] of images [b, C, S, S] that are normalised."""
+    numbers = sorted({int(layer.removeprefix(BLOCK)) for layer in layers if layer.startswith(BLOCK)})
+    kept: dict[str, Tensor] = {}
+    prefix = model.config.num_prefix_tokens
+
+    class Keep:
+        """Keeps the means, not the tokens, of the blocks that are asked for."""
+
+        def tokens(self, layer: int, x: Tensor) -> None:
+            if layer in numbers:
+                kept[f"{BLOCK}{layer}"] = model.norm(x)[:, prefix:].mean(1, dtype=torch.float32)
+
+    images = images.to(model.dtype)
+    if numbers:
+        with model.observe(Keep()):
+            tokens = model.forward_features(images)
+    else:
+        tokens = model.forward_features(images)
+    if POOLED in layers:
+        kept[POOLED] = model.forward_head(tokens, pre_logits=True).float()
+    if PATCHES in layers:
+        kept[PATCHES] = tokens[:, prefix:].mean(1, dtype=torch.float32)
+    return {layer: kept[layer] for layer in layers}
+
+
+def chosen_layers(text: str, depth: int) -> list[str]:
+    """The layers that `--layers` names: pooled, patches, block.K (K from 0, or from the end if negative) and
+    all, which is every block and pooled. ValueError naming one that the model does not have."""
+    every = [f"{BLOCK}{number}" for number in range(depth)]
+    found: list[str] = []
+    for word in text.split(","):
+        word = word.strip()
+        if word == "all":
+            found += [*every, POOLED]
+        elif word in (POOLED, PATCHES):
+            found.append(word)
+        else:
+            number = word.removeprefix(BLOCK)
+            whole = number.removeprefix("-").isdecimal() and word.startswith(BLOCK)
+            if not whole or not -depth <= int(number) < depth:
+                raise ValueError(
+                    f"--layers: {word!r} is no layer of this model; it has pooled, patches, block.0 to "
+                    f"block.{depth - 1}, and all"
+                )
+            found.append(every[int(number)])
+    return list(dict.fromkeys(found))
