@@ -1,4 +1,5 @@
-"""The settings of an evaluation: typed, frozen, validated on construction. Imports the standard library only."""
+"""The settings of an evaluation: typed, frozen, validated on construction. Imports the standard
+library only."""
 
 from __future__ import annotations
 

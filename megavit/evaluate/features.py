@@ -5,6 +5,7 @@ Letters: n images, m rows of a piece, D width of the features.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -47,6 +48,13 @@ class Features(ABC):
         """Of all images: int64 [n, M], see `ImageSet`."""
         return self.set.labels
 
+    def labelled(self, images: ImageSet) -> Features:
+        """The same features with the labels of another set that has the same images."""
+        assert images.digest == self.set.digest, (images.name, self.set.name)
+        found = copy.copy(self)
+        found.set = images
+        return found
+
     @abstractmethod
     def mine(self) -> Iterator[Piece]:
         """This rank's pieces, each row on one DP rank, on the mesh's device."""
@@ -63,7 +71,9 @@ class Features(ABC):
         for piece in self.mine():
             chosen = [(place[row], i) for i, row in enumerate(piece.rows.tolist()) if row in place]
             if chosen:
-                to, at = (torch.tensor(numbers, device=self.mesh.device) for numbers in zip(*chosen))
+                to, at = (
+                    torch.tensor(numbers, device=self.mesh.device) for numbers in zip(*chosen, strict=True)
+                )
                 out[to] = piece.values[at]
         return sum_over_dp(self.mesh, out)
 

@@ -31,7 +31,7 @@ class Transform:
     `digest` names everything that the pixels depend on but the image.
     """
 
-    def __init__(self, preprocessing: Preprocessing, adjust: Adjust = Adjust()):
+    def __init__(self, preprocessing: Preprocessing, adjust: Adjust):
         if adjust.whole:
             preprocessing = dataclasses.replace(preprocessing, crop=1.0)
         self.preprocessing, self.adjust = preprocessing, adjust
@@ -42,7 +42,7 @@ class Transform:
         )
 
     def __call__(self, image: bytes | np.ndarray, key: str) -> Tensor:
-        """uint8 [S, S, C] of an image, and of its name, which seeds a corruption. ValueError if it is none."""
+        """uint8 [S, S, C] of an image; its name seeds a corruption. ValueError if it is none."""
         pixels = self._reader.load(image)
         if not self.adjust.corruption:
             return pixels

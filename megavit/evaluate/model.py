@@ -15,7 +15,6 @@ from torch import Tensor
 from megavit.data.device import normalised
 from megavit.data.preprocessing import PREPROCESSING_FILE, Preprocessing
 from megavit.evaluate.sets.image_set import digest_of
-from megavit.evaluate.spaces import space_of
 from megavit.model.exported import export_folder, open_export
 from megavit.model.vit import CONFIG_FILE, MegaVit
 from megavit.parallel.mesh import Mesh
@@ -38,7 +37,6 @@ class FrozenModel(Protocol):
     mesh: Mesh
     num_classes: int  # 0 for a model without a classifier
     class_names: tuple[str, ...]
-    space: str  # the label space of the classes, see ImageSet
     depth: int  # blocks
 
     def features(self, pixels: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
@@ -75,7 +73,7 @@ class ExportedModel:
         config.check_tensor_parallel(mesh.tp_size)
         self.num_classes = config.num_classes if self.preprocessing.link != "none" else 0
         names = class_names_of_export(folder, config.num_classes) if self.num_classes else []
-        self.class_names, self.space = tuple(names), space_of(names)
+        self.class_names = tuple(names)
         self.depth = config.depth
         self.digest = digest_of(export_digest(folder, mesh), config, dtype)
         self._model = MegaVit.from_pretrained(folder, mesh=mesh, dtype=dtype)

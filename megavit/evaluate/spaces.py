@@ -47,9 +47,7 @@ def _renamed(model: FrozenModel, images: ImageSet, order: np.ndarray) -> ImageSe
     """With class i called order[i]."""
     labels = np.where(images.labels < 0, -1, order[images.labels])
     candidates = None if images.candidates is None else order[images.candidates]
-    return dataclasses.replace(
-        images, labels=labels, candidates=candidates, class_names=model.class_names, space=model.space
-    )
+    return dataclasses.replace(images, labels=labels, candidates=candidates, class_names=model.class_names)
 
 
 def _some(names: Sequence[str]) -> str:
