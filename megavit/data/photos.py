@@ -6,7 +6,7 @@ Letters: S image side, C channels, H and W the sides of a photo, B photos.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -49,21 +49,22 @@ class PhotoReader:
             formats=_FORMATS,
         )
 
-    def load(self, photo: Photo) -> Tensor:
-        """uint8 [S, S, C]. ValueError, naming the file if there is one, for what is no photo; OSError for a
-        file that cannot be read."""
+    def load(self, photo: Photo, choose_box: Callable[[int, int], Box] | None = None) -> Tensor:
+        """uint8 [S, S, C]; with `choose_box(width, height)`, of this part of the photo. ValueError, naming
+        the file if there is one, for what is no photo; OSError for a file that cannot be read."""
+        box = choose_box or self._box
         size, channels = self._decoder.size, self._decoder.channels
         row = np.empty((size, size, channels), np.uint8)
         if isinstance(photo, bytes):
-            self._decoder.load(photo, self._box, row)
+            self._decoder.load(photo, box, row)
         elif isinstance(photo, str | os.PathLike):
             path = Path(photo)
             try:
-                self._decoder.load(path.read_bytes(), self._box, row)
+                self._decoder.load(path.read_bytes(), box, row)
             except DecodeError as error:
                 raise DecodeError(f"{path}: {error}") from error
         else:
-            self._decoder.load_image(_image(photo), self._box, row)
+            self._decoder.load_image(_image(photo), box, row)
         return torch.from_numpy(row)
 
     def _box(self, width: int, height: int) -> Box:

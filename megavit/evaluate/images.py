@@ -9,19 +9,24 @@ import dataclasses
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megavit.data.config import DataConfig
+from megavit.data.geometry import NUM_RANDOM, flips, train_box
 from megavit.data.images import DecodeError
+from megavit.data.lanes import uniforms
 from megavit.data.loader import Items, Share, load_items, worker_log
 from megavit.data.photos import PhotoReader
 from megavit.data.preprocessing import Preprocessing
 from megavit.evaluate.corruptions import corrupt
 from megavit.evaluate.sets.image_set import Adjust, ImageSet, digest_of
 
+_PURPOSE = 5  # of the uniforms: the trainer's have 1 to 4
 _FEW_IMAGES = 1024  # of a set that is read without worker processes: they take seconds to start
 
 
@@ -50,6 +55,12 @@ class Transform:
         found = corrupt(pixels.numpy(), self.adjust.corruption, self.adjust.severity, seed)
         return torch.from_numpy(found)
 
+    def augmented(self, image: bytes | np.ndarray, augment: Augment, u: np.ndarray) -> Tensor:
+        """As for training, by the uniforms `u` [NUM_RANDOM]: uint8 [S, S, C]."""
+        config = DataConfig(crop_area=augment.crop_area, flip=augment.flip)
+        pixels = self._reader.load(image, lambda width, height: train_box(width, height, config, u))
+        return pixels.flip(1) if flips(config, u) else pixels
+
     def _text(self) -> str:
         """In words, for the results."""
         used, adjust = self.preprocessing, self.adjust
@@ -61,6 +72,17 @@ class Transform:
         if adjust.corruption:
             steps.append(f"{adjust.corruption} of severity {adjust.severity}")
         return ", ".join(steps)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """A random crop of a share of the area, aspect 3/4 to 4/3, and with `flip` a mirror image half the time.
+    They depend on the seed, the epoch and the image's number alone."""
+
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    flip: bool = True
+    seed: int = 0
+    epoch: int = 0
 
 
 class Bad(NamedTuple):
@@ -82,8 +104,8 @@ class Loaded(NamedTuple):
 class _Reading:
     """Reads images one at a time, and says which one first."""
 
-    def __init__(self, images: ImageSet, transform: Transform):
-        self.images, self.transform = images, transform
+    def __init__(self, images: ImageSet, transform: Transform, augment: Augment | None):
+        self.images, self.transform, self.augment = images, transform, augment
         self.record: Callable[[str, int], None] | None = None
 
     def load(self, row: int) -> Tensor | Bad:
@@ -92,7 +114,10 @@ class _Reading:
         if self.record:
             self.record(key, row)
         try:
-            return self.transform(source.read(row), key)
+            if self.augment is None:
+                return self.transform(source.read(row), key)
+            u = uniforms(NUM_RANDOM, self.augment.seed, _PURPOSE, self.augment.epoch, row)
+            return self.transform.augmented(source.read(row), self.augment, u)
         except DecodeError as error:
             return Bad(row, f"{key}: it cannot be decoded: {error}")
         except (ValueError, OSError) as error:
@@ -132,6 +157,7 @@ def load_batches(
     batches: Sequence[np.ndarray],
     share: Share,
     workers: int | None = None,
+    augment: Augment | None = None,
     timeout_s: float = 600.0,
 ) -> Iterator[Loaded]:
     """The images `batches[0]`, `batches[1]`, ... of a set, each an array of numbers, in this order.
@@ -142,5 +168,5 @@ def load_batches(
     if workers is None and sum(map(len, batches)) < _FEW_IMAGES:
         workers = 0
     count = share.workers(workers)
-    items = _Batches(_Reading(images, transform), batches, share)
+    items = _Batches(_Reading(images, transform, augment), batches, share)
     return load_items(items, range(len(batches)), count, timeout_s, 1, worker_log(items, count))

@@ -1,0 +1,77 @@
+"""Protocols on the features of a model that is being trained, at whatever ZeRO stage and layout.
+
+What `launch/evaluate.py` does with an export is done with the engine's weights as they stand. All ranks call
+the engine equally often, and features stay in memory: those of `--eval.train_samples` training images and of
+the validation set, each row on one data-parallel rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megavit.data.cache import ShardCache
+from megavit.data.loader import Share
+from megavit.data.preprocessing import Preprocessing
+from megavit.evaluate.features import MemoryFeatures, Piece
+from megavit.evaluate.images import Bad, Transform, load_batches
+from megavit.evaluate.model import POOLED, trunk_features
+from megavit.evaluate.protocols.fewshot import fewshot
+from megavit.evaluate.protocols.knn import knn
+from megavit.evaluate.protocols.linear import linear
+from megavit.evaluate.results import Measurement
+from megavit.evaluate.sets.image_set import Adjust, ImageSet
+from megavit.evaluate.sets.shards import shard_set
+from megavit.model.vit import MegaVit
+from megavit.parallel.collectives import gather_from_tp, sum_over_dp
+from megavit.train.config import RunConfig, plain_config
+from megavit.train.engine import Engine
+
+Working = Callable[[str], None]  # told what is being done, for the watchdog
+
+
+class Probes:
+    """The protocols of `--eval.tasks` for one run. Collective over the world, as is `results`.
+
+    ValueError, before anything is trained, for shards without usable labels of one class an image.
+    """
+
+    def __init__(self, run: RunConfig, engine_batch: int, engine: Callable[[], Engine]):
+        pass
+
+
+def features_of_run(
+    engine: Engine, images: ImageSet, batch_size: int, working: Working
+) -> MemoryFeatures:
+    """The pooled features of a set by the engine's trunk. Collective over the world: all ranks take equally
+    many batches, the last ones perhaps empty."""
+    mesh, run = engine.mesh, engine.run
+    transform = Transform(Preprocessing.of_run(plain_config(run)), Adjust())
+    mine = np.arange(mesh.dp_rank, len(images), mesh.dp_size)
+    rounds = -(-len(images) // (batch_size * mesh.dp_size))
+    batches = [mine[number * batch_size : (number + 1) * batch_size] for number in range(rounds)]
+    share = Share(tp_rank=mesh.tp_rank, tp_size=mesh.tp_size, local_size=mesh.local_size)
+    failed = torch.zeros(len(images), device=mesh.device)
+    pieces: list[Piece] = []
+    for number, batch in enumerate(load_batches(images, transform, batches, share, run.data.workers)):
+        working(f"features of {images.name}, batch {number + 1} of {rounds}")
+        pixels, bad = (
+            gather_from_tp(mesh, part.to(mesh.device, non_blocking=True), 0)[: len(batch.rows)]
+            for part in (batch.pixels, batch.failed)
+        )
+        values = engine.call(_pooled, pixels)
+        failed[torch.from_numpy(batch.rows).to(mesh.device)] = bad.float()
+        good = bad == 0
+        pieces.append(Piece(batch.rows[good.cpu().numpy()], values[good]))
+    flags = sum_over_dp(mesh, failed).cpu().numpy() > 0
+    width = pieces[0].values.shape[1]
+    return MemoryFeatures(images, POOLED, width, flags, mesh, [piece for piece in pieces if len(piece.rows)])
+
+
+def _pooled(module: nn.Module, pixels: Tensor) -> Tensor:
+    trunk = next(part for part in module.modules() if isinstance(part, MegaVit))
+    images = to_model_input(pixels, pixels.device)
+    return trunk_features(trunk, images, [POOLED])[POOLED]

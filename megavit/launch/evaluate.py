@@ -1,0 +1,70 @@
+"""Say how good a model is, with its weights frozen.
+
+    python launch/evaluate.py runs/x --tasks linear,knn,fewshot --data data/digits
+    python launch/evaluate.py exported --tasks imagenet,imagenet-c --data_root /data --out results
+    deepspeed launch/evaluate.py runs/22b --tensor_parallel_size 8 --tasks ...
+    python launch/evaluate.py ls --data_root /data
+    python launch/evaluate.py table results/*.json --out tables
+
+MODEL is an export, the folder of a run that has ended, or timm:NAME (timm:NAME@FILE with weights of a file).
+`ls` lists every task, what it needs, and whether that is there. `table` makes one table of several results.
+Results are written after every task; a command that was ended goes on where it was.
+
+Exit status: 0 if every task has its numbers or lacks its data, 1 if a task failed, 2 for wrong arguments, 3
+with --strict if data were missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megavit.cli import Parser
+from megavit.evaluate.config import EvaluateConfig
+from megavit.fields import fields_of
+
+if TYPE_CHECKING:
+    from megavit.evaluate.model import FrozenModel
+    from megavit.evaluate.session import Session
+    from megavit.evaluate.tasks import Task
+    from megavit.parallel.mesh import Mesh
+
+_TIMEOUT_S = 24 * 3600.0  # ranks wait for the one that has the most to do
+_COMMANDS = ("ls", "table")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    words = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]  # deepspeed's
+    if words and words[0] in _COMMANDS:
+        return _side_command(words[0], words[1:])
+    parser = make_parser()
+    given = vars(parser.parse_args(words))
+    name = given.pop("model")
+    try:
+        config = EvaluateConfig(**given)
+    except ValueError as error:
+        parser.error(str(error))
+    from megavit.evaluate.tasks import parse_tasks
+    from megavit.parallel.mesh import Mesh
+    from megavit.parallel.rendezvous import wait_asleep
+
+    try:
+        tasks = parse_tasks(config)
+    except ValueError as error:
+        parser.error(str(error))
+    wait_asleep()
+    try:
+        mesh = Mesh.from_environment(config.tensor_parallel_size, _TIMEOUT_S)
+        return _evaluate(name, config, tasks, mesh)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
+        return 130
