@@ -64,7 +64,7 @@ def category_members() -> tuple[np.ndarray, ...]:
     """ImageNet's class ids of each category, int64, in the order of `CATEGORIES`.
 
     A category's probability is the mean over its classes', as model-vs-human has it, not the sum: a dog would
-    else win by having 110 classes.
+    else win by having 109 classes.
     """
     columns = enumerate(known.category for known in imagenet_classes())
     pairs = [(category, number) for number, category in columns if category]

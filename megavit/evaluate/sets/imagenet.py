@@ -29,7 +29,8 @@ ORIGIN = Origin(
     layout="""imagenet/ (or ILSVRC2012/, imagenet-1k/, or the data root itself) with
 train/<WordNet id>/*.JPEG
 val/<WordNet id>/*.JPEG, or as it is downloaded: val/ILSVRC2012_val_00000001.JPEG ... with the devkit's
-    ILSVRC2012_devkit_t12/data/{meta.mat,ILSVRC2012_validation_ground_truth.txt}, or Kaggle's LOC_val_solution.csv""",
+    ILSVRC2012_devkit_t12/data/{meta.mat,ILSVRC2012_validation_ground_truth.txt},
+    or with Kaggle's LOC_val_solution.csv""",
     source="https://image-net.org/download.php",
     terms="registration; for research that is not commercial",
     size="about 145 GB",
@@ -59,7 +60,7 @@ def imagenet(root: str | Path, split: Literal["train", "test"] = "test") -> Imag
 
 
 def imagenet_real(root: str | Path) -> ImageSet:
-    """ImageNet's validation images with the labels of Beyer et al. (2020): each of an image's labels is right,
+    """ImageNet's validation images with the labels of Beyer et al. (2020): each label of an image is right,
     and the 3,163 images without one are left out of the score.
 
     The list has the label lists of images 1 to 50,000. MissingData, or ValueError for a damaged list.
@@ -86,9 +87,7 @@ def imagenet_set(
     candidates: np.ndarray | None = None,
 ) -> ImageSet:
     """A set of files with labels in ImageNet's classes."""
-    return ImageSet(
-        name, split, files, labels, imagenet_names(), IMAGENET, files.digest(), right, candidates
-    )
+    return ImageSet(name, split, files, labels, imagenet_names(), IMAGENET, files.digest(), right, candidates)
 
 
 def by_wnid(
@@ -171,16 +170,16 @@ def _wnids_of_flat(folder: Path, numbers: Sequence[int]) -> Iterable[str]:
     elif truth is None:
         raise ORIGIN.missing(
             devkits[0] / _TRUTH,
-            f"does not exist, and neither does {solution}: {folder} holds its images without class folders, so "
-            f"their labels are unknown",
+            f"does not exist, and neither does {solution}: {folder} holds its images without class folders, "
+            f"so their labels are unknown",
         )
     else:
         labels = _read_devkit(truth)
     without = next((number for number in numbers if number not in labels), None)
     if without is not None:
         raise ValueError(
-            f"{truth or solution} has labels of {len(labels)} images and none of number {without}, which is in "
-            f"{folder}; it may be cut off: fetch it again"
+            f"{truth or solution} has labels of {len(labels)} images and none of number {without}, which is "
+            f"in {folder}; it may be cut off: fetch it again"
         )
     return [labels[number] for number in numbers]
 

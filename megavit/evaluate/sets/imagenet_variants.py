@@ -109,7 +109,9 @@ def imagenet_a(root: str | Path) -> ImageSet:
 
 def imagenet_sketch(root: str | Path) -> ImageSet:
     """ImageNet-Sketch (Wang et al., 2019): drawings of all 1000 classes."""
-    folder = SKETCH_ORIGIN.folder(root, "imagenet-sketch/sketch", "imagenet-sketch", "ImageNet-Sketch", "sketch")
+    folder = SKETCH_ORIGIN.folder(
+        root, "imagenet-sketch/sketch", "imagenet-sketch", "ImageNet-Sketch", "sketch"
+    )
     if folder_names(folder) == ["sketch"]:
         folder = folder / "sketch"
     files, ids = by_wnid(folder, class_of_wnid(), SKETCH_ORIGIN)
