@@ -75,8 +75,8 @@ CATALOGUE = {
 
 
 def find(root: str | Path) -> list[Found]:
-    """Which sets are below the data root: ImageNet-C as one (its first part stands for it, `images` counts the
-    parts of the 15 and of the extra corruptions), every other set by itself. Never raises.
+    """Which sets are below the data root: ImageNet-C as one (its first part stands for it, and `images` counts
+    the parts of the 15 and of the extra corruptions), every other set by itself. Never raises.
 
     Lists every folder of the sets that are there, and reads no image.
     """

@@ -14,7 +14,7 @@ _ADVERSARIAL = ("imagenet-a",)
 
 
 def check_space(num_outputs: int, images: ImageSet) -> None:
-    """ValueError, with the likely cause, if a classifier with so many outputs cannot have the set's classes."""
+    """ValueError, with the likely cause, if a model with so many outputs cannot have the set's classes."""
     classes = len(images.class_names)
     if num_outputs == classes:
         return

@@ -13,8 +13,8 @@ from megavit.evaluate.sets.origin import Origin
 
 ORIGIN = Origin(
     title="a folder of images",
-    layout="""DIR/{train,val,test}/<class>/*.{jpg,jpeg,png,webp}, where the test images are those of test, or of
-val if there is none; or DIR/<class>/*, which are test images""",
+    layout="""DIR/{train,val,test}/<class>/*.{jpg,jpeg,png,webp}, where the test images are those of test, or
+of val if there is none; or DIR/<class>/*, which are test images""",
     source="yourself",
     terms="yours",
     size="any",

@@ -59,7 +59,7 @@ A_ORIGIN = Origin(
 )
 SKETCH_ORIGIN = Origin(
     title="ImageNet-Sketch",
-    layout="imagenet-sketch/sketch/<WordNet id>/*.JPEG (or imagenet-sketch/<WordNet id>/, sketch/<WordNet id>/)",
+    layout="imagenet-sketch/sketch/<WordNet id>/*.JPEG (or one of the two folders alone)",
     source="https://github.com/HaohanWang/ImageNet-Sketch",
     terms="MIT",
     size="about 8 GB",
@@ -67,8 +67,8 @@ SKETCH_ORIGIN = Origin(
 )
 C_ORIGIN = Origin(
     title="ImageNet-C",
-    layout="""imagenet-c/<category>/<corruption>/<severity 1 to 5>/<WordNet id>/*.JPEG, of the categories noise, blur,
-weather, digital and extra, or without the folder of the category""",
+    layout="""imagenet-c/<category>/<corruption>/<severity 1 to 5>/<WordNet id>/*.JPEG, of the categories noise,
+blur, weather, digital and extra, or without the folder of the category""",
     source="https://zenodo.org/records/2235448",
     terms="CC BY 4.0",
     size="about 60 GB in five tars",
@@ -109,9 +109,7 @@ def imagenet_a(root: str | Path) -> ImageSet:
 
 def imagenet_sketch(root: str | Path) -> ImageSet:
     """ImageNet-Sketch (Wang et al., 2019): drawings of all 1000 classes."""
-    folder = SKETCH_ORIGIN.folder(
-        root, "imagenet-sketch/sketch", "imagenet-sketch", "ImageNet-Sketch", "sketch"
-    )
+    folder = SKETCH_ORIGIN.folder(root, "imagenet-sketch", "ImageNet-Sketch", "sketch")
     if folder_names(folder) == ["sketch"]:
         folder = folder / "sketch"
     files, ids = by_wnid(folder, class_of_wnid(), SKETCH_ORIGIN)

@@ -6,6 +6,7 @@ are -1, and reading its image raises the reason, so that it is counted and named
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,34 +132,31 @@ def own_data(root: str | Path, class_names: Sequence[str] = ()) -> dict[str, Ima
     root = Path(root)
     if not root.is_dir():
         raise MissingData(f"{root} does not exist. Expected: {_OWN_LAYOUT}")
+    sets: dict[str, ImageSet] = {}
     parts = {"train": _shards_of(root, "train"), "test": _shards_of(root, "test") or _shards_of(root, "val")}
     name = root.resolve().name
     if any(parts.values()):
         given = tuple(class_names)
-        sets = {split: shard_set(shards, name, split, given) for split, shards in _known(parts)}
-        # What one split's labels mean cannot differ from the other's.
-        if {found.right for found in sets.values()} == {"one", "all"}:
-            sets = {
-                split: shard_set(shards, name, split, given, multi_label=True)
-                for split, shards in _known(parts)
-            }
-        return dict(sets)
+        sets.update((split, shard_set(shards, name, split, given)) for split, shards in _known(parts))
+        for split, shards in _known(parts):
+            # What one split's labels mean cannot differ from the other's.
+            if sets[split].right == "one" and any(other.right == "all" for other in sets.values()):
+                sets[split] = shard_set(shards, name, split, given, multi_label=True)
+        return sets
     if not any(path.is_dir() and not path.name.startswith(".") for path in root.iterdir()):
         raise MissingData(f"{root} holds no data set. Expected: {_OWN_LAYOUT}")
-    sets = {}
-    for split in ("train", "test"):
-        try:
+    splits: tuple[Literal["train", "test"], ...] = ("train", "test")
+    for split in splits:
+        with contextlib.suppress(MissingData):
             sets[split] = image_folder(root, split)
-        except MissingData:
-            continue
     if not sets:
         raise MissingData(f"{root} holds no data set. Expected: {_OWN_LAYOUT}")
     return sets
 
 
 _OWN_LAYOUT = (
-    "{train,test or val}.manifest.json or {train,test or val}-*.tar with classes.txt (launch/shards.py writes "
-    "them), or folders {train,test or val}/<class>/ or <class>/ of images"
+    "{train,test or val}.manifest.json or {train,test or val}-*.tar with classes.txt (launch/shards.py "
+    "writes them), or folders {train,test or val}/<class>/ or <class>/ of images"
 )
 
 
