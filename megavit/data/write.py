@@ -214,14 +214,20 @@ def cifar_splits(root: str | Path, num_classes: int) -> list[Split]:
 
     `root` is that folder or its parent. Raises ValueError naming the file that is missing or malformed.
     """
-    root = _cifar_folder(root, num_classes)
-    train = [f"data_batch_{i}" for i in range(1, 6)] if num_classes == 10 else ["train"]
-    test = ["test_batch"] if num_classes == 10 else ["test"]
+    return [cifar_arrays(root, num_classes, split).split(split) for split in ("train", "test")]
+
+
+def cifar_arrays(root: str | Path, num_classes: int, split: str) -> ArrayImages:
+    """The images of "train" or "test"; errors as of `cifar_splits`."""
     key = b"labels" if num_classes == 10 else b"fine_labels"
-    return [
-        _cifar_arrays(root, names, key, num_classes).split(split)
-        for split, names in (("train", train), ("test", test))
-    ]
+    return _cifar_arrays(_cifar_folder(root, num_classes), cifar_files(num_classes, split), key, num_classes)
+
+
+def cifar_files(num_classes: int, split: str) -> list[str]:
+    """The names of the pickles with the images of "train" or "test"."""
+    if num_classes == 10:
+        return [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+    return [split]
 
 
 def cifar_class_names(root: str | Path, num_classes: int) -> list[str]:
