@@ -29,8 +29,8 @@ def environment(mesh: Mesh) -> dict[str, Any]:
     )
     return {
         "python": sys.version.split()[0],
-        "packages": {name: _version(name) for name in packages},
-        "commit": _commit(),
+        "packages": {name: package_version(name) for name in packages},
+        "commit": checkout_commit(),
         "host": platform.node(),
         "device": torch.cuda.get_device_name(mesh.device)
         if mesh.device.type == "cuda"
@@ -44,14 +44,14 @@ def environment(mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 
 
-def _commit() -> str:
+def checkout_commit() -> str:
     """The checkout's commit, with -dirty for local changes."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
