@@ -15,6 +15,7 @@ COMMANDS = {
     "plan": "find the best layout of a run on a cluster, with its memory and time",
     "export": "write a run's model for one process",
     "predict": "say what photos show",
+    "evaluate": "say how good a model is, by its classifier and its frozen features",
     "checkpoints": "list, check and compare a run's checkpoints",
     "bench": "measure the model, the input, the trainer and checkpoints against other ways",
 }

@@ -2,7 +2,7 @@
 
 What `launch/evaluate.py` does with an export is done with the engine's weights as they stand. All ranks call
 the engine equally often, and features stay in memory: those of `--eval.train_samples` training images and of
-the validation set, each row on one data-parallel rank.
+the validation sets, each row on one data-parallel rank.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from megavit.data.cache import ShardCache
+from megavit.data.device import to_model_input
 from megavit.data.loader import Share
 from megavit.data.preprocessing import Preprocessing
 from megavit.evaluate.features import MemoryFeatures, Piece
-from megavit.evaluate.images import Bad, Transform, load_batches
+from megavit.evaluate.images import Transform, load_batches
 from megavit.evaluate.model import POOLED, trunk_features
 from megavit.evaluate.protocols.fewshot import fewshot
 from megavit.evaluate.protocols.knn import knn
@@ -27,24 +28,76 @@ from megavit.evaluate.sets.image_set import Adjust, ImageSet
 from megavit.evaluate.sets.shards import shard_set
 from megavit.model.vit import MegaVit
 from megavit.parallel.collectives import gather_from_tp, sum_over_dp
+from megavit.parallel.mesh import Mesh
 from megavit.train.config import RunConfig, plain_config
 from megavit.train.engine import Engine
 
-Working = Callable[[str], None]  # told what is being done, for the watchdog
+_PROTOCOLS = {"knn": knn, "fewshot": fewshot, "linear": linear}
 
 
 class Probes:
-    """The protocols of `--eval.tasks` for one run. Collective over the world, as is `results`.
+    """The protocols of `--eval.tasks` for one run.
 
-    ValueError, before anything is trained, for shards without usable labels of one class an image.
+    Collective over the world, as is `results`. ValueError, before anything is trained, for shards whose
+    images do not have one class each.
     """
 
-    def __init__(self, run: RunConfig, engine_batch: int, engine: Callable[[], Engine]):
-        pass
+    def __init__(self, run: RunConfig, mesh: Mesh):
+        self._run = run
+        self._tests: dict[str, ImageSet] = {}
+        if run.eval.names:
+            data = run.data
+            cache = ShardCache(data.cache_dir, int(data.cache_gb * 1e9), timeout_s=data.timeout_s)
+            numbers = tuple(map(str, range(run.model.num_classes)))  # the classes' names say nothing here
+
+            def read(shards: str, name: str, at_most: int | None) -> ImageSet:
+                return shard_set(
+                    shards,
+                    name,
+                    "train" if name == "train" else "test",
+                    numbers,
+                    multi_label=False,
+                    cache=cache,
+                    allow_pipe=data.allow_pipe,
+                    at_most=at_most,
+                )
+
+            self._train = mesh.on_main(lambda: read(data.shards, "train", run.eval.train_samples))
+            for one in data.val_sets:
+                self._tests[one.name] = mesh.on_main(lambda one=one: read(one.shards, one.name, None))
+        self._step, self._learned: tuple[int, MemoryFeatures | None] = -1, None
+
+    def results(
+        self, engine: Engine, name: str, step: int, working: Callable[[str], None]
+    ) -> dict[str, float]:
+        """What the protocols find on the validation set `name` after `step` updates, by metric, e.g.
+        knn20_top1. `working` is told what is being done."""
+        if name not in self._tests:
+            return {}
+        batch_size = engine.micro_batch
+        if self._step != step or self._learned is None:
+            self._learned = features_of_run(engine, self._train, batch_size, working)
+            self._step = step
+        test = features_of_run(engine, self._tests[name], batch_size, working)
+        found: dict[str, float] = {}
+        for protocol in self._run.eval.names:
+            working(f"{protocol} on {name}")
+            for one in _PROTOCOLS[protocol](self._learned, [test]):
+                found[_metric(protocol, one)] = one.value
+        return found
+
+    def forget(self) -> None:
+        """Free the features of the training images."""
+        self._learned = None
+
+
+def _metric(protocol: str, found: Measurement) -> str:
+    number = found.settings.get("k", found.settings.get("shots", ""))
+    return f"{protocol}{number}_{found.metric}"
 
 
 def features_of_run(
-    engine: Engine, images: ImageSet, batch_size: int, working: Working
+    engine: Engine, images: ImageSet, batch_size: int, working: Callable[[str], None]
 ) -> MemoryFeatures:
     """The pooled features of a set by the engine's trunk. Collective over the world: all ranks take equally
     many batches, the last ones perhaps empty."""
@@ -62,7 +115,7 @@ def features_of_run(
             gather_from_tp(mesh, part.to(mesh.device, non_blocking=True), 0)[: len(batch.rows)]
             for part in (batch.pixels, batch.failed)
         )
-        values = engine.call(_pooled, pixels)
+        values: Tensor = engine.call(_pooled, pixels)
         failed[torch.from_numpy(batch.rows).to(mesh.device)] = bad.float()
         good = bad == 0
         pieces.append(Piece(batch.rows[good.cpu().numpy()], values[good]))
@@ -71,7 +124,7 @@ def features_of_run(
     return MemoryFeatures(images, POOLED, width, flags, mesh, [piece for piece in pieces if len(piece.rows)])
 
 
+@torch.no_grad()
 def _pooled(module: nn.Module, pixels: Tensor) -> Tensor:
     trunk = next(part for part in module.modules() if isinstance(part, MegaVit))
-    images = to_model_input(pixels, pixels.device)
-    return trunk_features(trunk, images, [POOLED])[POOLED]
+    return trunk_features(trunk, to_model_input(pixels, pixels.device), [POOLED])[POOLED]

@@ -17,20 +17,15 @@ with --strict if data were missing.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megavit.cli import Parser
 from megavit.evaluate.config import EvaluateConfig
-from megavit.fields import fields_of
 
 if TYPE_CHECKING:
-    from megavit.evaluate.model import FrozenModel
-    from megavit.evaluate.session import Session
     from megavit.evaluate.tasks import Task
     from megavit.parallel.mesh import Mesh
 
@@ -68,3 +63,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr)
         return 130
+
+
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="export, run folder, or timm:NAME[@FILE]")
+    parser.add_fields(EvaluateConfig)
+    return parser
+
+
+def _side_command(name: str, words: list[str]) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if name == "ls":
+        parser.add_argument("--data_root", type=Path, help="folder with the data sets as they are downloaded")
+    else:
+        parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="results.json files")
+        parser.add_argument("--out", type=Path, help="folder for table.md, table.csv and the plots")
+    given = parser.parse_args(words)
+    try:
+        if name == "ls":
+            from megavit.evaluate.tasks import listing
+
+            print("\n".join(listing(given.data_root)))
+            return 0
+        from megavit.evaluate.table import table_command
+
+        return table_command(given.results, given.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _evaluate(name: str, config: EvaluateConfig, tasks: Sequence[Task], mesh: Mesh) -> int:
+    from megavit.evaluate.run import open_model, out_folder, run_tasks
+    from megavit.evaluate.session import Session
+    from megavit.train.logging.monitor import say
+
+    model = open_model(name, mesh, config.dtype)
+    session = Session(model, config, lambda text: say(mesh, text))
+    return run_tasks(session, tasks, out_folder(name, config.out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

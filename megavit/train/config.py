@@ -14,10 +14,11 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from megavit.data.config import DataConfig
-from megavit.fields import check_types, require_positive
+from megavit.fields import check_types, nearest, require_positive
 from megavit.model.config import ModelConfig, Recompute, model_preset
 from megavit.tasks.config import ClassifyConfig, TaskConfig
 
+PROBES = ("knn", "fewshot", "linear")  # protocols that need nothing but features
 _MAX_SEED = 2**63 - 1  # the order of the data and torch's generators take 63 bits
 
 
@@ -109,6 +110,33 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """What is measured on frozen features at each evaluation, beside the task's own results.
+
+    Args:
+        tasks: protocols, separated by commas: knn, fewshot, linear; empty measures none. They learn from
+            training images, are tested on every validation set, and are logged as eval/SET/knn20_top1 etc.
+        train_samples: training images that they learn from, spread evenly over the shards.
+    """
+
+    tasks: str = ""
+    train_samples: int = 10_000
+
+    def __post_init__(self) -> None:
+        check_types(self, "eval.")
+        require_positive("eval.", self, "train_samples")
+        for name in self.names:
+            if name not in PROBES:
+                raise ValueError(
+                    f"eval.tasks has {name!r}, not one of {', '.join(PROBES)}{nearest(name, PROBES)}"
+                )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run.
 
@@ -147,6 +175,7 @@ class RunConfig:
         schedule: the learning rate.
         checkpoint: what is saved when.
         guard: which updates are refused.
+        eval: what is measured on frozen features.
     """
 
     run_dir: str = ""
@@ -171,6 +200,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -193,6 +223,8 @@ class RunConfig:
                 f"for a longer run"
             )
         self.task.check(self.model, self.data)
+        if self.eval.names and not self.data.val_sets:
+            raise ValueError("eval.tasks needs validation images: give --data.val_shards or --data.val")
         if self.model.channels not in (1, 3):
             raise ValueError(f"images are decoded to 1 (grey) or 3 (RGB) channels, not {self.model.channels}")
         self.model.check_tensor_parallel(self.tensor_parallel_size)

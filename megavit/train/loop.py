@@ -15,6 +15,7 @@ from megavit.data.bad import BAD_SAMPLES_FILE, BadSamples, TooManyBadSamples
 from megavit.data.lanes import DataState, mix
 from megavit.data.loader import Batch, EvalLoader
 from megavit.data.manifest import DATA_FILE
+from megavit.evaluate.while_training import Probes
 from megavit.parallel.mesh import Mesh
 from megavit.tasks.task import DeviceBatch, make_task
 from megavit.train.checkpoint.checkpoint import Checkpoint
@@ -129,6 +130,7 @@ class Trainer:
             one: eval_loader(one.shards, self.task, run.data, self.ds_config, mesh)
             for one in run.data.val_sets
         }
+        self.probes = Probes(run, mesh)
         self.monitor = Monitor(self.run_dir, run, self.ds_config, mesh, ds_overrides)
         name = f"rank {mesh.global_rank}"
         self.watchdog = Watchdog(run.timeout_s, name, self._reading, self._heartbeat, run.heartbeat_s)
@@ -321,6 +323,7 @@ class Trainer:
         progress = self.monitor.evaluation_progress(loader.num_batches)
         show = functools.partial(self._show_predictions, name)
         found = evaluate(self.engine, loader, self.bad_samples, self.step, self.watchdog, progress, show)
+        found.results.update(self.probes.results(self.engine, name, self.step, self.watchdog.at))
         self.monitor.log_eval(self.step, name, found)
         return found.results
 

@@ -131,7 +131,7 @@ def own_data(root: str | Path, class_names: Sequence[str] = ()) -> dict[str, Ima
     """
     root = Path(root)
     if not root.is_dir():
-        raise MissingData(f"{root} does not exist. Expected: {_OWN_LAYOUT}")
+        raise MissingData(f"{root} does not exist. Expected: {OWN_LAYOUT}")
     sets: dict[str, ImageSet] = {}
     parts = {"train": _shards_of(root, "train"), "test": _shards_of(root, "test") or _shards_of(root, "val")}
     name = root.resolve().name
@@ -144,17 +144,17 @@ def own_data(root: str | Path, class_names: Sequence[str] = ()) -> dict[str, Ima
                 sets[split] = shard_set(shards, name, split, given, multi_label=True)
         return sets
     if not any(path.is_dir() and not path.name.startswith(".") for path in root.iterdir()):
-        raise MissingData(f"{root} holds no data set. Expected: {_OWN_LAYOUT}")
+        raise MissingData(f"{root} holds no data set. Expected: {OWN_LAYOUT}")
     splits: tuple[Literal["train", "test"], ...] = ("train", "test")
     for split in splits:
         with contextlib.suppress(MissingData):
             sets[split] = image_folder(root, split)
     if not sets:
-        raise MissingData(f"{root} holds no data set. Expected: {_OWN_LAYOUT}")
+        raise MissingData(f"{root} holds no data set. Expected: {OWN_LAYOUT}")
     return sets
 
 
-_OWN_LAYOUT = (
+OWN_LAYOUT = (
     "{train,test or val}.manifest.json or {train,test or val}-*.tar with classes.txt (launch/shards.py "
     "writes them), or folders {train,test or val}/<class>/ or <class>/ of images"
 )

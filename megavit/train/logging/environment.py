@@ -32,9 +32,7 @@ def environment(mesh: Mesh) -> dict[str, Any]:
         "packages": {name: package_version(name) for name in packages},
         "commit": checkout_commit(),
         "host": platform.node(),
-        "device": torch.cuda.get_device_name(mesh.device)
-        if mesh.device.type == "cuda"
-        else platform.processor() or "cpu",
+        "device": device_name(mesh.device),
         "ranks": mesh.world_size,
         "dp_size": mesh.dp_size,
         "tp_size": mesh.tp_size,
@@ -42,6 +40,11 @@ def environment(mesh: Mesh) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "command": sys.argv,
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Of a GPU its name, else that of the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
 
 
 def package_version(package: str) -> str:
