@@ -30,6 +30,7 @@ VAL_DEVKIT_IDS = (1000, 1, 2, 1)  # of the validation images 1 to 4
 VAL_LABELS = [DEVKIT_IDS[number] for number in VAL_DEVKIT_IDS]
 REAL_LABELS = [[DUMBBELL, GOLDFISH], [], [ENGLISH_SETTER], [KIT_FOX]]
 STINGRAY, GOLDFINCH = (6, "n01498041"), (11, "n01531178")  # of ImageNet-A
+C_CORRUPTIONS = ("noise/gaussian_noise", "extra/spatter")
 ATTRIBUTES = ("Attractive", "Male", "Smiling")
 _SYNSET = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height")
 
@@ -122,9 +123,7 @@ def make_imagenet_sketch(root: Path) -> Path:
     return base
 
 
-def make_imagenet_c(
-    root: Path, corruptions: tuple[str, ...] = ("noise/gaussian_noise", "extra/spatter")
-) -> Path:
+def make_imagenet_c(root: Path, corruptions: tuple[str, ...] = C_CORRUPTIONS) -> Path:
     """Two images of each severity; a corruption may have the folder of its category or not."""
     base = root / "imagenet-c"
     for corruption in corruptions:
@@ -147,11 +146,11 @@ def make_objectnet(root: Path) -> Path:
             put(base / "images" / folder / f"{i:015x}.png", buffer.getvalue())
     labels = {"air_freshener": "Air freshener", "bicycle": "Bicycle", "weight_exercise": "Weight (exercise)"}
     names = {
-        "Bicycle": "mountain bike, all-terrain bike, off-roader; bicycle-built-for-two, tandem bicycle, tandem",
+        "Bicycle": "mountain bike, all-terrain bike, off-roader; bicycle-built-for-two, tandem bicycle",
         "Weight (exercise)": "dumbbell",
     }
     # The lines are in the devkit's order, not in that of the class ids.
-    lines = ["dumbbell", "bicycle-built-for-two, tandem bicycle, tandem", "kit fox, Vulpes macrotis"]
+    lines = ["dumbbell", "bicycle-built-for-two, tandem bicycle", "kit fox, Vulpes macrotis"]
     lines.append("mountain bike, all-terrain bike, off-roader")
     ids = {"543": 0, "444": 1, "278": 2, "671": 3}
     put(base / "mappings" / "folder_to_objectnet_label.json", json.dumps(labels))

@@ -37,8 +37,8 @@ def test_every_entry_reads_what_it_says(tmp_path: Path) -> None:
 
 
 def test_an_empty_root_says_where_everything_is_to_be_had(tmp_path: Path) -> None:
-    """Catches a set that is called missing without the path, the layout or the place to obtain it from, and an
-    error for a root that does not exist."""
+    """Catches a set that is called missing without the path, the layout or the place to obtain it from, and
+    an error for a root that does not exist."""
     for root in (tmp_path, tmp_path / "nowhere"):
         found = find(root)
         assert {one.state for one in found} == {"missing"} and len(found) == 12

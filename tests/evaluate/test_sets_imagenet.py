@@ -45,8 +45,8 @@ def test_the_table_of_classes_is_ilsvrc_2012s() -> None:
 
 @pytest.mark.parametrize("layout", ["flat", "folders", "kaggle"])
 def test_validation_images_have_their_labels_in_every_layout(tmp_path: Path, layout: str) -> None:
-    """Catches devkit numbers taken for class ids, a list read in the order of its rows, and an order of images
-    that depends on the layout, so that ReaL's labels or a cache would belong to other images."""
+    """Catches devkit numbers taken for class ids, a list read in the order of its rows, and an order of
+    images that depends on the layout, so that ReaL's labels or a cache would belong to other images."""
     fixtures.make_imagenet(tmp_path, layout)
     found = imagenet(tmp_path, "test")
     assert found.labels[:, 0].tolist() == VAL_LABELS
@@ -104,8 +104,8 @@ def test_folders_and_files_that_do_not_belong_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["flat", "folders"])
 def test_real_labels_belong_to_images_by_number(tmp_path: Path, layout: str) -> None:
-    """Catches ReaL's lists given to images in the order of class folders, and an image without labels left out
-    of the images, so that the features of ImageNet could not be used for it."""
+    """Catches ReaL's lists given to images in the order of class folders, and an image without labels left
+    out of the images, so that the features of ImageNet could not be used for it."""
     fixtures.make_imagenet(tmp_path, layout)
     fixtures.make_imagenet_real(tmp_path)
     found = imagenet_real(tmp_path)

@@ -121,8 +121,8 @@ def test_celeba_of_one_image_and_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_cue_conflict_names_tell_shape_and_texture(tmp_path: Path) -> None:
-    """Catches shape and texture in each other's place, a name that does not tell, and categories whose members
-    are not ImageNet's classes of that kind."""
+    """Catches shape and texture in each other's place, a name that does not tell, and categories whose
+    members are not ImageNet's classes of that kind."""
     base = fixtures.make_cue_conflict(tmp_path)
     put(base / "session-1" / "0001_cue_dnn_dog_00_dog10-bird2.png", encoded(1, "PNG"))
     found = cue_conflict(tmp_path)
