@@ -48,6 +48,7 @@ def test_an_installed_wheel_trains(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("megavit-*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, cwd=work)
     assert (site / "bin" / "megavit").is_file()
+    assert (site / "megavit" / "evaluate" / "sets" / "imagenet_classes.txt").is_file()
 
     def megavit(*words: str) -> str:
         environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}

@@ -75,8 +75,8 @@ CATALOGUE = {
 
 
 def find(root: str | Path) -> list[Found]:
-    """Which sets are below the data root: ImageNet-C as one (its first part stands for it, and `images` counts
-    the parts of the 15 and of the extra corruptions), every other set by itself. Never raises.
+    """Which sets are below the data root: ImageNet-C as one (its first part stands for it, and `images`
+    counts the parts of the 15 and of the extra corruptions), every other set by itself. Never raises.
 
     Lists every folder of the sets that are there, and reads no image.
     """
@@ -113,7 +113,7 @@ def _found(entry: Entry, root: str | Path) -> Found:
             missing.append(str(error))
         except Exception as error:  # a list of what is there must come to its end
             unusable.append(f"{split}: {error}")
-    problem = "\n".join((*unusable, *dict.fromkeys(missing)))
+    problem = "\n".join((*unusable, *missing[:1]))  # the layout, once
     if unusable:
         return Found(entry, "unusable", images, problem)
     return Found(entry, "missing" if not images else "partly" if missing else "found", images, problem)

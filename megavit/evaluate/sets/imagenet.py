@@ -65,12 +65,12 @@ def imagenet_real(root: str | Path) -> ImageSet:
 
     The list has the label lists of images 1 to 50,000. MissingData, or ValueError for a damaged list.
     """
-    files, _ = _validation(root)
     places = [place / "real.json" for place in (*_bases(root), Path(root) / "imagenet-real", Path(root))]
     path = REAL_ORIGIN.file(*places)
     lists = REAL_ORIGIN.read_json(path)
     if not isinstance(lists, list) or not all(_are_classes(ids) for ids in lists):
         raise ValueError(f"{path} is no list of lists of class numbers from 0 to {NUM_CLASSES - 1}")
+    files, _ = _validation(root)
     numbers = [_number(Path(files.root) / path) for path in files.paths]
     if numbers and numbers[-1] > len(lists):
         raise ValueError(f"{path} has the labels of {len(lists)} images; there is image {numbers[-1]}")

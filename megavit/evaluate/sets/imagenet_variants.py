@@ -67,8 +67,8 @@ SKETCH_ORIGIN = Origin(
 )
 C_ORIGIN = Origin(
     title="ImageNet-C",
-    layout="""imagenet-c/<category>/<corruption>/<severity 1 to 5>/<WordNet id>/*.JPEG, of the categories noise,
-blur, weather, digital and extra, or without the folder of the category""",
+    layout="""imagenet-c/<category>/<corruption>/<severity 1 to 5>/<WordNet id>/*.JPEG, of the categories
+noise, blur, weather, digital and extra, or without the folder of the category""",
     source="https://zenodo.org/records/2235448",
     terms="CC BY 4.0",
     size="about 60 GB in five tars",

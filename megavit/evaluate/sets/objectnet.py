@@ -85,8 +85,9 @@ def _imagenet_ids(mappings: Path) -> dict[str, list[int]]:
         wrong = next((name for name, of in zip(names.split(";"), ids, strict=True) if len(of) != 1), None)
         if wrong is not None:
             raise ValueError(
-                f"ObjectNet: {names_path} and {path} do not give one class of ImageNet for {wrong.strip()!r}, which "
-                f"objectnet_to_imagenet_1k.json has for {label!r}; fetch the mapping files again"
+                f"ObjectNet: {names_path} and {path} do not give one class of ImageNet for "
+                f"{wrong.strip()!r}, which objectnet_to_imagenet_1k.json has for {label!r}; fetch "
+                f"the mapping files again"
             )
         found[label] = sorted({number for of in ids for number in of})
     if not found:
