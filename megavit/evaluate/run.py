@@ -31,7 +31,9 @@ def open_model(name: str, mesh: Mesh, dtype: str) -> FrozenModel:
     if not name.startswith(TIMM):
         return ExportedModel(name, mesh, found)
     if mesh.tp_size > 1:
-        raise ValueError(f"{name} cannot be shared out over --tensor_parallel_size {mesh.tp_size}; leave it out")
+        raise ValueError(
+            f"{name} cannot be shared out over --tensor_parallel_size {mesh.tp_size}; leave it out"
+        )
     return TimmModel(name, mesh, found)
 
 
@@ -96,7 +98,9 @@ def _results(session: Session, task: Task) -> list[Result]:
 
 
 def _line(result: Result) -> str:
-    chosen = [f"{name} {result.settings[name]}" for name in ("layer", "k", "shots") if name in result.settings]
+    chosen = [
+        f"{name} {result.settings[name]}" for name in ("layer", "k", "shots") if name in result.settings
+    ]
     what = " ".join([result.data, result.metric, *chosen])
     error = "" if result.stderr is None else f" ± {result.stderr:.4f}"
     return f"{what:<48} {result.value:.4f}{error}  ({result.count.used:,} images)"

@@ -15,7 +15,6 @@ from megavit.evaluate.features import Features
 from megavit.evaluate.images import Bad
 from megavit.evaluate.model import POOLED, FrozenModel, chosen_layers
 from megavit.evaluate.sets.catalogue import CATALOGUE, Split
-from megavit.evaluate.sets.folder import image_folder
 from megavit.evaluate.sets.image_set import Adjust, ImageSet, MissingData
 from megavit.evaluate.sets.photo_patches import PHOTO_PATCHES, photo_patches
 from megavit.evaluate.sets.shards import OWN_LAYOUT, own_data

@@ -26,7 +26,9 @@ from megavit.evaluate.results_file import Recorded, read_results
 
 _TRIAL, _OTHER_PROTOCOL = "†", "‡"
 _MARKS = {Mark.CONFIRMED: "", Mark.SECOND_HAND: " ~", Mark.UNVERIFIED: " ?"}
-_SHARE = re.compile(r"top\d|accuracy|precision(?!_)|precision_at|miou|mce|fpr|(positive|error)_rate|shape_bias")
+_SHARE = re.compile(
+    r"top\d|accuracy|precision(?!_)|precision_at|miou|mce|fpr|(positive|error)_rate|shape_bias"
+)
 _NO_SHARE = re.compile(r"ratio")
 
 
@@ -247,7 +249,10 @@ def _aligned(lines: Sequence[Sequence[str]], text_columns: int) -> str:
     widths = [max(3, *(len(line[i]) for line in escaped)) for i in range(len(escaped[0]))]
     rule = ["-" * w if i < text_columns else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     padded = [
-        [cell.ljust(w) if i < text_columns else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        [
+            cell.ljust(w) if i < text_columns else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ]
         for line in escaped
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], rule, *padded[1:]])

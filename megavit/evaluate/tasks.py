@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from megavit.evaluate.config import EvaluateConfig
-from megavit.evaluate.features import Features
 from megavit.evaluate.protocols.calibration import calibration
 from megavit.evaluate.protocols.classify import classify
-from megavit.evaluate.protocols.corruption import corruption_error, mean_corruption_error
-from megavit.evaluate.protocols.fairness import CAVEAT, fairness
+from megavit.evaluate.protocols.corruption import corruption_error
 from megavit.evaluate.protocols.fewshot import fewshot
 from megavit.evaluate.protocols.knn import knn
 from megavit.evaluate.protocols.linear import LinearProbe, fit
@@ -22,14 +16,10 @@ from megavit.evaluate.protocols.multi_label import mean_average_precision
 from megavit.evaluate.protocols.ood import ood
 from megavit.evaluate.protocols.scores import Scores, score
 from megavit.evaluate.protocols.selective import selective
-from megavit.evaluate.protocols.sgd import sgd
-from megavit.evaluate.protocols.shape_bias import shape_bias
 from megavit.evaluate.results import Measurement
 from megavit.evaluate.session import Session
-from megavit.evaluate.sets.catalogue import CATALOGUE, describe, find
 from megavit.evaluate.sets.image_set import ImageSet
 from megavit.evaluate.spaces import in_classes_of
-from megavit.fields import nearest
 
 OWN = "data"  # the data set of --data
 

@@ -7,7 +7,8 @@ the validation sets, each row on one data-parallel rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from megavit.evaluate.protocols.fewshot import fewshot
 from megavit.evaluate.protocols.knn import knn
 from megavit.evaluate.protocols.linear import linear
 from megavit.evaluate.results import Measurement
+from megavit.evaluate.sets.catalogue import Split
 from megavit.evaluate.sets.image_set import Adjust, ImageSet
 from megavit.evaluate.sets.shards import shard_set
 from megavit.model.vit import MegaVit
@@ -48,24 +50,17 @@ class Probes:
         if run.eval.names:
             data = run.data
             cache = ShardCache(data.cache_dir, int(data.cache_gb * 1e9), timeout_s=data.timeout_s)
-            numbers = tuple(map(str, range(run.model.num_classes)))  # the classes' names say nothing here
+            names = tuple(map(str, range(run.model.num_classes)))  # what they are called says nothing here
+            options: dict[str, Any] = {"multi_label": False, "cache": cache, "allow_pipe": data.allow_pipe}
 
-            def read(shards: str, name: str, at_most: int | None) -> ImageSet:
-                return shard_set(
-                    shards,
-                    name,
-                    "train" if name == "train" else "test",
-                    numbers,
-                    multi_label=False,
-                    cache=cache,
-                    allow_pipe=data.allow_pipe,
-                    at_most=at_most,
-                )
+            def read(shards: str, name: str, at_most: int | None = None) -> ImageSet:
+                split: Split = "test" if at_most is None else "train"
+                return mesh.on_main(lambda: shard_set(shards, name, split, names, at_most=at_most, **options))
 
-            self._train = mesh.on_main(lambda: read(data.shards, "train", run.eval.train_samples))
-            for one in data.val_sets:
-                self._tests[one.name] = mesh.on_main(lambda one=one: read(one.shards, one.name, None))
-        self._step, self._learned: tuple[int, MemoryFeatures | None] = -1, None
+            self._train = read(data.shards, "training images", run.eval.train_samples)
+            self._tests = {one.name: read(one.shards, one.name) for one in data.val_sets}
+        self._step = -1
+        self._learned: MemoryFeatures | None = None
 
     def results(
         self, engine: Engine, name: str, step: int, working: Callable[[str], None]
@@ -85,10 +80,6 @@ class Probes:
             for one in _PROTOCOLS[protocol](self._learned, [test]):
                 found[_metric(protocol, one)] = one.value
         return found
-
-    def forget(self) -> None:
-        """Free the features of the training images."""
-        self._learned = None
 
 
 def _metric(protocol: str, found: Measurement) -> str:
