@@ -8,7 +8,8 @@ Both divide sums: a mean of the five severities' ratios is another number. AlexN
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,8 @@ ALEXNET_EXTRA = {
 ALEXNET_CLEAN = 0.43478  # 1 - acc@1 of torchvision's AlexNet_Weights.IMAGENET1K_V1
 
 
-class Outcome(NamedTuple):
+@dataclass(frozen=True)
+class Outcome:
     """Which images of a set were mistaken: float64 [n], 1 if so, NaN where an image does not count."""
 
     wrong: np.ndarray
@@ -116,11 +118,11 @@ def corrupted(parts: Parts, clean: Outcome) -> Iterator[Measurement]:
     )
 
 
-def accuracy_table(parts: Parts) -> dict[str, dict[int, float]]:
-    """Accuracy by corruption and severity, for a plot."""
-    table: dict[str, dict[int, float]] = {}
-    for (name, severity), part in sorted(parts.items()):
-        table.setdefault(name, {})[severity] = 1 - part.error
+def accuracy_table(parts: Parts) -> dict[str, list[float]]:
+    """The accuracies at the severities from 1 on, by corruption, for a plot."""
+    table: dict[str, list[float]] = {}
+    for (name, _), part in sorted(parts.items(), key=lambda item: item[0][1]):
+        table.setdefault(name, []).append(1 - part.error)
     return table
 
 
@@ -197,8 +199,7 @@ def _influence(parts: Parts, weights: Mapping[tuple[str, int], float]) -> np.nda
 
 
 def _total(parts: list[Outcome]) -> Count:
-    given, used, bad = np.sum([part.count for part in parts], axis=0).tolist()
-    return Count(given, used, bad)
+    return Count(*np.sum([part.count for part in parts], axis=0).tolist())
 
 
 def _refuse_missing(parts: Parts, alexnet: Mapping[str, tuple[float, ...]]) -> None:
