@@ -49,7 +49,8 @@ def fairness(
     values, errors = _gaps(rates[None])[0], _errors(rates, sizes)
     metrics = ("accuracy_gap", "accuracy_ratio", "positive_rate_gap", "positive_rate_ratio")
     for metric, value, error in zip(metrics, values, errors, strict=True):
-        yield Measurement(metric, float(value), count, float(error), metric.endswith("ratio"), settings)
+        stderr = None if np.isnan(error) else float(error)
+        yield Measurement(metric, float(value), count, stderr, metric.endswith("ratio"), settings)
     for name, size, (accuracy, positive) in zip(names, sizes.tolist(), _shares(rates), strict=True):
         of_group = Count(size, size, 0)
         for metric, value in (("accuracy", float(accuracy)), ("positive_rate", float(positive))):
@@ -81,10 +82,10 @@ def _gaps(rates: np.ndarray) -> np.ndarray:
 
 def _errors(rates: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Standard errors of `_gaps`, by drawing each group's images anew: only how many fall into each of the
-    four cells matters, which is multinomial."""
+    four cells matters, which is multinomial. NaN for a ratio that some draw does not have."""
     generator = np.random.default_rng(0)
     exact = np.rint(rates * sizes[:, None]) / sizes[:, None]
     drawn = [
         generator.multinomial(size, row, _RESAMPLES) / size for size, row in zip(sizes, exact, strict=True)
     ]
-    return np.nanstd(_gaps(np.stack(drawn, 1)), axis=0, ddof=1)
+    return np.std(_gaps(np.stack(drawn, 1)), axis=0, ddof=1)

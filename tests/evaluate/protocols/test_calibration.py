@@ -10,7 +10,12 @@ import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from megavit.evaluate.protocols import calibration as module
-from megavit.evaluate.protocols.calibration import calibration, expected_calibration_error, halves, reliability
+from megavit.evaluate.protocols.calibration import (
+    calibration,
+    expected_calibration_error,
+    halves,
+    reliability,
+)
 from megavit.evaluate.protocols.scores import score
 from megavit.evaluate.results import Count, Measurement
 from tests.evaluate.protocols.toys import features_of, sigmoid, softmax
@@ -25,9 +30,7 @@ def measure(z: np.ndarray, labels: np.ndarray, link: Any = "softmax", **how: Any
 def slow_ece(confidence: np.ndarray, right: np.ndarray) -> float:
     total = 0.0
     for k in range(15):
-        members = [
-            i for i, c in enumerate(confidence) if k / 15 < c <= (k + 1) / 15 or (k == 0 and c == 0)
-        ]
+        members = [i for i, c in enumerate(confidence) if k / 15 < c <= (k + 1) / 15 or (k == 0 and c == 0)]
         if members:
             gap = np.mean([right[i] for i in members]) - np.mean([confidence[i] for i in members])
             total += len(members) / len(confidence) * abs(gap)
@@ -49,7 +52,9 @@ def test_numbers_are_those_of_the_definitions() -> None:
     confidence, right = p.max(1), (p.argmax(1) == labels).astype(float)
     found = measure(z, labels)
     assert found["ece"].value == pytest.approx(slow_ece(confidence, right), abs=1e-6)
-    peer = multiclass_calibration_error(torch.from_numpy(p), torch.from_numpy(labels), 6, n_bins=15, norm="l1")
+    peer = multiclass_calibration_error(
+        torch.from_numpy(p), torch.from_numpy(labels), 6, n_bins=15, norm="l1"
+    )
     assert found["ece"].value == pytest.approx(float(peer), abs=1e-6)
     assert found["nll"].value == pytest.approx(-np.log(p[np.arange(400), labels]).mean(), abs=1e-6)
     assert found["brier"].value == pytest.approx(((p - np.eye(6)[labels]) ** 2).sum(1).mean(), abs=1e-6)
@@ -82,8 +87,8 @@ def test_a_perfectly_calibrated_model() -> None:
 
 
 def test_the_temperature_is_found() -> None:
-    """Catches 1 / T for T, a fit on the half that is then measured, and a fit of something else than NLL: logits
-    that are three times too large are brought back, here to within what 4,000 images tell."""
+    """Catches 1 / T for T, a fit on the half that is then measured, and a fit of something else than NLL:
+    logits that are three times too large are brought back, here to within what 4,000 images tell."""
     z, labels = problem(8000, sharpness=3.0)
     found = measure(z, labels)
     temperature = found["ece_scaled"].settings["temperature"]

@@ -76,4 +76,8 @@ def test_precision_at_one_of_several_labels() -> None:
     z = np.eye(6)[[0, 1, 2, 3]] * 9
     features = features_of(z, [[5, 0], [1], [4, 3], []], right="all")
     (found,) = classify(score(features, lambda values: values, "sigmoid"))
-    assert (found.metric, found.value, found.count) == ("precision_at_1", pytest.approx(2 / 3), Count(4, 3, 0))
+    assert (found.metric, found.value, found.count) == (
+        "precision_at_1",
+        pytest.approx(2 / 3),
+        Count(4, 3, 0),
+    )

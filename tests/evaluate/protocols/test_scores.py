@@ -86,18 +86,22 @@ def test_only_candidates_are_predicted() -> None:
 
 
 def test_a_collapsed_model_is_not_right() -> None:
-    """Catches top-5 counted by 'no more than four logits are higher', by which equal logits are always right."""
+    """Catches top-5 counted by 'no more than four logits are higher', by which equal logits are always
+    right."""
     labels = np.arange(40) % 20
     found = score(features_of(np.zeros((40, 20)), labels, classes=20), lambda values: values, "softmax")
     assert found.top1.mean() == 1 / 20 and found.top5.mean() == 5 / 20
 
 
 def test_what_cannot_be_scored_is_said() -> None:
-    """Catches class ids beyond the outputs, labels outside the candidates and NaN logits that become numbers."""
+    """Catches class ids beyond the outputs, labels outside the candidates and NaN logits that become
+    numbers."""
     z = np.zeros((4, 3))
     with pytest.raises(ValueError, match="class ids up to 3, but the classifier has only 3 outputs"):
         score(features_of(z, np.array([0, 1, 2, 3])), lambda values: values, "softmax")
-    with pytest.raises(ValueError, match=r"2 of 4 images have only labels outside its 2 candidates.*toy\[1\]"):
+    with pytest.raises(
+        ValueError, match=r"2 of 4 images have only labels outside its 2 candidates.*toy\[1\]"
+    ):
         features = features_of(z, np.array([0, 1, 2, 1]), candidates=np.array([0, 2]))
         score(features, lambda values: values, "softmax")
     z[2, 1] = np.nan
@@ -118,7 +122,7 @@ def everything() -> list[Measurement]:
     other = features_of(random.normal(size=(23, 6)) * 3, np.zeros(23, int), mesh, bad=[2], classes=9)
     lists = [[int(c) for c in random.choice(9, i % 4, replace=False)] for i in range(37)]
     many = features_of(x[:37], lists, mesh, bad=[1], classes=9, right="all")
-    cues = {"shape": labels[:37] % 3, "texture": labels[3:40] % 3}
+    cues = {"shape": labels[:37] % 3, "texture": labels[1:38] % 3}
     conflict = features_of(x[:37], cues["shape"], mesh, bad=[9], classes=3, groups=cues)
     categories = {f"class{c}": [c, c + 3, c + 6] for c in range(3)}
 
@@ -138,8 +142,8 @@ def everything() -> list[Measurement]:
 
 @pytest.mark.dist
 def test_the_same_at_any_number_of_ranks() -> None:
-    """Catches rows counted twice or lost, sums over the wrong ranks, a rank without rows that hangs or divides
-    by zero, and numbers that depend on how the rows are shared out."""
+    """Catches rows counted twice or lost, sums over the wrong ranks, a rank without rows that hangs or
+    divides by zero, and numbers that depend on how the rows are shared out."""
     alone = run_ranks(1, everything)[0]
     assert len(alone) == 2 + 6 + 6 + 18 + 1 + 3
     for count in (2, 3, 4):

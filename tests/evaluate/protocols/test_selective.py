@@ -36,8 +36,9 @@ def test_numbers_are_those_of_the_definitions() -> None:
 
 
 def test_a_perfect_and_a_useless_confidence() -> None:
-    """Catches an excess that is not zero for the best order, and ties whose order decides: with one confidence
-    for all images the risk is the error rate at every coverage, whatever the order of the images."""
+    """Catches an excess that is not zero for the best order, and ties whose order decides: with one
+    confidence for all images the risk is the error rate at every coverage, whatever the order of the
+    images."""
     labels = np.array([0] * 6 + [1] * 4)
     sure = np.stack([np.linspace(9, 1, 10), np.zeros(10)], 1)
     found = measure(sure, labels)

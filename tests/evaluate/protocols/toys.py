@@ -23,7 +23,8 @@ def features_of(
     pieces: int = 2,
     **fields: Any,
 ) -> MemoryFeatures:
-    """Features [n, D] of n images. With several ranks the last one has no rows, and no two have equally many."""
+    """Features [n, D] of n images. With several ranks the last one has no rows, and no two have equally
+    many."""
     mesh = mesh or Mesh.single()
     lists = labels if isinstance(labels, np.ndarray) else label_lists(labels)
     n = len(values)
