@@ -31,25 +31,25 @@ from megavit.evaluate.results import Count, Measurement
 BINS = 15
 _EDGES = np.arange(BINS + 1) / BINS
 _COLDEST, _HOTTEST = 0.01, 100.0
-# A rank keeps the logits of its part of the fitting half if they are not more than this; else it asks the
-# classifier for them again for each of the some 30 temperatures that are tried.
+# The ranks keep the logits of the fitting half, in float32, if these are not more in all; else they ask the
+# classifier again for each of the some 30 temperatures that are tried. (25,000 x 1,000 logits: 0.1 GB.)
 _KEPT_BYTES = 1 << 30
 
 
 def calibration(
     features: Features, logits_of: LogitsOf, scores: Scores, kept_bytes: int = _KEPT_BYTES
 ) -> Iterator[Measurement]:
-    """ece, nll and brier of all scored images; ece_scaled, nll_scaled and brier_scaled of a half of them after
-    dividing the logits by the temperature that gives the other half the least NLL.
+    """ece, nll and brier of all scored images; ece_scaled, nll_scaled and brier_scaled of a half of them
+    after dividing the logits by the temperature that gives the other half the least NLL.
 
     `scores` is what `score` found on the same features and classifier. `settings` name the link that made the
     probabilities (softmax is the convention for comparisons, also of a model trained with sigmoids), the
-    temperature, the same numbers of the half before scaling, and the reliability diagram. The halves are drawn
-    by a fixed seed. Collective: a scalar all-reduce for each temperature, and a second pass.
+    temperature, the same numbers of the half before scaling, and the reliability diagram. The halves are
+    drawn by a fixed seed. Collective: a scalar all-reduce for each temperature, and a second pass.
     """
     if scores.multi_label:
         raise ValueError(
-            f"{features.set.name} has several labels an image: calibration needs sets with one right prediction"
+            f"{features.set.name} has several labels an image; calibration needs one right class each"
         )
     everything = np.flatnonzero(scores.scored)
     yield from _measure(scores, everything, "", {"link": scores.link})
@@ -154,7 +154,11 @@ def _measure(
     count = Count(scores.count.given, len(rows), scores.count.bad)
     more = {"ece": {"bins": BINS, "reliability": reliability(confidence, right)}}
     for name, value in _numbers(scores, rows).items():
-        all_settings = {**settings, **more.get(name, {})}
         yield Measurement(
-            name + suffix, value, count, errors[name], higher_is_better=False, settings=all_settings
+            name + suffix,
+            value,
+            count,
+            errors[name],
+            higher_is_better=False,
+            settings={**settings, **more.get(name, {})},
         )

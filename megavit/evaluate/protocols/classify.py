@@ -18,8 +18,8 @@ _ENOUGH_IMAGES, _ENOUGH_CLASSES, _SURE = 50, 10, 0.5
 
 
 def classify(scores: Scores, *, chance_is_error: bool = True) -> Iterator[Measurement]:
-    """top1 and, with six classes or more, top5, as shares of the images that have a label; of a multi-label set
-    precision_at_1, the share whose likeliest class is among its labels.
+    """top1 and, with six classes or more, top5, as shares of the images that have a label; of a multi-label
+    set precision_at_1, the share whose likeliest class is among its labels.
 
     Raises ValueError if labels look unmapped, unless told that `chance_is_error` is False, which is for sets
     that were collected to be mistaken.

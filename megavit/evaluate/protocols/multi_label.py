@@ -35,10 +35,13 @@ def mean_average_precision(features: Features, logits_of: LogitsOf, link: Link) 
     memory P + C int64 and a piece of logits. Collective: two all-reduces of P + C numbers.
     """
     targets, candidates, classes = targets_of(features, logits_of, True)
-    pair_rows, pair_places = np.nonzero((targets >= 0) & ~features.bad[:, None])
-    pair_classes = targets[pair_rows, pair_places]
-    scores = together(features.mesh, _pair_scores(features, logits_of, link, targets)).astype(np.float32)
-    keys = _key(torch.from_numpy(pair_classes), torch.from_numpy(scores[pair_rows, pair_places]))
+    known = torch.from_numpy(_pairs(targets) & ~features.bad[:, None])  # [n, M]
+    scores = torch.zeros(targets.shape, dtype=torch.float64, device=features.mesh.device)
+    for rows, logits in logits_in_pieces(features, logits_of, candidates, classes):
+        places = torch.from_numpy(targets[rows]).to(logits.device).clamp(min=0)
+        scores[torch.from_numpy(rows).to(scores.device)] = _ranked(logits, link).gather(1, places).double()
+    pair_scores = torch.from_numpy(together(features.mesh, scores)).float()[known]
+    keys = _key(torch.from_numpy(targets)[known], pair_scores)
     # One more key opens every class: it lies below all of its scores, so that no position has two meanings.
     opening = torch.arange(classes) * _WORD
     ladder = torch.cat([opening, keys]).sort().values.to(features.mesh.device)
@@ -64,15 +67,10 @@ def mean_average_precision(features: Features, logits_of: LogitsOf, link: Link) 
     )
 
 
-def _pair_scores(features: Features, logits_of: LogitsOf, link: Link, targets: np.ndarray) -> Tensor:
-    """The scores of this rank's labels, float64 [n, M]; zero where there is none and for other ranks' rows."""
-    _, candidates, classes = targets_of(features, logits_of, True)
-    out = torch.zeros(targets.shape, dtype=torch.float64, device=features.mesh.device)
-    for rows, logits in logits_in_pieces(features, logits_of, candidates, classes):
-        places = torch.from_numpy(targets[rows]).to(logits.device)
-        chosen = _ranked(logits, link).gather(1, places.clamp(min=0)).double()
-        out[torch.from_numpy(rows).to(out.device)] = chosen.masked_fill(places < 0, 0)
-    return out
+def _pairs(targets: np.ndarray) -> np.ndarray:
+    """bool [n, M], the labels, each once: an image that names a class twice is still one positive image."""
+    again = targets[:, :, None] == targets[:, None, :]  # [n, M, M]
+    return (targets >= 0) & ~np.tril(again, -1).any(2)
 
 
 def _ranked(logits: Tensor, link: Link) -> Tensor:
@@ -81,8 +79,8 @@ def _ranked(logits: Tensor, link: Link) -> Tensor:
 
 
 def _key(classes: Tensor, scores: Tensor) -> Tensor:
-    """int64 that orders by class, then by float32 score: a positive float's bits grow with it, a negative one's
-    fall. Keys of class c lie in (c, c + 1) x 2^32."""
+    """int64 that orders by class, then by float32 score: a positive float's bits grow with it, a negative
+    one's fall. Keys of class c lie in (c, c + 1) x 2^32."""
     bits = (scores + 0.0).view(torch.int32).long()  # + 0.0: the two zeros are one score
     ordered = torch.where(bits < 0, -(_WORD >> 1) - bits, bits)
     return classes * _WORD + ordered + (_WORD >> 1)

@@ -31,19 +31,8 @@ Link = Literal["softmax", "sigmoid"]
 # Logits that are looked at in one go: 64 MB in float64, and a few times that for what is made of them.
 _ELEMENTS = 1 << 23
 _SEEN = "seen"
-_COLUMNS = (
-    "max_logit",
-    "logsumexp",
-    "confidence",
-    "predicted",
-    "entropy",
-    "top1",
-    "top5",
-    "nll",
-    "brier",
-    _SEEN,
-)
 _NEEDS_LABEL = ("top1", "top5", "nll", "brier")
+_COLUMNS = ("max_logit", "logsumexp", "confidence", "predicted", "entropy", *_NEEDS_LABEL, _SEEN)
 
 
 @dataclass(frozen=True)
@@ -112,19 +101,18 @@ def score(features: Features, logits_of: LogitsOf, link: Link, *, labelled: bool
 def targets_of(
     features: Features, logits_of: LogitsOf, labelled: bool
 ) -> tuple[np.ndarray, np.ndarray | None, int]:
-    """The labels as places among the K classes that may be predicted, int64 [n, M], -1 for none; these classes
-    (None: all); and K. Raises ValueError if a label is none of them."""
+    """The labels as places among the K classes that may be predicted, int64 [n, M], -1 for none; these
+    classes (None: all); and K. Raises ValueError if a label is none of them."""
     images, device = features.set, features.mesh.device
     outputs = logits_of(torch.zeros(1, features.dim, device=device)).shape[1]
     if not labelled:
         return np.full((len(images), 1), -1, np.int64), None, outputs
-    highest = int(
-        max(images.labels.max(initial=-1), -1 if images.candidates is None else images.candidates.max())
-    )
+    named = [images.labels] if images.candidates is None else [images.labels, images.candidates]
+    highest = max(int(ids.max(initial=-1)) for ids in named)
     if highest >= outputs:
         raise ValueError(
             f"{images.name} has class ids up to {highest}, but the classifier has only {outputs} outputs; "
-            f"evaluate a model of the label space '{images.space}', or use a protocol that trains its own head"
+            f"evaluate a model of the label space '{images.space}', or use a protocol that trains a head"
         )
     if images.candidates is None:
         return images.labels, None, outputs
@@ -139,14 +127,14 @@ def targets_of(
             f"{len(images.candidates)} candidates, e.g. {images.images.key(first)} "
             f"({images.class_names[images.labels[first].max()]}); its labels look unmapped"
         )
-    return targets, images.candidates, outputs if images.candidates is None else len(images.candidates)
+    return targets, images.candidates, len(images.candidates)
 
 
 def logits_in_pieces(
     features: Features, logits_of: LogitsOf, candidates: np.ndarray | None, classes: int
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """This rank's rows, int64 [m], and their logits over the candidates, float64 [m, K]: m is small enough that
-    a piece of any K fits."""
+    """This rank's rows, int64 [m], and their logits over the candidates, float64 [m, K]: m is small enough
+    that a piece of any K fits."""
     chosen = None if candidates is None else torch.from_numpy(candidates).to(features.mesh.device)
     for rows, values in small_pieces(features.mine(), classes):
         logits = logits_of(values)
@@ -168,7 +156,7 @@ def together(mesh: Mesh, local: Tensor) -> np.ndarray:
 
 
 def normaliser(logits: Tensor, link: Link) -> Tensor:
-    """A of [m, K] logits, [m]: the negative log-likelihood of a label is A minus its logit, under either link."""
+    """A of [m, K] logits, [m]: a label's negative log-likelihood is A minus its logit, under either link."""
     return logits.logsumexp(1) if link == "softmax" else softplus(logits).sum(1)
 
 

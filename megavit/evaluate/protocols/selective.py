@@ -20,9 +20,9 @@ _CURVE_POINTS = 100
 
 
 def selective(scores: Scores) -> Iterator[Measurement]:
-    """aurc, eaurc (what is above the best order of the same errors: all of them last), and accuracy_at_50, _80,
-    _90 and _95 percent coverage. The confidence is the probability of the prediction; the curve is in the
-    settings of aurc. Nothing is yielded without a scored image."""
+    """aurc, eaurc (what is above the best order of the same errors: all of them last), and accuracy_at_50,
+    _80, _90 and _95 percent coverage. The confidence is the probability of the prediction; the curve is in
+    the settings of aurc. Nothing is yielded without a scored image."""
     confidence, wrong = scores.confidence[scores.scored], 1 - scores.top1[scores.scored]
     n = len(wrong)
     if not n:
