@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from megavit.evaluate.groups import (
     best_known,
@@ -24,7 +24,8 @@ from megavit.evaluate.groups import (
 )
 from megavit.evaluate.results import Result
 
-_ACCURACY = ("top1", "precision_at_1", "accuracy")
+_ACCURACY = ("top1", "precision_at_1", "accuracy", "map")
+_Data = TypeVar("_Data")
 
 
 class Line(NamedTuple):
@@ -91,6 +92,7 @@ def fewshot(named: Sequence[Named]) -> Any:
     axes.set_xscale("log")
     _draw_lines(axes, lines)
     ticks = sorted({x for line in lines for x in line.x})
+    axes.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set(xlabel="training images a class", ylabel="accuracy, %", title="few-shot accuracy")
@@ -128,7 +130,7 @@ def reliability(named: Sequence[Named]) -> Any:
 def corruption(named: Sequence[Named]) -> Any:
     """Accuracy by severity, a line for each corruption and their mean, a panel for each measurement, or
     None."""
-    panels = [(item, table) for item in named if (table := _severities(item))]
+    panels = _one_each([(item, table) for item in named if (table := _severities(item))])
     if not panels:
         return None
     figure, axes = _panels(len(panels), width=6.5, height=5)
@@ -153,7 +155,8 @@ def corruption(named: Sequence[Named]) -> Any:
 
 def risk_coverage(named: Sequence[Named]) -> Any:
     """Error among the images on which the model is surest, or None."""
-    found = [(item, curve) for item in named if (curve := _table(item, "curve", "coverage", "risk"))]
+    curves = [(item, _table(item, "curve", "coverage", "risk")) for item in named]
+    found = _one_each([(item, curve) for item, curve in curves if curve])
     if not found:
         return None
     figure, axes = _figure(7, 4.5)
@@ -273,7 +276,16 @@ def _severities(item: Named) -> dict[str, list[float]]:
 
 
 def _titles(items: Sequence[Named]) -> list[str]:
-    return short_names([(i.model, i.result.data, i.result.task, i.result.metric, i.settings) for i in items])
+    return short_names([(item.model, *_place(item)) for item in items])
+
+
+def _place(item: Named) -> tuple[str, str, str]:
+    return item.result.data, item.result.task, item.settings
+
+
+def _one_each(found: Sequence[tuple[Named, _Data]]) -> list[tuple[Named, _Data]]:
+    """The first of each model, set, task and settings: several metrics may rest on the same data."""
+    return [pairs[0] for pairs in grouped(found, lambda pair: (pair[0].model, *_place(pair[0]))).values()]
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
