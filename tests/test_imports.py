@@ -41,7 +41,7 @@ FORBIDDEN = {
 }
 ONLY_IN = {
     "deepspeed": {"train/ds_patches.py", "train/engine.py"},
-    "SummaryWriter": {"train/logging/monitor.py"},
+    "SummaryWriter": {"train/logging/monitor.py", "evaluate/tensorboard.py"},
 }
 # The configurations are plain dataclasses, which every room may read.
 CONFIGURATIONS = tuple(f"megavit.{room}.config" for room in ("model", "data", "tasks", "train"))

@@ -70,7 +70,7 @@ def best_known(results: Sequence[Result]) -> Result:
 def short_names(keys: Sequence[tuple[str, ...]]) -> list[str]:
     """A name of each key from the parts in which the keys differ; of a single key, its first part."""
     varying = [i for i in range(len(keys[0])) if len({key[i] for key in keys}) > 1] if keys else []
-    return [" ".join(key[i] for i in varying or [0] if key[i]) for key in keys]
+    return [" ".join(key[i] for i in varying if key[i]) or key[0] for key in keys]
 
 
 def model_names(models: Sequence[tuple[str, str]]) -> list[str]:

@@ -26,7 +26,8 @@ class Mark(StrEnum):
 class Reference(NamedTuple):
     """A published number.
 
-    `same_protocol` is False where it was not measured as the result that it stands beside.
+    `heading` is the model, with the protocol where the row that it stands beside does not say it.
+    `same_protocol` is False where it was not measured as that row was.
     """
 
     model: str
@@ -34,7 +35,8 @@ class Reference(NamedTuple):
     value: float
     mark: Mark
     source: str
-    same_protocol: bool = True
+    heading: str
+    same_protocol: bool
 
 
 class _Row(NamedTuple):
@@ -53,7 +55,7 @@ _TUNED, _HUMAN = "fine-tuned", "model-vs-human"
 _SEGMENT, _UPERNET, _UPERNET_TUNED = "frozen, linear decoder", "frozen, UPerNet", "UPerNet, all tuned"
 _DPT, _DEPTH, _VIDEO = "frozen, DPT", "frozen, linear readout", "frozen frames, temporal transformer"
 _INTERNVL = "InternVL's paper, table 4"
-_PAPER = "ViT-22B paper, from memory"
+_PAPER = "memory of the ViT-22B paper"
 _BENCHMARK = "model-vs-human's README"
 
 
@@ -70,7 +72,7 @@ def _human(**values: float) -> dict[str | tuple[str, str], float]:
 _PUBLISHED = (
     _Row("ViT-22B", _LINEAR, Mark.SECOND_HAND, _INTERNVL,
          {"imagenet": .895, "imagenet-real": .909, "imagenet-v2": .832, "imagenet-a": .838}),
-    _Row("ViT-22B", _LINEAR, Mark.SECOND_HAND, f"{_INTERNVL}; -R is remembered otherwise",
+    _Row("ViT-22B", _LINEAR, Mark.SECOND_HAND, f"{_INTERNVL} (imagenet-r: remembered otherwise)",
          {"imagenet-r": .874}),
     _Row("ViT-22B", _LINEAR, Mark.UNVERIFIED, _PAPER, {"objectnet": .743}),
     _Row("ViT-e/14", _LINEAR, Mark.UNVERIFIED, _PAPER, {"imagenet": .893}),
@@ -80,8 +82,8 @@ _PUBLISHED = (
     _Row("ViT-B/16", _LINEAR, Mark.UNVERIFIED, _PAPER, {"imagenet": .842}),
     _Row("ViT-B/32", _LINEAR, Mark.UNVERIFIED, _PAPER, {"imagenet": .802}),
     _Row("InternViT-6B", _LINEAR, Mark.CONFIRMED, "InternVL's linear_probing",
-         {"imagenet": .882, "imagenet-real": .904, "imagenet-v2": .799, "imagenet-a": .775, "imagenet-r": .898,
-          "imagenet-sketch": .691}),
+         {"imagenet": .882, "imagenet-real": .904, "imagenet-v2": .799, "imagenet-a": .775,
+          "imagenet-r": .898, "imagenet-sketch": .691}),
     _Row("DINOv3 ViT-L, fast recipe", _LINEAR, Mark.CONFIRMED, "dinov3's README", {"imagenet": .835}),
     _Row("DINOv3 ViT-L, fast recipe", _KNN, Mark.CONFIRMED, "dinov3's README", {"imagenet": .820}),
     _Row("ViT-22B", _LIT, Mark.CONFIRMED, "the papers of Perception Encoder and InternVL, Papers with Code",
@@ -163,7 +165,8 @@ def references_for(result: Result) -> list[Reference]:
             name, metric = place if isinstance(place, tuple) else (place, "top1")
             if own in beside and metric == result.metric and _bare(name) in ("", data):
                 same = own == beside[0]
-                found.append(Reference(row.model, row.protocol, value, row.mark, row.source, same))
+                heading = row.model if same and row.protocol in _BESIDE else f"{row.model}, {row.protocol}"
+                found.append(Reference(row.model, row.protocol, value, row.mark, row.source, heading, same))
     return found
 
 

@@ -61,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Models side by side; `references` are the headings of published models that some row has a number of."""
+    """Models side by side; `references` are the headings of published numbers that some row has."""
 
     models: tuple[str, ...]
     references: tuple[str, ...]
@@ -69,31 +69,35 @@ class Table:
     left_out: tuple[Skipped | Failed, ...]
 
     def markdown(self) -> str:
-        """Padded, so that it can be read as it is. Shares of images are in percent."""
-        shares = [is_share(row.result.metric) for row in self.rows]
-        lines = [
-            [
-                row.result.task,
-                row.result.data,
-                _heading(row.result, share),
-                row.settings,
-                _numbers_of_images(row),
-                *(_cell(cell, share, row.best()) for cell in row.cells),
-                *(_reference_cell(row.references.get(name), share) for name in self.references),
-            ]
-            for row, share in zip(self.rows, shares, strict=True)
-        ]
-        head = ["task", "data", "metric", "settings", "images", *self.models, *self.references]
-        has_settings = any(row.settings for row in self.rows)
-        shown = [[cell for i, cell in enumerate(line) if i != 3 or has_settings] for line in [head, *lines]]
-        parts = [_aligned(shown, text_columns=4 if has_settings else 3) if lines else "No results."]
-        return "\n\n".join([*parts, *filter(None, [_lines(self._legend()), _lines(self._left_out())])]) + "\n"
+        """Padded, so that it can be read as it is. Shares of images are in percent. Tasks with published
+        numbers have tables of their own, each with the columns that it needs."""
+        blocks = grouped(self.rows, lambda row: row.result.task if self._is_known(row.result.task) else "")
+        tables = [_aligned(self._lines(rows), text_columns=4) for rows in blocks.values()]
+        lists = ["\n".join(f"- {line}" for line in lines) for lines in (self._legend(), self._left_out())]
+        return "\n\n".join([*(tables or ["No results."]), *filter(None, lists)]) + "\n"
+
+    def _is_known(self, task: str) -> bool:
+        return any(row.references for row in self.rows if row.result.task == task)
+
+    def _lines(self, rows: Sequence[Row]) -> list[list[str]]:
+        """Heading and rows."""
+        names = [name for name in self.references if any(name in row.references for row in rows)]
+        headings = {name: r.heading for row in rows for name, r in row.references.items()}
+        head = ["task", "data", "metric", "settings", "n", *self.models, *(f"*{headings[n]}*" for n in names)]
+        lines = [head]
+        for row in rows:
+            share = is_share(row.result.metric)
+            cells = [_cell(cell, share, row.best()) for cell in row.cells]
+            known = [_reference_cell(row.references.get(name), share) for name in names]
+            what = [row.result.task, row.result.data, _metric(row.result, share), row.settings]
+            lines.append([*what, _numbers_of_images(row), *cells, *known])
+        return lines
 
     def csv(self) -> str:
         """Values as they are: shares, not in percent."""
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
-        kinds = ("", " stderr", " images", " bad", " limit")
+        kinds = ("", " stderr", " n", " bad", " limit")
         writer.writerow(
             [
                 *("task", "data", "metric", "settings", "higher_is_better"),
@@ -133,19 +137,22 @@ class Table:
             legend.append("? unverified: recalled, not seen in print.")
         if any(not reference.same_protocol for reference in known):
             legend.append(f"{_OTHER_PROTOCOL} by another protocol than the row's.")
-        for name in self.references:
-            sources = {row.references[name].source for row in self.rows if name in row.references}
-            legend.append(f"{name}: published, from {'; '.join(sorted(sources))}.")
+        if known:
+            legend.append("*Italics*: published numbers.")
+        for source, alike in grouped(known, lambda reference: reference.source).items():
+            models = dict.fromkeys(f"{reference.model} ({reference.protocol})" for reference in alike)
+            legend.append(f"From {source}: {', '.join(models)}.")
         return legend
 
     def _left_out(self) -> list[str]:
-        several = len({entry.model for entry in self.left_out} | set(self.models)) > 1
+        """What has no numbers, and why; the models are named where it is not all of them."""
+        everybody = {result.model for row in self.rows for result in row.found()}
         lines = []
-        for entry in self.left_out:
-            word, why = ("skipped", entry.reason) if isinstance(entry, Skipped) else ("failed", entry.error)
-            of = f" of {entry.model}" if entry.model and several else ""
-            data = f" on {entry.data}" if entry.data else ""
-            lines.append(f"{word}: {entry.task}{data}{of}: {' '.join(why.split())}")
+        for (kind, task, data, why), entries in grouped(self.left_out, _outcome).items():
+            models = dict.fromkeys(entry.model for entry in entries if entry.model)
+            of = f" of {', '.join(models)}" if models and not everybody <= set(models) else ""
+            on = f" on {data}" if data else ""
+            lines.append(f"{kind}: {task}{on}{of}: {' '.join(why.split())}")
         return lines
 
 
@@ -165,7 +172,9 @@ def table(files: Sequence[Recorded]) -> Table:
             first = pairs[0][1]
             known = {f"{r.model}, {r.protocol}": r for r in references_for(first)}
             rows.append(Row(first, settings, cells, known))
-    left_out = [entry for file in files for entry in (*file.skipped, *file.failed)]
+    left_out: list[Skipped | Failed] = []
+    for file in files:
+        left_out += [*file.skipped, *file.failed]
     return Table(
         tuple(model_names(models)),
         tuple(dict.fromkeys(name for row in rows for name in row.references)),
@@ -208,7 +217,13 @@ def is_share(metric: str) -> bool:
     return bool(_SHARE.search(metric)) and not _NO_SHARE.search(metric)
 
 
-def _heading(result: Result, share: bool) -> str:
+def _outcome(entry: Skipped | Failed) -> tuple[str, str, str, str]:
+    if isinstance(entry, Skipped):
+        return "skipped", entry.task, entry.data, entry.reason
+    return "failed", entry.task, entry.data, entry.error
+
+
+def _metric(result: Result, share: bool) -> str:
     return f"{result.metric}{', %' if share else ''}{'' if result.higher_is_better else ' ↓'}"
 
 
@@ -240,6 +255,8 @@ def _reference_cell(known: Reference | None, share: bool) -> str:
     if known is None:
         return ""
     digits = f"{100 * known.value:.4g}" if share else f"{known.value:.4g}"
+    if share and "." not in digits:
+        digits += ".0"
     return digits + _MARKS[known.mark] + ("" if known.same_protocol else f" {_OTHER_PROTOCOL}")
 
 
@@ -256,7 +273,3 @@ def _aligned(lines: Sequence[Sequence[str]], text_columns: int) -> str:
         for line in escaped
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], rule, *padded[1:]])
-
-
-def _lines(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
