@@ -39,6 +39,8 @@ class EvaluateConfig:
         tensor_parallel_size: ranks that share one copy of the model; must divide heads, mlp_dim and ranks.
         seed: fixes held-out images, few-shot images, corruptions and bootstraps.
         strict: exit with status 3 if a task was skipped for want of data.
+        crop_area: smallest and largest share of an image that the random crops of linear-sgd keep.
+        flip: whether linear-sgd mirrors half of the images.
         attribute: the attribute that the task celeba predicts.
         human: file or folder with the decisions of people (model-vs-human's csv) for the task shape-bias.
         quiet: print results and errors only.
@@ -59,6 +61,8 @@ class EvaluateConfig:
     tensor_parallel_size: int = 1
     seed: int = 0
     strict: bool = False
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    flip: bool = True
     attribute: Literal["Smiling", "Attractive"] = "Smiling"
     human: str = ""
     quiet: bool = False
@@ -70,6 +74,8 @@ class EvaluateConfig:
             raise ValueError(f"--limit and --seed cannot be negative, got {self.limit} and {self.seed}")
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"--workers cannot be negative, got {self.workers}")
+        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
+            raise ValueError(f"--crop_area must be two rising shares in (0, 1], got {list(self.crop_area)}")
         if not self.tasks.strip(", "):
             raise ValueError(
                 "--tasks names nothing to measure, e.g. --tasks knn,linear; see launch/evaluate.py ls"

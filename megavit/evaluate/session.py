@@ -7,17 +7,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from megavit.data.loader import Share
 from megavit.evaluate.cache import Pass, PassSettings, default_folder
 from megavit.evaluate.config import EvaluateConfig
 from megavit.evaluate.features import Features
-from megavit.evaluate.images import Bad
+from megavit.evaluate.images import Augment, Bad, Transform, load_batches
 from megavit.evaluate.model import POOLED, FrozenModel, chosen_layers
 from megavit.evaluate.sets.catalogue import CATALOGUE, Split
+from megavit.evaluate.sets.celeba import celeba
 from megavit.evaluate.sets.image_set import Adjust, ImageSet, MissingData
 from megavit.evaluate.sets.photo_patches import PHOTO_PATCHES, photo_patches
 from megavit.evaluate.sets.shards import OWN_LAYOUT, own_data
+from megavit.parallel.collectives import gather_from_tp
 
 
 class Session:
@@ -46,6 +52,8 @@ class Session:
         return self.limited(self._sets[key])
 
     def _read(self, data: str, split: Split) -> ImageSet:
+        if data == "celeba":
+            return celeba(self.config.data_root, split, target=self.config.attribute)
         if data:
             return CATALOGUE[data].open(self.config.data_root, split)
         found = own_data(self.config.data)
@@ -81,6 +89,30 @@ class Session:
     def pooled(self, images: ImageSet) -> Features:
         """What the model's classifier reads. Collective."""
         return self.features(images)[POOLED]
+
+    def augmented(
+        self, images: ImageSet, epochs: Sequence[Sequence[np.ndarray]]
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """This rank's share of each global batch of each epoch, randomly cropped: the features of the probes'
+        layers, float32 [b, D], and the class ids, int64 [b]; b may be 0. Nothing is kept. Collective."""
+        mesh, config = self.mesh, self.config
+        transform = Transform(self.model.preprocessing, images.adjust)
+        share = Share(tp_rank=mesh.tp_rank, tp_size=mesh.tp_size, local_size=mesh.local_size)
+        for epoch, batches in enumerate(epochs):
+            augment = Augment(config.crop_area, config.flip, config.seed, epoch)
+            mine = [batch[mesh.dp_rank :: mesh.dp_size] for batch in batches]
+            loaded = load_batches(images, transform, mine, share, config.workers, augment)
+            done, total = 0, sum(map(len, mine))
+            with self._bar(f"{images.name}, epoch {epoch + 1} of {len(epochs)}") as progress:
+                for batch in loaded:
+                    pixels = gather_from_tp(mesh, batch.pixels.to(mesh.device), 0)[: len(batch.rows)]
+                    parts = [
+                        self.model.features(some, self.layers) for some in pixels.split(config.batch_size)
+                    ]
+                    labels = torch.from_numpy(images.labels[batch.rows, 0])
+                    yield {layer: torch.cat([part[layer] for part in parts]) for layer in self.layers}, labels
+                    done += len(batch.rows)
+                    progress(done, total)
 
     def _compute(self, images: ImageSet, layers: Sequence[str]) -> dict[str, Features]:
         started = time.perf_counter()

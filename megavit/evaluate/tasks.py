@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from megavit.evaluate.config import EvaluateConfig
+from megavit.evaluate.features import Features
 from megavit.evaluate.protocols.calibration import calibration
 from megavit.evaluate.protocols.classify import classify
-from megavit.evaluate.protocols.corruption import corruption_error
+from megavit.evaluate.protocols.corruption import corrupted, imagenet_c, outcome
+from megavit.evaluate.protocols.fairness import CAVEAT, fairness
 from megavit.evaluate.protocols.fewshot import fewshot
 from megavit.evaluate.protocols.knn import knn
-from megavit.evaluate.protocols.linear import LinearProbe, fit
+from megavit.evaluate.protocols.linear import fit
 from megavit.evaluate.protocols.multi_label import mean_average_precision
 from megavit.evaluate.protocols.ood import ood
-from megavit.evaluate.protocols.scores import Scores, score
+from megavit.evaluate.protocols.probe import LinearProbe
+from megavit.evaluate.protocols.rows import held_out_tenth
+from megavit.evaluate.protocols.scores import Link, Scores, score
 from megavit.evaluate.protocols.selective import selective
+from megavit.evaluate.protocols.sgd import BATCH, EPOCHS, RATES, choose, epoch_batches, train_heads
+from megavit.evaluate.protocols.shape_bias import shape_bias
 from megavit.evaluate.results import Measurement
 from megavit.evaluate.session import Session
-from megavit.evaluate.sets.image_set import ImageSet
+from megavit.evaluate.sets.catalogue import CATALOGUE, describe, find
+from megavit.evaluate.sets.cue_conflict import CATEGORIES, category_members
+from megavit.evaluate.sets.image_set import ImageSet, MissingData
+from megavit.evaluate.sets.imagenet_classes import NUM_CLASSES
+from megavit.evaluate.sets.imagenet_variants import CORRUPTIONS, SEVERITIES, imagenet_c_parts
 from megavit.evaluate.spaces import in_classes_of
+from megavit.fields import nearest
 
-OWN = "data"  # the data set of --data
+OWN = ""  # the data set of --data
+IMAGENET_C = "imagenet-c"
 
 
 class Found(NamedTuple):
@@ -78,26 +93,36 @@ def _selective(session: Session, data: str) -> Iterator[Found]:
 
 
 def _linear(session: Session, data: str) -> Iterator[Found]:
-    train = session.open(data, "train")
+    train = session.probe_features(session.open(data, "train"))
     tests = _tests(session, data)
-    for layer, features in session.probe_features(train).items():
+    for layer, features in train.items():
         probe, settings = fit(features, seed=session.config.seed)
         yield from _probed(session, tests, layer, probe, settings)
 
 
 def _linear_sgd(session: Session, data: str) -> Iterator[Found]:
-    train = session.open(data, "train")
+    images, config = session.open(data, "train"), session.config
     tests = _tests(session, data)
-    for layer, (probe, settings) in train_heads(session, train).items():
-        yield from _probed(session, tests, layer, probe, settings)
+    train = session.probe_features(images)
+    first = next(iter(train.values()))
+    rows, held = held_out_tenth(first, config.seed)
+    batches = [epoch_batches(rows, BATCH, config.seed, epoch) for epoch in range(EPOCHS)]
+    steps = sum(map(len, batches))
+    heads = train_heads(
+        session.augmented(images, batches),
+        session.mesh,
+        {layer: features.dim for layer, features in train.items()},
+        len(images.class_names),
+        steps,
+        seed=config.seed,
+    )
+    layer, probe, settings = choose(heads, train, held, RATES)
+    more = {"epochs": EPOCHS, "batch": BATCH, "crop_area": config.crop_area, "flip": config.flip}
+    yield from _probed(session, tests, layer, probe, {**settings, **more})
 
 
 def _probed(
-    session: Session,
-    tests: list[ImageSet],
-    layer: str,
-    probe: LinearProbe,
-    settings: Mapping[str, Any],
+    session: Session, tests: Sequence[ImageSet], layer: str, probe: LinearProbe, settings: Mapping[str, Any]
 ) -> Iterator[Found]:
     """The accuracy of a probe on each of the test sets."""
     for images in tests:
@@ -108,56 +133,99 @@ def _probed(
 
 
 def _knn(session: Session, data: str) -> Iterator[Found]:
-    train = session.probe_features(session.open(data, "train"))
-    tests = _tests(session, data)
-    for layer, features in train.items():
-        for images in tests:
-            yield from _with_layer(knn(features, session.probe_features(images)[layer]), layer, images)
+    yield from _on_layers(session, data, knn)
 
 
 def _fewshot(session: Session, data: str) -> Iterator[Found]:
+    yield from _on_layers(session, data, fewshot)
+
+
+def _on_layers(
+    session: Session, data: str, protocol: Callable[[Features, list[Features]], Iterator[Measurement]]
+) -> Iterator[Found]:
+    """A protocol that learns from the training images, on each layer and test set."""
     train = session.probe_features(session.open(data, "train"))
-    tests = _tests(session, data)
+    tests = {images.name: images for images in _tests(session, data)}
     for layer, features in train.items():
-        for images in tests:
-            yield from _with_layer(fewshot(features, session.probe_features(images)[layer]), layer, images)
-
-
-def _with_layer(found: Iterator[Measurement], layer: str, images: ImageSet) -> Iterator[Found]:
-    for one in found:
-        yield Found(dataclasses.replace(one, settings={**one.settings, "layer": layer}), images)
+        asked = [session.probe_features(images)[layer] for images in tests.values()]
+        for found in protocol(features, asked):
+            settings = {**found.settings, "layer": layer}
+            yield Found(dataclasses.replace(found, settings=settings), tests[found.data])
 
 
 def _ood(session: Session, data: str) -> Iterator[Found]:
     inside, outside = session.open(data, "test"), session.outside()
+    train = None
     try:
         train = session.pooled(session.open(data, "train"))
     except MissingData as error:  # the distances need it, the scores of the classifier do not
         session.say(f"note: no distances to training images: {error}")
-        train = None
-    has_classes = bool(session.model.num_classes)
     found = ood(
         session.pooled(inside),
         session.pooled(outside),
         train=train,
-        logits_of=session.model.logits if has_classes else None,
+        logits_of=session.model.logits if session.model.num_classes else None,
     )
     for one in found:
         yield Found(dataclasses.replace(one, data=f"{inside.name} / {outside.name}"), inside)
 
 
 def _corruption(session: Session, data: str) -> Iterator[Found]:
-    """The 15 corruptions made on the fly."""
     clean, scores = _scored(session, data)
-    accuracy = {}
+    parts = {}
     for name in CORRUPTIONS:
-        rows = []
         for severity in SEVERITIES:
             images = clean.adjusted(dataclasses.replace(clean.adjust, corruption=name, severity=severity))
-            rows.append(score(session.pooled(images), session.model.logits, scores.link))
-        accuracy[name] = rows
-    for one in corruption_error(scores, accuracy):
-        yield Found(one, clean)
+            parts[name, severity] = outcome(_score_head(session, images))
+    for found in corrupted(parts, outcome(scores)):
+        yield Found(found, clean)
+
+
+def _imagenet_c(session: Session, data: str) -> Iterator[Found]:
+    available = session.mesh.on_main(lambda: imagenet_c_parts(session.config.data_root))
+    parts = {}
+    for name, severity in available:
+        images = in_classes_of(session.model, session.open(f"{IMAGENET_C}/{name}/{severity}", "test"))
+        parts[name, severity] = outcome(_score_head(session, images))
+    clean = None
+    try:
+        clean = outcome(_scored(session, "imagenet")[1])
+    except MissingData as error:
+        session.say(f"note: no relative mCE: {error}")
+    for found in imagenet_c(parts, clean):
+        yield Found(dataclasses.replace(found, data=IMAGENET_C), images)
+
+
+def _shape_bias(session: Session, data: str) -> Iterator[Found]:
+    images = session.open(data, "test")
+    if session.model.num_classes != NUM_CLASSES:
+        raise ValueError(
+            f"shape bias takes a classifier of ImageNet's {NUM_CLASSES} classes, which are gathered in 16 "
+            f"categories; {session.model.name} has {session.model.num_classes}"
+        )
+    categories = dict(zip(CATEGORIES, category_members(), strict=True))
+    people = Path(session.config.human) if session.config.human else None
+    for found in shape_bias(session.pooled(images), session.model.logits, categories, people):
+        yield Found(found, images)
+
+
+def _fairness(session: Session, data: str) -> Iterator[Found]:
+    train, images = session.open(data, "train"), session.open(data, "test")
+    for layer, features in session.probe_features(train).items():
+        probe, settings = fit(features, seed=session.config.seed)
+        scores = score(session.probe_features(images)[layer], probe, "softmax")
+        found = fairness(
+            scores.predicted,
+            images.labels[:, 0],
+            images.groups["Male"],
+            target_name=session.config.attribute,
+            group_name="Male",
+        )
+        for one in found:
+            yield Found(
+                dataclasses.replace(one, settings={**settings, **one.settings, "layer": layer}), images
+            )
+    session.say(CAVEAT)
 
 
 def _tests(session: Session, data: str) -> list[ImageSet]:
@@ -174,9 +242,13 @@ def _tests(session: Session, data: str) -> list[ImageSet]:
 def _scored(session: Session, data: str) -> tuple[ImageSet, Scores]:
     """The test images of a set with the model's classes as labels, and what its classifier says of them."""
     images = in_classes_of(session.model, session.open(data, "test"))
+    return images, _score_head(session, images)
+
+
+def _score_head(session: Session, images: ImageSet) -> Scores:
     # Softmax also for a model that was trained with sigmoids, as is the custom where models are compared.
     link: Link = "sigmoid" if images.right == "all" else "softmax"
-    return images, score(session.pooled(images), session.model.logits, link)
+    return score(session.pooled(images), session.model.logits, link)
 
 
 _IMAGENET = ("imagenet-real", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet")
@@ -192,15 +264,60 @@ PROTOCOLS = {
     "selective": Protocol("risk and coverage of the model's own classifier", _selective),
     "corruption": Protocol("accuracy under 15 corruptions made on the fly", _corruption),
     "ood": Protocol("telling the test images from others (--ood)", _ood),
-    "imagenet-c": Protocol("mean corruption error against AlexNet", _imagenet_c),
+    IMAGENET_C: Protocol("mean corruption error against AlexNet", _imagenet_c),
     "shape-bias": Protocol("shape or texture, on cue-conflict images", _shape_bias),
     "fairness": Protocol("accuracy and positive rate by group", _fairness),
 }
-# How a set is measured if only its name is given.
+# How a set is measured if only its name is given; the others by the model's own classifier.
 _USUAL = {
     "cifar10": "linear",
     "cifar100": "linear",
     "celeba": "fairness",
     "cue-conflict": "shape-bias",
-    "imagenet-c": "imagenet-c",
+    IMAGENET_C: IMAGENET_C,
 }
+_SETS = (*(name for name in CATALOGUE if "/" not in name), IMAGENET_C)
+_OF_ONE_SET = {protocol: name for name, protocol in _USUAL.items() if protocol != "linear"}
+
+
+def parse_tasks(config: EvaluateConfig) -> list[Task]:
+    """The tasks that `--tasks` names. ValueError for an unknown one, and for one whose --data or --data_root
+    is not given."""
+    found = []
+    for name in dict.fromkeys(word.strip() for word in config.tasks.split(",") if word.strip()):
+        first, colon, data = name.partition(":")
+        if not colon and first in _SETS:
+            first, data = _USUAL.get(first, "head"), first
+        elif not colon:
+            data = _OF_ONE_SET.get(first, OWN)
+        if first not in PROTOCOLS:
+            known = (*PROTOCOLS, *_SETS)
+            raise ValueError(
+                f"--tasks: {name!r} is unknown{nearest(first, known)}; protocols are {', '.join(PROTOCOLS)}, "
+                f"data sets {', '.join(_SETS)}, and knn:imagenet is both"
+            )
+        if data != OWN and data not in _SETS:
+            raise ValueError(f"--tasks: {name!r} has no data set {data!r}{nearest(data, _SETS)}")
+        if data == OWN and not config.data:
+            raise ValueError(
+                f"--tasks: {name} needs --data DIR, or a set: {name}:imagenet with --data_root DIR"
+            )
+        if data != OWN and not config.data_root:
+            raise ValueError(f"--tasks: {name} needs --data_root DIR, the folder of {data}")
+        found.append(Task(name, PROTOCOLS[first], data))
+    return found
+
+
+def listing(data_root: Path | None) -> list[str]:
+    """Every protocol and data set, and, with a data root, whether its data are there."""
+    lines = ["Protocols, on --data, or on a set as PROTOCOL:SET:"]
+    lines += [f"  {name:12} {protocol.title}" for name, protocol in PROTOCOLS.items()]
+    lines += ["", "Data sets below --data_root, which alone stand for their usual protocol:"]
+    if data_root is not None:
+        return [*lines, describe(find(data_root))]
+    for name in _SETS:
+        origin = CATALOGUE[f"{IMAGENET_C}/{CORRUPTIONS[0]}/1" if name == IMAGENET_C else name].origin
+        layout = origin.layout.replace("\n", "\n" + " " * 18)
+        lines += [f"  {name:16}{_USUAL.get(name, 'head')}: {origin.title}", f"{'':18}{layout}"]
+        lines.append(f"{'':18}{origin.source} ({origin.terms}), {origin.size}")
+    return lines
