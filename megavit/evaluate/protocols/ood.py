@@ -19,7 +19,7 @@ Letters: n images, m rows of a piece, D width of the features, C classes of the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -55,35 +55,42 @@ def ood(
         outside: of a set of another one; its labels are not looked at.
         train: of the training set with its labels, for the distances; None leaves these out.
         logits_of: the classifier, for msp, max_logit and energy, over all its classes; None leaves them out.
+            One of the two is needed.
         link: what makes the probabilities of msp.
         k: which neighbour.
 
     Collective. Cost of the distances: D^2 float64, C x D float64, and the training features once for every
-    piece of either set.
+    piece of either set. Cost of the standard errors: 10 s on a core for 100,000 images and six detectors.
     """
-    pair: list[Detectors] = [{}, {}]
-    settings: dict[str, dict[str, object]] = {}
-    if logits_of is not None:
-        for features, detectors in zip((inside, outside), pair, strict=True):
-            detectors |= _of_logits(features, logits_of, link)
-        settings["msp"] = {"link": link}
-    if train is not None:
-        gaussian = fit_gaussian(train)
-        for features, detectors in zip((inside, outside), pair, strict=True):
-            detectors |= gaussian.detectors(features)
-            detectors["knn"] = kth_similarity(train, features, k)
-        settings["knn"] = {"k": min(k, len(train.usable))}
+    sizes = len(inside.usable), len(outside.usable)
+    if not all(sizes):
+        raise ValueError(
+            f"{inside.set.name} has {sizes[0]} and {outside.set.name} {sizes[1]} readable images; detection "
+            "needs both"
+        )
+    gaussian = None if train is None else fit_gaussian(train)
+    pair: list[Detectors] = []
+    for features in (inside, outside):
+        found = {} if logits_of is None else _of_logits(features, logits_of, link)
+        if gaussian is not None and train is not None:
+            found |= {**gaussian.detectors(features), "knn": kth_similarity(train, features, k)}
+        pair.append(found)
     given, bad = len(inside.bad) + len(outside.bad), int(inside.bad.sum() + outside.bad.sum())
-    count = Count(given, given - bad, bad)
-    common = {
+    settings = {
         "inside": inside.set.name,
         "outside": outside.set.name,
-        "images_inside": len(inside.usable),
-        "images_outside": len(outside.usable),
+        "images_inside": sizes[0],
+        "images_outside": sizes[1],
         "positive": "in-distribution",
     }
-    for name, values in pair[0].items():
-        yield from _measure(name, values, pair[1][name], count, common | settings.get(name, {}))
+    more: dict[str, dict[str, object]] = {"msp": {"link": link}}
+    if train is not None:
+        more["knn"] = {"k": min(k, len(train.usable))}
+    for measured in _measure(*pair):
+        detector = measured.metric.partition("_")[2]
+        yield replace(
+            measured, count=Count(given, sum(sizes), bad), settings=settings | more.get(detector, {})
+        )
 
 
 def _of_logits(features: Features, logits_of: LogitsOf, link: Link) -> Detectors:
@@ -220,23 +227,18 @@ class Curve:
         return np.array([roc, average, share_false[np.argmax(20 * hits >= 19 * hits[-1])]])
 
 
-def _measure(
-    name: str, inside: np.ndarray, outside: np.ndarray, count: Count, settings: dict[str, object]
-) -> Iterator[Measurement]:
-    if not len(inside) or not len(outside):
-        raise ValueError(
-            f"{settings['inside']} has {len(inside)} and {settings['outside']} {len(outside)} readable "
-            "images; detection needs both"
-        )
-    curve = Curve(inside, outside)
-    values = curve.numbers(np.ones(len(inside), int), np.ones(len(outside), int))
-    errors = standard_error.bootstrap(curve.numbers, len(inside), len(outside))
-    for metric, value, error in zip(("auroc", "aupr", "fpr95"), values, errors, strict=True):
-        yield Measurement(
-            f"{metric}_{name}",
-            float(value),
-            count,
-            float(error),
-            higher_is_better=metric != "fpr95",
-            settings=settings,
-        )
+def _measure(inside: Detectors, outside: Detectors) -> Iterator[Measurement]:
+    """The three numbers of each detector, still without count and settings. The same images are drawn for all
+    detectors' standard errors."""
+    curves = [Curve(inside[name], outside[name]) for name in inside]
+    sizes = [len(next(iter(side.values()))) for side in (inside, outside)]
+
+    def numbers(*drawn: np.ndarray) -> np.ndarray:
+        return np.concatenate([curve.numbers(*drawn) for curve in curves])
+
+    metrics = [f"{metric}_{name}" for name in inside for metric in ("auroc", "aupr", "fpr95")]
+    values = numbers(*(np.ones(n, int) for n in sizes))
+    errors = standard_error.bootstrap(numbers, *sizes)
+    for metric, value, error in zip(metrics, values, errors, strict=True):
+        better = not metric.startswith("fpr95")
+        yield Measurement(metric, float(value), Count(0, 0, 0), float(error), higher_is_better=better)

@@ -109,9 +109,9 @@ def test_what_cannot_be_scored_is_said() -> None:
         score(features_of(z, np.array([0, 1, 2, 1])), lambda values: values, "softmax")
 
 
-def everything() -> list[Measurement]:
+def everything(tp_size: int) -> list[Measurement]:
     """All protocols of this folder on this rank's share of one problem."""
-    mesh = Mesh.from_environment()
+    mesh = Mesh.from_environment(tp_size)
     random = np.random.default_rng(3)
     head = torch.from_numpy(random.normal(size=(6, 9)).astype(np.float32))
     centres = random.normal(size=(9, 6)) * 2
@@ -144,10 +144,10 @@ def everything() -> list[Measurement]:
 def test_the_same_at_any_number_of_ranks() -> None:
     """Catches rows counted twice or lost, sums over the wrong ranks, a rank without rows that hangs or
     divides by zero, and numbers that depend on how the rows are shared out."""
-    alone = run_ranks(1, everything)[0]
+    alone = run_ranks(1, everything, 1)[0]
     assert len(alone) == 2 + 6 + 6 + 18 + 1 + 3
-    for count in (2, 3, 4):
-        for rank in run_ranks(count, everything):
+    for count, tp_size in ((2, 1), (3, 1), (4, 1), (4, 2)):
+        for rank in run_ranks(count, everything, tp_size):
             for one, many in zip(alone, rank, strict=True):
                 assert (one.metric, one.count) == (many.metric, many.count)
                 assert many.value == pytest.approx(one.value, abs=1e-5), one.metric
