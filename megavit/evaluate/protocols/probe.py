@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 from torch import Tensor
+
+# The logit of a class that did not occur in training: far below all others, but finite, as scores want it.
+_NEVER = -1e6
 
 
 class LinearProbe(NamedTuple):
     """weight [C, D] and bias [C], over all classes of the label space, the same on every rank.
 
-    A class that did not occur in training has bias -inf: it is never predicted.
+    A class that did not occur in training has weight 0 and bias -1e6: it is not predicted.
     """
 
     weight: Tensor
@@ -25,6 +27,6 @@ class LinearProbe(NamedTuple):
     def over_space(weight: Tensor, bias: Tensor, classes: Tensor, num_classes: int) -> LinearProbe:
         """From weight [K, D] and bias [K] of the classes, int64 [K], that occur."""
         whole_weight = weight.new_zeros(num_classes, weight.shape[1])
-        whole_bias = bias.new_full((num_classes,), -math.inf)
+        whole_bias = bias.new_full((num_classes,), _NEVER)
         whole_weight[classes], whole_bias[classes] = weight, bias
         return LinearProbe(whole_weight, whole_bias)
