@@ -170,6 +170,25 @@ def max_over_world(mesh: Mesh, local: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def gather_over_world(mesh: Mesh, local: Tensor) -> Tensor:
+    """Every rank's tensor (of one shape), stacked in rank order: [world_size, ...]; carries no gradient."""
+    if mesh.world_size == 1:
+        return local[None]
+    pieces = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(mesh.world_size)]
+    dist.all_gather(pieces, local.contiguous())
+    return torch.stack(pieces)
+
+
+@torch.no_grad()
+def broadcast_over_world(mesh: Mesh, local: Tensor) -> Tensor:
+    """The main rank's tensor, in memory of its own; carries no gradient."""
+    result = local.clone()
+    if mesh.world_size > 1:
+        dist.broadcast(result, src=0)
+    return result
+
+
+@torch.no_grad()
 def broadcast_over_tp(mesh: Mesh, local: Tensor) -> Tensor:
     """TP rank 0's tensor, in memory of its own; carries no gradient."""
     result = local.clone()
