@@ -16,7 +16,7 @@ import numpy as np
 
 from megavit.evaluate.corruption_filters import SIDE, filtered, fractal, gaussian, resized, streak
 
-_LUMA = np.float32([0.299, 0.587, 0.114])
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 # Mean colour and contrast (standard deviation of the brightness) of five photographs of frosted glass, which
 # the authors' code lays over pictures.
 _FROSTS = (
@@ -41,8 +41,8 @@ class Snow(NamedTuple):
 
 
 class Spatter(NamedTuple):
-    """mean, std: of noise, which is then blurred by `blur`; above the threshold is liquid. strength: of water's
-    light, or how far the edge of mud is softened."""
+    """mean and std: of noise, which is then blurred by `blur`; above the threshold is liquid. strength: of
+    the light in water, or how far the edge of mud is softened."""
 
     mean: float
     std: float
@@ -56,7 +56,7 @@ def fog(x: np.ndarray, air: tuple[float, float], rng: np.random.Generator) -> np
     """A cloud is added, and the sum scaled back to the picture's brightest value."""
     strength, decay = air
     brightest = x.max()
-    cloud = fractal(len(x), decay, rng)[:, :, None]
+    cloud = resized(fractal(SIDE, decay, rng), len(x))[:, :, None]
     return (x + strength * cloud) * (brightest / (brightest + strength))
 
 
@@ -97,7 +97,7 @@ def _panes(side: int) -> list[np.ndarray]:
         ice = needles / needles.std() * (0.3 + fractal(2 * SIDE, 1.5, rng))
         ice += 2 * fractal(2 * SIDE, 1.7, rng)
         ice = (ice - ice.mean()) / ice.std() * contrast
-        panes.append(resized(ice[:, :, None] + np.float32(colour), 2 * side).clip(0, 1))
+        panes.append(resized(ice[:, :, None] + np.array(colour, np.float32), 2 * side).clip(0, 1))
     return panes
 
 
@@ -107,13 +107,13 @@ def spatter(x: np.ndarray, drops: Spatter, rng: np.random.Generator) -> np.ndarr
     liquid = gaussian(noise, drops.blur)
     if drops.mud:
         layer = gaussian((liquid > drops.threshold).astype(np.float32), drops.strength)
-        colour = np.float32([63, 42, 20]) / 255
+        colour = np.array([63, 42, 20], np.float32) / 255
         layer[layer < 0.8] = 0
     else:
         liquid[liquid < drops.threshold] = 0
-        layer = _relief(np.uint8(liquid.clip(0, 1) * 255))
+        layer = _relief((liquid.clip(0, 1) * 255).astype(np.uint8))
         layer *= drops.strength / max(float(layer.max()), 1e-6)
-        colour = np.float32([175, 238, 238]) / 255
+        colour = np.array([175, 238, 238], np.float32) / 255
     layer = resized(layer, len(x))[:, :, None]
     tint = colour if x.shape[2] == 3 else colour @ _LUMA
     return (x * (1 - layer) if drops.mud else x) + layer * tint
@@ -124,7 +124,7 @@ def _relief(liquid: np.ndarray) -> np.ndarray:
     edges = cv2.Canny(liquid, 50, 150)
     distance = np.minimum(cv2.distanceTransform(255 - edges, cv2.DIST_L2, 5), 20)
     even = cv2.equalizeHist(cv2.blur(distance, (3, 3)).astype(np.uint8))
-    emboss = np.float32([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])
+    emboss = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]], np.float32)
     light = cv2.blur(cv2.filter2D(even, cv2.CV_8U, emboss), (3, 3))
     return liquid.astype(np.float32) * light
 

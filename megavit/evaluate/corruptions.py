@@ -2,14 +2,14 @@
 
 Source of the method and of all constants: Hendrycks and Dietterich, "Benchmarking Neural Network Robustness
 to Common Corruptions and Perturbations" (2019, arXiv 1903.12261), and ImageNet-C/create_c/make_imagenet_c.py
-of github.com/hendrycks/robustness. They were chosen for pictures of 224 pixels. Here every length (radius of a
-blur, path of a movement, displacement, size of flakes) is multiplied by S / 224, so that a small picture
+of github.com/hendrycks/robustness. They were chosen for pictures of 224 pixels. Here every length (radius of
+a blur, path of a movement, displacement, size of flakes) is multiplied by S / 224, so that a small picture
 keeps its content; noise is drawn for each pixel at any size, and pixelate keeps its ratio.
 
 What differs from the published images, so that scores on them and on these are not to be mixed:
     they were saved as JPEG of quality 85; these are not compressed, and rounded to the nearest grey level;
-    frost lays photographs of frosted glass over the picture, which are not ours to give: here needles of ice
-    are drawn with the colours and contrasts of those photographs;
+    frost lays photographs of frosted glass over the picture, which do not come with this package: here
+    needles of ice are drawn with the colours and contrasts of those photographs;
     motion_blur and snow move by ImageMagick there, to the nearest pixel; here between pixels;
     zoom_blur zooms to the exact factor, not to a whole number of pixels.
 
@@ -46,15 +46,16 @@ def corrupt(pixels: np.ndarray, name: str, severity: int, seed: int) -> np.ndarr
         pixels: uint8 [S, S, C], C 1 or 3; it is not written to.
         name: one of CORRUPTIONS, by which mCE is defined, or of EXTRA.
         severity: 1 (weak) to 5.
-        seed: which noise; the picture's number in its set. The same seed, name and severity give the same
-            picture, whatever else was drawn.
+        seed: which noise; the picture's number in its set. The same arguments give the same picture, whatever
+            else was drawn. The severities of a picture share their draws, so that a curve over them shows the
+            severity and not the luck.
 
     ValueError for an unknown name or severity. Cost for 224 x 224 x 3: README.md of this folder.
     """
     check_corruption(name, severity)
     side, _, channels = pixels.shape
     assert pixels.dtype == np.uint8 and pixels.shape == (side, side, channels) and channels in (1, 3)
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode()), severity])
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     made = _MADE[name](pixels.astype(np.float32) / 255, _SEVERITIES[name][severity - 1], rng)
     return np.rint(made.clip(0, 1) * 255).astype(np.uint8)
 
@@ -130,7 +131,9 @@ def _zoom_blur(x: np.ndarray, zoom: tuple[float, float], rng: np.random.Generato
     total = x.copy()
     centre = (len(x) - 1) / 2
     for factor in factors:
-        inverse = np.array([[1 / factor, 0, centre - centre / factor], [0, 1 / factor, centre - centre / factor]])
+        inverse = np.array(
+            [[1 / factor, 0, centre - centre / factor], [0, 1 / factor, centre - centre / factor]]
+        )
         zoomed = cv2.warpAffine(x, inverse, x.shape[:2], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
         total += zoomed.reshape(x.shape)
     return total / (len(factors) + 1)
@@ -144,7 +147,7 @@ def _brightness(x: np.ndarray, more: float, rng: np.random.Generator) -> np.ndar
 
 
 def _contrast(x: np.ndarray, factor: float, rng: np.random.Generator) -> np.ndarray:
-    mean = x.mean((0, 1), keepdims=True)
+    mean = x.mean((0, 1), np.float64, keepdims=True)
     return (x - mean) * factor + mean
 
 
@@ -175,7 +178,9 @@ def _elastic_transform(
         places.astype(np.float32) + strength * scale * displacement(side, sigma, rng)
         for places in np.meshgrid(np.arange(side), np.arange(side))
     )
-    return cv2.remap(x, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT).reshape(side, side, -1)
+    return cv2.remap(x, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT).reshape(
+        side, side, -1
+    )
 
 
 def _pixelate(x: np.ndarray, ratio: float, rng: np.random.Generator) -> np.ndarray:
