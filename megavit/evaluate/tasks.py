@@ -203,7 +203,8 @@ def _shape_bias(session: Session, data: str) -> Iterator[Found]:
             f"shape bias takes a classifier of ImageNet's {NUM_CLASSES} classes, which are gathered in 16 "
             f"categories; {session.model.name} has {session.model.num_classes}"
         )
-    categories = dict(zip(CATEGORIES, category_members(), strict=True))
+    members = (ids.tolist() for ids in category_members())
+    categories = dict(zip(CATEGORIES, members, strict=True))
     people = Path(session.config.human) if session.config.human else None
     for found in shape_bias(session.pooled(images), session.model.logits, categories, people):
         yield Found(found, images)

@@ -7,7 +7,7 @@ the validation sets, each row on one data-parallel rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from megavit.data.cache import ShardCache
 from megavit.data.device import to_model_input
 from megavit.data.loader import Share
 from megavit.data.preprocessing import Preprocessing
-from megavit.evaluate.features import MemoryFeatures, Piece
+from megavit.evaluate.features import Features, MemoryFeatures, Piece
 from megavit.evaluate.images import Transform, load_batches
 from megavit.evaluate.model import POOLED, trunk_features
 from megavit.evaluate.protocols.fewshot import fewshot
@@ -34,7 +34,11 @@ from megavit.parallel.mesh import Mesh
 from megavit.train.config import RunConfig, plain_config
 from megavit.train.engine import Engine
 
-_PROTOCOLS = {"knn": knn, "fewshot": fewshot, "linear": linear}
+_PROTOCOLS: dict[str, Callable[[Features, list[Features]], Iterator[Measurement]]] = {
+    "knn": knn,
+    "fewshot": fewshot,
+    "linear": linear,
+}
 
 
 class Probes:

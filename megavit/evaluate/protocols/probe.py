@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -10,7 +10,8 @@ from torch import Tensor
 _NEVER = -1e6
 
 
-class LinearProbe(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class LinearProbe:
     """weight [C, D] and bias [C], over all classes of the label space, the same on every rank.
 
     A class that did not occur in training has weight 0 and bias -1e6: it is not predicted.
