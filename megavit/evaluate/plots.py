@@ -213,7 +213,8 @@ _PLOTS: dict[str, Callable[[Sequence[Named]], Any]] = {
 
 def _lines_over(named: Sequence[Named], setting: str) -> list[Line]:
     """A line of accuracy against a setting for each model, task, set, metric and other choices. A word
-    without a number (the layer `pooled`) has no place on the axis: it is a level beside the curve of its kind."""
+    without a number (the layer `pooled`) has no place on the axis: it is a level beside the same model's
+    curve."""
     found = [item for item in named if item.result.metric in _ACCURACY and setting in item.result.settings]
 
     def owner(item: Named) -> tuple[str, ...]:

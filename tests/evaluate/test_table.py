@@ -101,6 +101,15 @@ def test_what_was_found_does_not_make_a_row() -> None:
     assert [line[3] for line in lines[1:]] == ["temperature 0.5", "temperature 0.75"]
 
 
+def test_a_caveat_is_printed_once() -> None:
+    """Catches numbers of groups of people without what must be said beside them."""
+    caveat = {"caveat": "only to verify\na technical claim"}
+    found = of(
+        *(made(measured(name, settings=caveat), "celeba") for name in ("accuracy_gap", "accuracy_ratio"))
+    )
+    assert found.markdown().count("\n- only to verify a technical claim\n") == 1
+
+
 def test_images_and_what_was_left_out() -> None:
     """Catches a count of the images given in the place of those used, and reasons that break the list."""
     found = of(
