@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megavit.evaluate.results import Result
-from megavit.evaluate.results_file import scalars_of
+from megavit.evaluate.results_file import CHOICES, choices_of
 
 _Item = TypeVar("_Item")
 _Key = TypeVar("_Key")
-# What people think of first, where several settings tell the same results apart.
-_FIRST = ("layer", "k", "shots", "score", "corruption", "severity")
 _LAST = ("protocol", "transform")
 
 
@@ -33,29 +31,19 @@ def model_of(result: Result) -> tuple[str, str]:
     return result.model, result.checkpoint_digest
 
 
-def facts_of(result: Result) -> dict[str, str]:
-    """The settings, the protocol and the transform, in words."""
-    found = {name: _shown(value) for name, value in scalars_of(result.settings).items()}
-    return {**found, "protocol": result.protocol, "transform": result.transform}
-
-
 def tell_apart(results: Sequence[Result]) -> list[str]:
     """What names each result among others of the same task, set and metric: `k 10, layer pooled`, or nothing.
 
-    Named are the settings by which results of the *same* model differ, as few as will do. A setting in which
-    two models differ (the chosen weight decay, the transform) does not keep them out of one row.
+    Named are the choices by which results of the *same* model differ, as few as will do. A choice in which
+    two models differ (the transform) does not keep them out of one row. Settings that were found (the chosen
+    L2) are named only where one run of a task would have two results of one name.
     """
-    facts = [facts_of(result) for result in results]
+    facts = [_facts_of(result) for result in results]
     models = [model_of(result) for result in results]
-
-    def kinds(names: Sequence[str]) -> int:
-        return len({(model, _values(fact, names)) for model, fact in zip(models, facts, strict=True)})
-
-    names = _in_order(results, facts)
-    chosen: list[str] = []
-    for name in names:
-        if kinds(chosen) < kinds(names) and kinds([*chosen, name]) > kinds(chosen):
-            chosen.append(name)
+    runs = [(model_of(result), result.limit, result.seconds) for result in results]
+    everything = list(dict.fromkeys(name for fact in facts for name in fact))
+    chosen = _needed(_choices(results), facts, models, [])
+    chosen = _needed(everything, facts, runs, chosen)
     return [
         ", ".join(fact[name] if name in _LAST else f"{name} {fact[name]}" for name in chosen if name in fact)
         for fact in facts
@@ -79,20 +67,32 @@ def model_names(models: Sequence[tuple[str, str]]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} [{digest[:8]}]" for name, digest in models]
 
 
-def _in_order(results: Sequence[Result], facts: Sequence[Mapping[str, str]]) -> list[str]:
-    """All names of settings: the usual ones first, numbers with a point (found ones, often) late."""
-    points = {
-        name for result in results for name, value in result.settings.items() if isinstance(value, float)
-    }
-    names = list(dict.fromkeys(name for fact in facts for name in fact))
-    first = [name for name in _FIRST if name in names]
-    rest = [name for name in names if name not in (*_FIRST, *_LAST)]
-    return [*first, *sorted(rest, key=lambda name: name in points), *_LAST]
+def _needed(
+    names: Sequence[str], facts: Sequence[Mapping[str, str]], owners: Sequence[Any], chosen: list[str]
+) -> list[str]:
+    """`chosen` and as many of the names as it takes to tell the results of each owner apart."""
+    goal = _kinds(facts, owners, [*chosen, *names])
+    for name in names:
+        kinds = _kinds(facts, owners, chosen)
+        if kinds < goal and kinds < _kinds(facts, owners, [*chosen, name]):
+            chosen = [*chosen, name]
+    return chosen
 
 
-def _values(fact: Mapping[str, str], names: Sequence[str]) -> tuple[str | None, ...]:
-    return tuple(fact.get(name) for name in names)
+def _choices(results: Sequence[Result]) -> list[str]:
+    """The names of the choices in the settings, the usual ones first; the protocol and transform last."""
+    names = dict.fromkeys(name for result in results for name in choices_of(result.settings))
+    return [*(name for name in CHOICES if name in names), *(n for n in names if n not in CHOICES), *_LAST]
 
 
-def _shown(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _facts_of(result: Result) -> dict[str, str]:
+    """The settings of one number or word each, the protocol and the transform, in words."""
+    scalars = {n: value for n, value in result.settings.items() if not isinstance(value, list | dict)}
+    found = {n: f"{value:.4g}" if isinstance(value, float) else str(value) for n, value in scalars.items()}
+    return {**found, "protocol": result.protocol, "transform": result.transform}
+
+
+def _kinds(facts: Sequence[Mapping[str, str]], owners: Sequence[Any], names: Sequence[str]) -> int:
+    """How many results there are that differ in their owner or in these facts."""
+    pairs = zip(facts, owners, strict=True)
+    return len({(owner, *(fact.get(name) for name in names)) for fact, owner in pairs})

@@ -29,12 +29,14 @@ _Data = TypeVar("_Data")
 
 
 class Line(NamedTuple):
-    """A curve: its name and points, sorted by x; `error` is the standard error of y, 0 if there is none."""
+    """A curve: its name and points, sorted by x, or without any x a level; `error` is the standard error of
+    y, 0 if there is none; lines of one colour belong together."""
 
     name: str
     x: list[float]
     y: list[float]
     error: list[float]
+    color: int
 
 
 def draw_all(results: Sequence[Result], out: Path) -> list[Path]:
@@ -90,9 +92,9 @@ def fewshot(named: Sequence[Named]) -> Any:
         return None
     figure, axes = _figure(7, 4.5)
     axes.set_xscale("log")
-    _draw_lines(axes, lines)
     ticks = sorted({x for line in lines for x in line.x})
-    axes.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
+    axes.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)  # before it is drawn: one point has no range of its own
+    _draw_lines(axes, lines)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set(xlabel="training images a class", ylabel="accuracy, %", title="few-shot accuracy")
@@ -162,8 +164,8 @@ def risk_coverage(named: Sequence[Named]) -> Any:
     figure, axes = _figure(7, 4.5)
     names = _titles([item for item, _ in found])
     lines = [
-        Line(name, [100 * c for c, _ in curve], [100 * r for _, r in curve], [0.0] * len(curve))
-        for name, (_, curve) in zip(names, found, strict=True)
+        Line(name, [100 * c for c, _ in curve], [100 * r for _, r in curve], [0.0] * len(curve), number)
+        for number, (name, (_, curve)) in enumerate(zip(names, found, strict=True))
     ]
     _draw_lines(axes, lines, marker="o" if max(len(line.x) for line in lines) < 20 else "")
     axes.set(xlabel="coverage: images answered, %", ylabel="risk: errors among them, %", xlim=(0, 101))
@@ -210,34 +212,36 @@ _PLOTS: dict[str, Callable[[Sequence[Named]], Any]] = {
 
 
 def _lines_over(named: Sequence[Named], setting: str) -> list[Line]:
-    """A curve of accuracy against a setting for each model, task, set, metric and other settings."""
-    points = [
-        (item, x)
-        for item in named
-        if item.result.metric in _ACCURACY and (x := _position(item.result.settings.get(setting))) is not None
-    ]
+    """A line of accuracy against a setting for each model, task, set, metric and other choices. A word
+    without a number (the layer `pooled`) has no place on the axis: it is a level beside the same model's
+    curve."""
+    found = [item for item in named if item.result.metric in _ACCURACY and setting in item.result.settings]
 
-    def curve(point: tuple[Named, float]) -> tuple[str, ...]:
-        item = point[0]
+    def owner(item: Named) -> tuple[str, ...]:
         others = [part for part in item.settings.split(", ") if part and not part.startswith(f"{setting} ")]
-        kind = re.sub(r"\d+", "", str(item.result.settings[setting]))  # layers of several kinds
+        kind = re.sub(r"[^a-z ]", "", str(item.result.settings[setting]))  # layers of several kinds
         return item.model, item.result.task, item.result.data, item.result.metric, ", ".join(others), kind
 
-    curves = grouped(points, curve)
+    owners = grouped(found, owner)
+    placed = [key for key, items in owners.items() if _position(items[0], setting) is not None]
+    curves = list(dict.fromkeys(key[:-1] for key in placed))
+    shown = [key for key in owners if key[:-1] in curves]
     lines = []
-    for name, found in zip(short_names(list(curves)), curves.values(), strict=True):
-        ordered = sorted(found, key=lambda point: point[1])
-        values = [(x, 100 * item.result.value, 100 * (item.result.stderr or 0.0)) for item, x in ordered]
-        columns = zip(*values, strict=True)
-        lines.append(Line(name, *map(list, columns)))
+    for name, key in zip(short_names(shown), shown, strict=True):
+        results = sorted(owners[key], key=lambda item: _position(item, setting) or 0.0)
+        places = [place for item in results if (place := _position(item, setting)) is not None]
+        values = [100 * item.result.value for item in results]
+        errors = [100 * (item.result.stderr or 0.0) for item in results]
+        lines.append(Line(name, places, values, errors, curves.index(key[:-1])))
     return lines
 
 
-def _position(value: object) -> float | None:
-    """A number, or the one in a word like block7; None for a word without one."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+def _position(item: Named, setting: str) -> float | None:
+    """A number, or the one in a word like block.7; None for a word without one."""
+    value = item.result.settings[setting]
+    if isinstance(value, int | float):
         return float(value)
-    digits = re.search(r"\d+", value) if isinstance(value, str) else None
+    digits = re.search(r"\d+", str(value))
     return float(digits[0]) if digits else None
 
 
@@ -310,9 +314,12 @@ def _panels(count: int, width: float = 4.5, height: float = 4.5) -> tuple[Any, l
 
 def _draw_lines(axes: Any, lines: Iterable[Line], marker: str = "o") -> None:
     for line in lines:
-        axes.errorbar(
-            line.x, line.y, line.error if any(line.error) else None, marker=marker, capsize=2, label=line.name
-        )
+        color = f"C{line.color % 10}"
+        if line.x:
+            error = line.error if any(line.error) else None
+            axes.errorbar(line.x, line.y, error, marker=marker, capsize=2, label=line.name, color=color)
+        else:
+            axes.axhline(line.y[0], linestyle="--", label=line.name, color=color)
     axes.grid(alpha=0.3)
 
 

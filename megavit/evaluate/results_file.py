@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +14,11 @@ from megavit.evaluate.results import Failed, Result, Skipped
 from megavit.fields import as_type, shown
 
 RESULTS_FILE = "results.json"
+# Settings by which one protocol gives several results, in the order in which people think of them.
+CHOICES = ("layer", "k", "shots", "score", "corruption", "severity", "epochs", "views", "seed")
 _FORMAT = 1
 _FIX = "give the results.json that launch/evaluate.py --out DIR wrote"
 _DAMAGED = "move the file away and evaluate again: features that are in the cache are not computed again"
-# Floats closer than this, as a share, are one setting: one that was fitted or chosen differs in its last
-# digits at another number of ranks.
-_SAME_FLOAT = 1e-3
 _Entry = TypeVar("_Entry", Skipped, Failed)
 
 
@@ -35,9 +33,9 @@ class Recorded:
     def with_entries(self, *entries: Result | Skipped | Failed) -> Recorded:
         """With what a task has found, in the place of what is outdated by it.
 
-        A result replaces those of the same task, set, metric, weights, protocol, transform and settings. A
-        trial (`limit`) does not replace what all images gave. What was skipped or failed is forgotten once
-        the same task has another outcome.
+        A result replaces those of the same task, set, metric, weights, protocol, transform and choices (see
+        `choices_of`). A trial (`limit`) does not replace what all images gave. What was skipped or failed is
+        forgotten once the same task has another outcome.
         """
         new = [entry for entry in entries if isinstance(entry, Result)]
         kept = [old for old in self.results if not any(_replaces(entry, old) for entry in new)]
@@ -133,25 +131,18 @@ def _replaces(new: Result, old: Result) -> bool:
     names = ("task", "data", "metric", "checkpoint_digest", "protocol", "transform")
     same = all(getattr(new, name) == getattr(old, name) for name in names)
     is_trial_of_whole = new.limit is not None and old.limit is None
-    return same and not is_trial_of_whole and same_settings(new.settings, old.settings)
+    return same and not is_trial_of_whole and choices_of(new.settings) == choices_of(old.settings)
 
 
-def same_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two measurements were made with the same settings. Lists and tables among them are what was
-    found (a curve), and do not count."""
-    one, other = scalars_of(one), scalars_of(other)
-    return one.keys() == other.keys() and all(_is_same(one[name], other[name]) for name in one)
-
-
-def scalars_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are one number, word or flag each."""
-    return {name: value for name, value in settings.items() if not isinstance(value, list | dict)}
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=_SAME_FLOAT)
-    return one == other
+def choices_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that somebody chose: words, and the whole numbers named in `CHOICES`. Other numbers, flags
+    and tables were found or follow from the data, and differ a little each time: the L2 chosen on held-out
+    images, whether a fit converged, a curve."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if isinstance(value, str) or (name in CHOICES and type(value) is int)
+    }
 
 
 def _still(old: tuple[_Entry, ...], new: tuple[Result | Skipped | Failed, ...]) -> list[_Entry]:

@@ -26,9 +26,7 @@ from megavit.evaluate.results_file import Recorded, read_results
 
 _TRIAL, _OTHER_PROTOCOL = "†", "‡"
 _MARKS = {Mark.CONFIRMED: "", Mark.SECOND_HAND: " ~", Mark.UNVERIFIED: " ?"}
-_SHARE = re.compile(
-    r"top\d|accuracy|precision(?!_)|precision_at|miou|mce|fpr|(positive|error)_rate|shape_bias"
-)
+_SHARE = re.compile(r"top\d|accuracy|precision_at|miou|mce|fpr|(positive|error)_rate|shape_bias|_share|_drop")
 _NO_SHARE = re.compile(r"ratio")
 
 
@@ -128,6 +126,8 @@ class Table:
             legend.append("± is one standard error.")
         if any(row.best() is not None for row in self.rows):
             legend.append("Bold: the best of the row.")
+        for caveat in dict.fromkeys(str(r.settings["caveat"]) for r in found if "caveat" in r.settings):
+            legend.append(" ".join(caveat.split()))
         if limits:
             sizes = " or ".join(map(str, limits))
             legend.append(f"{_TRIAL} a trial, of at most {sizes} images a set (`--limit`): not to be quoted.")
@@ -193,9 +193,10 @@ def table_command(paths: Sequence[Path], out: Path | None = None) -> int:
         if out is not None and out.exists() and not out.is_dir():
             raise ValueError(f"--out {out} is a file; name a folder")
         made = table(files)
+        results = [result for file in files for result in file.results]
+        written = [] if out is None else write_table(made, results, out)
         print(made.markdown(), end="")
-        if out is not None:
-            written = write_table(made, [result for file in files for result in file.results], out)
+        if written:
             print(f"\nwrote {', '.join(map(str, written))}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -88,6 +88,28 @@ def test_the_newest_of_a_kind_is_shown() -> None:
     assert lines[1][5:] == ["50.00 ± 1.15"]
 
 
+def test_what_was_found_does_not_make_a_row() -> None:
+    """Catches a trial, or another run, in a row of its own because its L2 was another; and two results of one
+    run that differ in nothing else, of which one is dropped."""
+    one = made(measured(value=0.5, settings={"l2": 1.0, "images": 90}), date="2026-02-01T00:00:00+00:00")
+    trial = made(measured(value=0.6, settings={"l2": 0.1, "images": 9}), limit=10, seconds=1.0)
+    again = made(measured(value=0.7, settings={"l2": 0.1, "images": 90}), seconds=2.0)
+    (lines,) = tables_of(of(one, trial, again).markdown())
+    assert [line[3:] for line in lines[1:]] == [["", "360", "70.00 ± 1.15"]]
+    both = [made(measured(value=v, settings={"temperature": v})) for v in (0.5, 0.75)]
+    (lines,) = tables_of(of(*both).markdown())
+    assert [line[3] for line in lines[1:]] == ["temperature 0.5", "temperature 0.75"]
+
+
+def test_a_caveat_is_printed_once() -> None:
+    """Catches numbers of groups of people without what must be said beside them."""
+    caveat = {"caveat": "only to verify\na technical claim"}
+    found = of(
+        *(made(measured(name, settings=caveat), "celeba") for name in ("accuracy_gap", "accuracy_ratio"))
+    )
+    assert found.markdown().count("\n- only to verify a technical claim\n") == 1
+
+
 def test_images_and_what_was_left_out() -> None:
     """Catches a count of the images given in the place of those used, and reasons that break the list."""
     found = of(
