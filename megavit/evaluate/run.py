@@ -17,6 +17,7 @@ from megavit.evaluate.sets.image_set import MissingData
 from megavit.evaluate.table import table, write_table
 from megavit.evaluate.tasks import Task
 from megavit.evaluate.tensorboard import write_scalars
+
 # from megavit.evaluate.timm_model import TimmModel
 from megavit.parallel.mesh import Mesh
 from megavit.train.logging.environment import device_name

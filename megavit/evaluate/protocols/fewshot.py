@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megavit.evaluate.features import Features
 from megavit.evaluate.protocols.probe import LinearProbe
-from megavit.evaluate.protocols.ranking import count_of, data_of, require_same_classes, score
+from megavit.evaluate.protocols.ranking import count_of, require_same_classes, score
 from megavit.evaluate.protocols.rows import Share, single_labels
 from megavit.evaluate.results import Measurement
 from megavit.parallel.collectives import sum_over_world
@@ -70,7 +70,7 @@ def fewshot(
                 found,
                 statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else None,
                 settings=settings | {"by_seed": each},
-                data=data_of(train, test),
+                data=test.set.name,
             )
 
 

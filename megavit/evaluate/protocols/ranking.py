@@ -87,11 +87,4 @@ def tops(
         if count.used and (k == 1 or choices > k):
             share = number / count.used
             stderr = math.sqrt(share * (1 - share) / count.used)
-            yield Measurement(
-                f"top{k}", share, count, stderr, settings=dict(settings), data=data_of(train, test)
-            )
-
-
-def data_of(train: Features, test: Features) -> str:
-    """The test set's name, where it is another data set than the one that was learnt."""
-    return "" if test.set.name == train.set.name else test.set.name
+            yield Measurement(f"top{k}", share, count, stderr, settings=dict(settings), data=test.set.name)
