@@ -81,7 +81,7 @@ def _ranked(logits: Tensor, link: Link) -> Tensor:
 def _key(classes: Tensor, scores: Tensor) -> Tensor:
     """int64 that orders by class, then by float32 score: a positive float's bits grow with it, a negative
     one's fall. Keys of class c lie in (c, c + 1) x 2^32."""
-    bits = (scores + 0.0).view(torch.int32).long()  # + 0.0: the two zeros are one score
+    bits = scores.view(torch.int32).long()  # the two zeros both become 0 below
     ordered = torch.where(bits < 0, -(_WORD >> 1) - bits, bits)
     return classes * _WORD + ordered + (_WORD >> 1)
 
