@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from megavit.evaluate.protocols.fewshot import fewshot
 from megavit.evaluate.protocols.knn import knn, nearest
@@ -24,35 +23,23 @@ from tests.ranks import run_ranks
 def measure(mesh: Mesh) -> list[Any]:
     """All numbers of all protocols, and some of what is behind them."""
     train, test = digits(mesh, train=211, test=97)
+    values, queries = train.take(train.usable), test.take(test.usable[:9])
+    train.take = train.everywhere = None  # type: ignore[method-assign,assignment]
     found = [*knn(train, [test], ks=(5, 300)), *fewshot(train, [test], shots=(2, 25), seeds=(0, 1))]
-    found += linear(train, [test], c_values=(1e-4, 1e-2, 1.0))
-    values = train.take(train.usable)
+    found += linear(train, [test], c_values=(1e-4, 1e-2))
     kept, held = held_out_tenth(train)
-    batches = [rows for epoch in range(4) for rows in epoch_batches(kept, 23, 0, epoch)]
-    own = (rows[mesh.dp_rank :: mesh.dp_size] for rows in batches)
+    batches = epoch_batches(kept, 3, 0, 0)
+    own = (rows[mesh.dp_rank :: mesh.dp_size] for rows in batches)  # the last of four ranks has none
     stream = (({"pooled": values[rows]}, torch.from_numpy(train.labels[rows, 0])) for rows in own)
-    found += sgd(stream, len(batches), 23, {"pooled": train}, [{"pooled": test}], held)
-    probe, _ = fit(train, (1e-3,))
-    similarities, rows = nearest(train, test.take(test.usable[:9]), 30)
+    found += sgd(stream, len(batches), 3, {"pooled": train}, [{"pooled": test}], held)
+    probe, _ = fit(train, (1e-4,))
+    similarities, rows = nearest(train, queries, 30)
     numbers = [(m.metric, m.value, m.stderr, m.count, dict(m.settings)) for m in found]
     return [*numbers, probe.weight.tolist(), similarities.tolist(), rows.tolist()]
 
 
-def measure_on(tp_size: int) -> tuple[list[Any], int]:
-    """The same over a mesh of these ranks, and the largest number of elements that a collective moved."""
-    mesh, largest = Mesh.from_environment(tp_size), 0
-    real = dist.all_gather
-
-    def gather(tensors: Any, tensor: torch.Tensor, **rest: Any) -> Any:
-        nonlocal largest
-        largest = max(largest, tensor.numel())
-        return real(tensors, tensor, **rest)
-
-    dist.all_gather = gather
-    try:
-        return measure(mesh), largest
-    finally:
-        dist.all_gather = real
+def measure_on(tp_size: int) -> list[Any]:
+    return measure(Mesh.from_environment(tp_size))
 
 
 @cache
@@ -79,12 +66,11 @@ def assert_close(one: Any, other: Any) -> None:
 def test_same_results_on_any_ranks(ranks: int, tp_size: int) -> None:
     """Catches rows that are counted twice or not at all, a rank without rows that waits or crashes, a mean
     of the ranks' means, shots, held-out rows or ties that depend on who holds them, ranks of which each
-    finds another result, and training features that are gathered."""
+    finds another result, and training features that are brought together."""
     results = run_ranks(ranks, measure_on, tp_size)
-    for found, largest in results:
-        assert found == results[0][0]
-        assert_close(on_one(), found)
-        assert largest <= 97 * 211  # similarities of the neighbours; the features are 64 times as many
+    for found in results:
+        assert found == results[0]
+    assert_close(on_one(), results[0])
 
 
 def test_test_set_is_as_long_as_it_should_be() -> None:

@@ -60,7 +60,7 @@ def test_small_and_absent_classes() -> None:
     bad images among the chosen, and results that do not say so."""
     random = np.random.default_rng(0)
     labels = [0] * 8 + [2] * 3 + [3] * 8
-    values = random.standard_normal((19, 6)) + 3 * np.array(labels)[:, None]
+    values = random.standard_normal((19, 6)) + 5 * np.eye(4, 6)[labels]
     train = features(image_set(labels), values, bad=[0, 9])
     rows = choose_shots(train, 5, seed=0)
     assert np.bincount(np.array(labels)[rows]).tolist() == [5, 0, 2, 5] and not {0, 9} & set(rows)
