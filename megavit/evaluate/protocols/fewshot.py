@@ -5,8 +5,8 @@ that the bias is hardly regularised; the targets Y are +1 for the class and -1 f
 
     W = (X'X + l2 I)^-1 X'Y = X' (XX' + l2 I)^-1 Y,    l2 = 1024
 
-The smaller of the two matrices is the one that is solved. With l2 fixed this is a Cholesky factorisation, a
-tenth of the cost of the eigenvalues that a sweep over l2 would ask for, and the same W.
+The smaller of the two matrices is the one that is solved. Since l2 is fixed, a Cholesky factorisation does
+it: big_vision's eigenvalues, which serve a sweep over l2, give the same W at 7 times the cost (D = 2048).
 
 Letters: n chosen images, D width of the features, K classes that occur, C classes of the label space.
 """
@@ -63,6 +63,8 @@ def fewshot(
         }
         for test in tests:
             found = count_of(test)
+            if not found.used:
+                continue
             each = [number / found.used for number in score(test, probes)[0].tolist()]
             yield Measurement(
                 "top1",

@@ -19,7 +19,8 @@ from megavit.parallel.mesh import Mesh
 
 
 class Minimum(NamedTuple):
-    """Where the optimizer stopped, the same on every rank; `converged` unless `max_steps` stopped it."""
+    """Where the optimizer stopped, the same on every rank. It has not `converged` if it ran out of steps, or
+    found nothing smaller along the line although the gradient is above the tolerance."""
 
     point: Tensor
     value: float
@@ -64,5 +65,4 @@ def minimize_over_world(
         options={"maxiter": max_steps, "maxfun": 2 * max_steps, "gtol": gradient_tolerance, "ftol": 1e-14},
     )
     point = send(found.x, more=False).view(shape)
-    # Status 2: the line search finds nothing smaller in float64, so that this is the minimum.
-    return Minimum(point, *mesh.broadcast((float(found.fun), int(found.nit), found.status != 1)))
+    return Minimum(point, *mesh.broadcast((float(found.fun), int(found.nit), bool(found.success))))

@@ -61,9 +61,9 @@ def fit(
 ) -> tuple[LinearProbe, dict[str, Any]]:
     """The probe with the best C, and what was chosen: the same on every rank.
 
-    Equal accuracies on the held-out tenth are decided by its log-likelihood. Collective. A step is two
-    products of this rank's features with a matrix of K rows, in float64, and one all-reduce of K (D + 1)
-    numbers; the whole takes some 1000 to 2000 steps.
+    Equal accuracies on the held-out tenth are decided by its log-likelihood. Each fit of the sweep takes 100
+    steps at most. Collective. A step is two products of this rank's features with a matrix of K rows, in
+    float64, and one all-reduce of K (D + 1) numbers; the whole takes some 1500 to 2000 steps.
     """
     classes = np.unique(single_labels(train)[train.usable])
     fit_rows, held_rows = held_out_tenth(train, seed)

@@ -186,7 +186,7 @@ def _gradients(
         x = values[layer][part].to(mesh.device, torch.float32)
         errors = own(x).softmax(-1)  # [R, b, C]
         errors[:, torch.arange(len(targets), device=mesh.device), targets] -= 1
-        by_head = errors.transpose(1, 2).reshape(-1, len(x))  # [R C, b]
+        by_head = errors.transpose(1, 2).flatten(0, 1)  # [R C, b]
         torch.mm(by_head, x, out=pieces[2 * number].view(-1, x.shape[1]))
         torch.sum(by_head, 1, out=pieces[2 * number + 1])
     sums = sum_over_world(mesh, sums)
