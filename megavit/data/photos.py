@@ -47,6 +47,7 @@ class PhotoReader:
             preprocessing.antialias,
             max_pixels=_MAX_PIXELS,
             formats=_FORMATS,
+            interpolation=preprocessing.interpolation,
         )
 
     def load(self, photo: Photo) -> Tensor:
