@@ -15,7 +15,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -24,8 +24,6 @@ from PIL import Image
 
 from megavit.data.exif import UPRIGHT, Box, orientation, stored_box, turned, upright_size
 from megavit.data.images import FORMATS, DecodeError, check_pixels, open_image, pillow_errors
-
-Interpolation = Literal["bilinear", "bicubic"]
 
 _START, _END = b"\xff\xd8", b"\xff\xd9"  # first and last marker of a JPEG
 _PACKAGES = {"cv2": "opencv-python-headless", "nvidia.nvimgcodec": "nvidia-nvimgcodec-cu13"}
@@ -38,7 +36,6 @@ class Decoder:
     channels: 1 (grey) or 3 (RGB). size: S.
     antialias: average over the source pixels that an output pixel covers, as Pillow's BILINEAR does; without
     it, interpolate between the nearest four, which needs OpenCV.
-    interpolation: bilinear, or bicubic as Pillow's BICUBIC, for models of others; it needs antialias.
     backend: "full" decodes the whole JPEG; "region" only the crop, with nvImageCodec on the CPU. The pixels
     are the same. "region" saves 5 to 10% of the time, but sees no damage inside a JPEG except truncation: use
     it on shards whose checksums are verified. nvImageCodec writes to stderr when loaded and on damage.
@@ -53,7 +50,6 @@ class Decoder:
     backend: str = "full"
     max_pixels: int = 50_000_000
     formats: tuple[str, ...] = FORMATS
-    interpolation: Interpolation = "bilinear"
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -62,8 +58,6 @@ class Decoder:
             raise ValueError(f"size is {self.size}; it must be at least 1")
         if self.backend not in ("full", "region"):
             raise ValueError(f"backend is {self.backend!r}; it must be 'full' or 'region'")
-        if self.interpolation == "bicubic" and not self.antialias:
-            raise ValueError("interpolation is 'bicubic', which needs antialias=True")
         if not self.antialias:
             _require("cv2", "antialias=False")
         if self.backend == "region":
@@ -78,6 +72,14 @@ class Decoder:
         decode with antialias, 1.18 times without.
         """
         assert out.shape == (self.size, self.size, self.channels) and out.flags.c_contiguous
+        resize(self.crop(data, choose_box), self.antialias, out)
+
+    def load_image(self, image: Image.Image, choose_box: Callable[[int, int], Box], out: np.ndarray) -> None:
+        """`load` of an image that Pillow has opened already, of any format and size."""
+        resize(self.crop_image(image, choose_box), self.antialias, out)
+
+    def crop(self, data: bytes, choose_box: Callable[[int, int], Box]) -> np.ndarray:
+        """What `load` resizes: the pixels of the box, uint8 [H, W, C]."""
         turn = orientation(data)
 
         def box_in_file(width: int, height: int) -> Box:
@@ -86,14 +88,11 @@ class Decoder:
 
         decode = self._from_jpeg if data.startswith(_START) else self._from_pillow
         crop = decode(data, box_in_file)
-        if turn != UPRIGHT:
-            crop = turned(crop, turn)
-        resize(crop, self.antialias, out, self.interpolation)
+        return crop if turn == UPRIGHT else turned(crop, turn)
 
-    def load_image(self, image: Image.Image, choose_box: Callable[[int, int], Box], out: np.ndarray) -> None:
-        """`load` of an image that Pillow has opened already, of any format and size."""
-        crop = self._from_image(image, lambda *size: _inside(choose_box(*size), *size))
-        resize(crop, self.antialias, out, self.interpolation)
+    def crop_image(self, image: Image.Image, choose_box: Callable[[int, int], Box]) -> np.ndarray:
+        """`crop` of an image that Pillow has opened already."""
+        return self._from_image(image, lambda *size: _inside(choose_box(*size), *size))
 
     def _from_jpeg(self, data: bytes, choose_box: Callable[[int, int], Box]) -> np.ndarray:
         """uint8 [H, W, C], a view with the rows of the whole image where that was decoded."""
@@ -130,19 +129,17 @@ class Decoder:
         return pixels.reshape(*pixels.shape[:2], self.channels)
 
 
-def resize(
-    pixels: np.ndarray, antialias: bool, out: np.ndarray, interpolation: Interpolation = "bilinear"
-) -> None:
-    """uint8 or float32 [H, W, C] into `out` [S, S, C] of the same type; a copy if the sizes are equal."""
+def resize(pixels: np.ndarray, antialias: bool, out: np.ndarray) -> None:
+    """uint8 or float32 [H, W, C] into `out` [S, S, C] of the same type, bilinear; a copy if the sizes are
+    equal."""
     if pixels.shape == out.shape:
         out[:] = pixels
     elif antialias:
         # functional.interpolate returns planar memory for a batch of one, and making rows of that costs
         # as much as the resize. The operator below it writes to the row as it lies.
-        aten = torch.ops.aten
-        bicubic = interpolation == "bicubic"
-        operator = aten._upsample_bicubic2d_aa if bicubic else aten._upsample_bilinear2d_aa
-        operator.out(_planes(pixels), out.shape[:2], False, None, None, out=_planes(out))
+        torch.ops.aten._upsample_bilinear2d_aa.out(
+            _planes(pixels), out.shape[:2], False, None, None, out=_planes(out)
+        )
     else:
         _opencv().resize(pixels, out.shape[:2], dst=out)  # INTER_LINEAR
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from megavit.data.decode import Box, Decoder
+from megavit.data.decode import Box, Decoder, resize
 from megavit.data.geometry import eval_box
 from megavit.data.images import FORMATS, DecodeError, pillow_errors
 from megavit.data.preprocessing import Preprocessing
@@ -40,35 +40,58 @@ class PhotoReader:
     """
 
     def __init__(self, preprocessing: Preprocessing):
-        self._crop = preprocessing.crop
+        self._crop, self._bicubic = preprocessing.crop, preprocessing.interpolation == "bicubic"
         self._decoder = Decoder(
             preprocessing.channels,
             preprocessing.image_size,
             preprocessing.antialias,
             max_pixels=_MAX_PIXELS,
             formats=_FORMATS,
-            interpolation=preprocessing.interpolation,
         )
 
     def load(self, photo: Photo) -> Tensor:
         """uint8 [S, S, C]. ValueError, naming the file if there is one, for what is no photo; OSError for a
         file that cannot be read."""
-        size, channels = self._decoder.size, self._decoder.channels
-        row = np.empty((size, size, channels), np.uint8)
         if isinstance(photo, bytes):
-            self._decoder.load(photo, self._box, row)
+            crop = self._decoder.crop(photo, self._box)
         elif isinstance(photo, str | os.PathLike):
             path = Path(photo)
             try:
-                self._decoder.load(path.read_bytes(), self._box, row)
+                crop = self._decoder.crop(path.read_bytes(), self._box)
             except DecodeError as error:
                 raise DecodeError(f"{path}: {error}") from error
         else:
-            self._decoder.load_image(_image(photo), self._box, row)
+            crop = self._decoder.crop_image(_image(photo), self._box)
+        size, channels = self._decoder.size, self._decoder.channels
+        if self._bicubic:
+            return torch.from_numpy(bicubic_centre(crop, size, self._crop))
+        row = np.empty((size, size, channels), np.uint8)
+        resize(crop, self._decoder.antialias, row)
         return torch.from_numpy(row)
 
     def _box(self, width: int, height: int) -> Box:
+        if self._bicubic:  # it resizes before it crops
+            return 0, 0, width, height
         return eval_box(width, height, self._crop)
+
+
+def bicubic_centre(pixels: np.ndarray, size: int, crop: float) -> np.ndarray:
+    """The centre of a photo, uint8 [H, W, C] -> [S, S, C], as torchvision's and timm's transforms make it, to
+    the pixel: the whole is resized until its short side has S / crop pixels, and the middle is cut out."""
+    height, width, channels = pixels.shape
+    short = round(size / crop)
+    rows, columns = (int(short * side / min(height, width)) for side in (height, width))
+    top, left = round((rows - size) / 2), round((columns - size) / 2)
+    # Pillow reads beyond the box at its edges, as if it resized all.
+    box = (
+        left * width / columns,
+        top * height / rows,
+        min(width, (left + size) * width / columns),
+        min(height, (top + size) * height / rows),
+    )
+    image = Image.fromarray(pixels if channels == 3 else pixels[:, :, 0])
+    found = np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return found.reshape(size, size, channels)
 
 
 def one_by_one(photos: Photo | Iterable[Photo]) -> list[Photo]:

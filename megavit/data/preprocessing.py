@@ -30,7 +30,8 @@ class Preprocessing:
         image_size: pixels of a side of the input.
         channels: 1 (grey) or 3 (RGB).
         crop: share of the short side that the central square keeps, which is then resized to image_size.
-        interpolation: how it is resized, bilinear or bicubic; bicubic needs antialias.
+        interpolation: how it is resized: bilinear, or bicubic, with antialias, as torchvision and timm do
+            with Pillow.
         antialias: whether shrinking averages over the pixels that an output pixel covers.
         mean: of each channel, subtracted from pixels in [0, 1].
         std: of each channel, by which they are then divided.

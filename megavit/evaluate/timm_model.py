@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,20 +41,19 @@ class TimmModel:
         depth: blocks, or stages; 0 if timm cannot give their outputs.
     """
 
-    def __init__(self, model: nn.Module, spec: str, device: torch.device, dtype: torch.dtype):
-        """Use `open`. ValueError for a model whose transform or classifier is of no kind that is known here."""
+    def __init__(self, model: Any, spec: str, device: torch.device, dtype: torch.dtype):
+        """Use `open`. ValueError for a model with a transform or classifier of no kind that is known here."""
         random = spec.endswith(f"@{_RANDOM}")
         self.name = f"{spec.removesuffix('@' + _RANDOM)} (random weights)" if random else spec
         self.preprocessing = _preprocessing(model, spec)
         self.digest = _digest(model, self.preprocessing)
         self.device, self.dtype = device, dtype
-        self._model: Any = model.to(device, dtype).eval().requires_grad_(False)
+        self._model = model.to(device, dtype).eval().requires_grad_(False)
         classifier = self._model.get_classifier()
-        self.num_classes = 0 if isinstance(classifier, nn.Identity) else int(self._model.num_classes)
+        self.num_classes = 0 if isinstance(classifier, nn.Identity) else int(model.num_classes)
         self.class_names = _class_names(self.num_classes)
         self.space = "imagenet" if self.num_classes == 1000 else spec
-        deep = hasattr(model, "forward_intermediates")
-        self.depth = len(self._model.feature_info) if deep else 0
+        self.depth = len(model.feature_info) if hasattr(model, "forward_intermediates") else 0
         if self.num_classes:
             self._check_classifier(classifier)
 
@@ -76,7 +75,7 @@ class TimmModel:
         if weights == _RANDOM:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(_SEED)
-                model = _created(timm, name, pretrained=False)
+                model = timm.create_model(name)
         else:
             model = _from_file(timm, name, Path(weights)) if weights else _pretrained(timm, name)
         return TimmModel(model, spec, device or torch.device("cpu"), dtype)
@@ -121,7 +120,7 @@ class TimmModel:
         return int(number)
 
     def _mean_of_patches(self, last: Tensor) -> Tensor:
-        """`forward_features`' [b, N, D], [b, D, rows, columns], or [b, rows, columns, D] -> float32 [b, D]."""
+        """[b, N, D], [b, D, rows, columns] or [b, rows, columns, D] -> float32 [b, D]."""
         if last.ndim == 2:  # it has been pooled
             return last.float()
         if last.ndim == 3:
@@ -165,7 +164,7 @@ def _timm() -> Any:
 
 def _check_name(timm: Any, name: str) -> None:
     """ValueError for a name that timm does not have; those of a hub or a folder are its own business."""
-    if ":" in name or timm.is_model(name) and (name.count(".") == 0 or name in timm.list_pretrained()):
+    if ":" in name or (timm.is_model(name) and ("." not in name or name in timm.list_pretrained())):
         return
     known = [*timm.list_models(), *timm.list_pretrained()]
     near = difflib.get_close_matches(name, known, 5, 0.5)
@@ -175,19 +174,15 @@ def _check_name(timm: Any, name: str) -> None:
     )
 
 
-def _created(timm: Any, name: str, **options: Any) -> nn.Module:
-    return timm.create_model(name, **options)
-
-
 def _pretrained(timm: Any, name: str) -> nn.Module:
     try:
-        return _created(timm, name, pretrained=True)
+        return timm.create_model(name, pretrained=True)
     except Exception as error:  # of urllib, requests, httpx, the hub, timm
+        why = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
-            f"the weights of timm:{name} are not in the cache and could not be downloaded "
-            f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}). Where "
-            f"there is a network, python -c \"import timm; timm.create_model('{name}', pretrained=True)\" puts "
-            f"them into the cache (HF_HOME); or give a file: timm:{name}@FILE"
+            f"the weights of timm:{name} are not in the cache and could not be downloaded ({why}). Where "
+            f"there is a network, python -c \"import timm; timm.create_model('{name}', True)\" puts them into "
+            f"the cache (HF_HOME); or give a file: timm:{name}@FILE"
         ) from error
 
 
@@ -200,7 +195,7 @@ def _from_file(timm: Any, name: str, path: Path) -> nn.Module:
         weight = state.get(f"{last if isinstance(last, str) else last[0]}.weight")
         classes = 0 if weight is None else len(weight)
         overlay = {"state_dict": dict(state), "num_classes": classes}
-        return _created(timm, name, pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay)
+        return timm.create_model(name, pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay)
     except Exception as error:  # of torch, pickle, safetensors, timm
         what = " ".join(str(error).split())
         raise ValueError(f"{path} does not hold the weights of timm:{name}: {what[:300]}") from error
@@ -219,10 +214,10 @@ def _preprocessing(model: nn.Module, spec: str) -> Preprocessing:
         raise ValueError(f"{spec} resizes {found['interpolation']}; bilinear and bicubic are supported")
     if found["crop_mode"] != "center":
         warnings.warn(
-            f"{spec} was trained on whole photos (crop_mode {found['crop_mode']}); here it gets their central "
-            f"square",
+            f"{spec} expects whole photos (crop_mode {found['crop_mode']}); it gets their central square",
             stacklevel=2,
         )
+    mean, std = (cast(Any, tuple(map(float, found[key]))) for key in ("mean", "std"))
     # timm makes the short side so many whole pixels, and cuts the square out of that.
     short_side = math.floor(height / found["crop_pct"])
     return Preprocessing(
@@ -231,8 +226,8 @@ def _preprocessing(model: nn.Module, spec: str) -> Preprocessing:
         crop=min(1.0, height / short_side),
         interpolation=found["interpolation"],
         antialias=True,
-        mean=tuple(map(float, found["mean"])),
-        std=tuple(map(float, found["std"])),
+        mean=mean,
+        std=std,
         link="softmax",
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from functools import cache
 from pathlib import Path
@@ -53,11 +54,9 @@ def test_features_and_logits_are_timms(name: str) -> None:
     classifier on the wrong features."""
     model, other, rows = opened(name), plain(name), pixels(name)
     images = normalised(name, rows)
-    last = other.forward_features(images)
+    last, prefix = other.forward_features(images), getattr(other, "num_prefix_tokens", 0)
     pooled = other.forward_head(last, pre_logits=True)
-    patches = (
-        last.mean((2, 3)) if last.ndim == 4 else last[:, getattr(other, "num_prefix_tokens", 0) :].mean(1)
-    )
+    patches = last.mean((2, 3)) if last.ndim == 4 else last[:, prefix:].mean(1)
     every = [f"block.{k}" for k in range(model.depth)]
     found = model.features(rows, ["patches", *every, "pooled"])
     assert list(found) == ["patches", *every, "pooled"]
@@ -81,30 +80,48 @@ def test_the_last_block_of_a_vit_is_its_patches() -> None:
     assert not torch.allclose(found["block.4"], found["patches"], atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [VIT, "test_resnet", CNN])
+@pytest.mark.parametrize("name", [VIT, CNN, "test_vit2"])
 def test_photos_are_prepared_as_timm_does(name: str) -> None:
-    """Catches bilinear for bicubic, another crop, and shifted pixels: on real photos, in grey levels."""
+    """Catches bilinear for bicubic, another crop, and pixels that are shifted by a part of one: on photos
+    that lie, stand and are smaller than the model's input, in grey levels."""
     cfg = timm.data.resolve_model_data_config(plain(name))
+    assert cfg["interpolation"] == "bicubic"
     transform = timm.data.create_transform(**cfg, is_training=False)
     mean, std = (torch.tensor(cfg[key])[:, None, None] for key in ("mean", "std"))
-    used = opened(name).preprocessing
-    assert used.interpolation == cfg["interpolation"] and used.image_size == cfg["input_size"][1]
     for photo in load_sample_images().images:
-        for image in (Image.fromarray(photo), Image.fromarray(photo).resize((333, 501))):
+        for size in ((640, 427), (333, 501), (427, 640), (101, 97), (1000, 180)):
+            image = Image.fromarray(photo).resize(size)
             expected = (transform(image) * std + mean).permute(1, 2, 0) * 255
-            error = (PhotoReader(used).load(image).float() - expected).abs().mean()
-            assert error < 1.5, (name, error)
+            found = PhotoReader(opened(name).preprocessing).load(image)
+            assert (found - expected).abs().mean() < 0.3, size
 
 
-def test_bicubic_is_pillows_and_not_bilinear() -> None:
-    """Catches a decoder that does not look at the interpolation."""
-    used = opened(VIT).preprocessing
-    photo = Image.fromarray(load_sample_images().images[0][:427, :427])
-    box = PhotoReader(used)._box(427, 427)
-    for found, other in ((Image.Resampling.BICUBIC, 0.3), (Image.Resampling.BILINEAR, 100.0)):
-        expected = np.asarray(photo.crop(box).resize((160, 160), found)).astype(int)
-        error = np.abs(PhotoReader(used).load(photo).numpy() - expected).mean()
-        assert error < other and (found == Image.Resampling.BICUBIC) == (error < 0.3)
+def test_grey_photos_and_files_are_resized_bicubic_too(tmp_path: Path) -> None:
+    """Catches a way into the reader that does not look at the interpolation, and an image that is not turned
+    upright before it is cut."""
+    used = dataclasses.replace(opened(VIT).preprocessing, channels=1, mean=(0.5,), std=(0.5,))
+    photo = Image.fromarray(load_sample_images().images[1])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    path = tmp_path / "turned.png"
+    photo.save(path, exif=exif)
+    expected = PhotoReader(used).load(photo.transpose(Image.Transpose.ROTATE_270))
+    assert expected.shape == (160, 160, 1)
+    for given in (path, path.read_bytes(), Image.open(path)):
+        assert torch.equal(PhotoReader(used).load(given), expected)
+    bilinear = PhotoReader(dataclasses.replace(used, interpolation="bilinear")).load(path)
+    assert (bilinear.float() - expected).abs().mean() > 1
+
+
+def test_bilinear_models_keep_the_trainers_own_crop() -> None:
+    """Catches a change of what runs see in evaluation: within a pixel of timm's crop, not equal to it."""
+    used = opened("test_resnet").preprocessing
+    assert used.interpolation == "bilinear"
+    photo = Image.fromarray(load_sample_images().images[0])
+    side = round(427 * used.crop)
+    left, top = (640 - side) // 2, (427 - side) // 2
+    expected = photo.crop((left, top, left + side, top + side)).resize((160, 160), Image.Resampling.BILINEAR)
+    assert np.abs(PhotoReader(used).load(photo).numpy() - np.asarray(expected).astype(int)).mean() < 0.5
 
 
 def test_what_a_model_says_of_itself() -> None:
