@@ -55,7 +55,7 @@ class TimmModel:
         self.space = "imagenet" if self.num_classes == 1000 else spec
         self.depth = len(model.feature_info) if hasattr(model, "forward_intermediates") else 0
         if self.num_classes:
-            self._check_classifier(classifier)
+            self._check_classifier()
 
     @staticmethod
     def open(spec: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> TimmModel:
@@ -130,20 +130,22 @@ class TimmModel:
         return last.mean((1, 2) if channels_last else (2, 3), dtype=torch.float32)
 
     @torch.no_grad()
-    def _check_classifier(self, classifier: Any) -> None:
+    def _check_classifier(self) -> None:
         """ValueError unless `logits` of the pooled features are what the model itself says."""
         used = self.preprocessing
         shape = (2, used.image_size, used.image_size, used.channels)
         noise = torch.randint(
             0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(_SEED)
         )
-        if isinstance(classifier, nn.Module):
-            whole = self._model(self._normalised(noise))
-            if isinstance(whole, Tensor):
-                found = self.logits(self.features(noise, ["pooled"])["pooled"])
-                bound = (1e-4 if self.dtype == torch.float32 else 0.05) * max(1.0, float(whole.abs().max()))
-                if found.shape == whole.shape and float((found - whole.float()).abs().max()) <= bound:
-                    return
+        whole = self._model(self._normalised(noise))
+        try:
+            found = self.logits(self.features(noise, ["pooled"])["pooled"])
+        except (RuntimeError, TypeError):  # there are several classifiers, or one that takes maps
+            found = torch.empty(0)
+        if found.shape == whole.shape:
+            bound = (1e-4 if self.dtype == torch.float32 else 0.05) * max(1.0, float(whole.abs().max()))
+            if float((found - whole.float()).abs().max()) <= bound:
+                return
         raise ValueError(
             f"{self.name}: its outputs are not one classifier on its pooled features (get_classifier() on "
             f"forward_head(pre_logits=True)), so it cannot be evaluated here"
@@ -180,9 +182,9 @@ def _pretrained(timm: Any, name: str) -> nn.Module:
     except Exception as error:  # of urllib, requests, httpx, the hub, timm
         why = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
-            f"the weights of timm:{name} are not in the cache and could not be downloaded ({why}). Where "
-            f"there is a network, python -c \"import timm; timm.create_model('{name}', True)\" puts them into "
-            f"the cache (HF_HOME); or give a file: timm:{name}@FILE"
+            f"the weights of timm:{name} are not in the cache and could not be downloaded ({why}). "
+            f"Where there is a network, python -c \"import timm; timm.create_model('{name}', True)\" puts "
+            f"them into the cache (HF_HOME); or give a file: timm:{name}@FILE"
         ) from error
 
 

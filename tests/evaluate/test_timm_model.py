@@ -201,6 +201,7 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (f"timm:test_vit@{junk}", "junk.safetensors does not hold the weights of timm:test_vit"),
         (f"timm:test_vit@{wrong}", "wrong.safetensors does not hold the weights of timm:test_vit"),
         ("timm:deit_tiny_distilled_patch16_224@none", "not one classifier on its pooled features"),
+        ("timm:dla46_c@none", "not one classifier on its pooled features"),
     ):
         with pytest.raises(ValueError) as caught:
             TimmModel.open(spec)
