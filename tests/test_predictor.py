@@ -245,7 +245,10 @@ HARMS: list[tuple[Callable[[Path], object], list[str]]] = [
     (write(PRE, "[]"), [PRE, "no JSON object"]),
     (change("format", 2), [PRE, "format is 2", "reads 1"]),
     (change("gamma", 2.2), [PRE, "unknown", "gamma"]),
-    (change("interpolation", "bicubic"), [PRE, "interpolation must be bilinear", "'bicubic'"]),
+    (
+        change("interpolation", "nearest"),
+        [PRE, "interpolation must be one of bilinear, bicubic", "'nearest'"],
+    ),
     (change("crop", 1.5), [PRE, "crop must lie in (0, 1]", "1.5"]),
     (change("std", [0.5, 0.5, 0]), [PRE, "std be positive"]),
     (change("mean", [0.5]), [PRE, "3 numbers"]),

@@ -72,6 +72,14 @@ class Decoder:
         decode with antialias, 1.18 times without.
         """
         assert out.shape == (self.size, self.size, self.channels) and out.flags.c_contiguous
+        resize(self.crop(data, choose_box), self.antialias, out)
+
+    def load_image(self, image: Image.Image, choose_box: Callable[[int, int], Box], out: np.ndarray) -> None:
+        """`load` of an image that Pillow has opened already, of any format and size."""
+        resize(self.crop_image(image, choose_box), self.antialias, out)
+
+    def crop(self, data: bytes, choose_box: Callable[[int, int], Box]) -> np.ndarray:
+        """What `load` resizes: the pixels of the box, uint8 [H, W, C]."""
         turn = orientation(data)
 
         def box_in_file(width: int, height: int) -> Box:
@@ -80,13 +88,11 @@ class Decoder:
 
         decode = self._from_jpeg if data.startswith(_START) else self._from_pillow
         crop = decode(data, box_in_file)
-        if turn != UPRIGHT:
-            crop = turned(crop, turn)
-        resize(crop, self.antialias, out)
+        return crop if turn == UPRIGHT else turned(crop, turn)
 
-    def load_image(self, image: Image.Image, choose_box: Callable[[int, int], Box], out: np.ndarray) -> None:
-        """`load` of an image that Pillow has opened already, of any format and size."""
-        resize(self._from_image(image, lambda *size: _inside(choose_box(*size), *size)), self.antialias, out)
+    def crop_image(self, image: Image.Image, choose_box: Callable[[int, int], Box]) -> np.ndarray:
+        """`crop` of an image that Pillow has opened already."""
+        return self._from_image(image, lambda *size: _inside(choose_box(*size), *size))
 
     def _from_jpeg(self, data: bytes, choose_box: Callable[[int, int], Box]) -> np.ndarray:
         """uint8 [H, W, C], a view with the rows of the whole image where that was decoded."""

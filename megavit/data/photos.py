@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from megavit.data.decode import Box, Decoder
+from megavit.data.decode import Box, Decoder, resize
 from megavit.data.geometry import eval_box
 from megavit.data.images import FORMATS, DecodeError, pillow_errors
 from megavit.data.preprocessing import Preprocessing
@@ -40,7 +40,8 @@ class PhotoReader:
     """
 
     def __init__(self, preprocessing: Preprocessing, border: int = 0):
-        self._crop, self._border = preprocessing.crop, border
+        self._crop, self._bicubic = preprocessing.crop, preprocessing.interpolation == "bicubic"
+        self._border = border
         self._decoder = Decoder(
             preprocessing.channels,
             preprocessing.image_size,
@@ -53,24 +54,57 @@ class PhotoReader:
         """uint8 [S, S, C]; with `choose_box(width, height)`, of this part of the photo. ValueError, naming
         the file if there is one, for what is no photo; OSError for a file that cannot be read."""
         box = choose_box or self._box
-        size, channels = self._decoder.size, self._decoder.channels
-        row = np.empty((size, size, channels), np.uint8)
         if isinstance(photo, bytes):
-            self._decoder.load(photo, box, row)
+            crop = self._decoder.crop(photo, box)
         elif isinstance(photo, str | os.PathLike):
             path = Path(photo)
             try:
-                self._decoder.load(path.read_bytes(), box, row)
+                crop = self._decoder.crop(path.read_bytes(), box)
             except DecodeError as error:
                 raise DecodeError(f"{path}: {error}") from error
         else:
-            self._decoder.load_image(_image(photo), box, row)
+            crop = self._decoder.crop_image(_image(photo), box)
+        size, channels = self._decoder.size, self._decoder.channels
+        if self._bicubic:
+            resized = bicubic(crop, size) if choose_box else bicubic_centre(crop, size, self._crop)
+            return torch.from_numpy(resized)
+        row = np.empty((size, size, channels), np.uint8)
+        resize(crop, self._decoder.antialias, row)
         return torch.from_numpy(row)
 
     def _box(self, width: int, height: int) -> Box:
         border = min(self._border, (min(width, height) - 1) // 2)
-        left, top, right, bottom = eval_box(width - 2 * border, height - 2 * border, self._crop)
+        inside = width - 2 * border, height - 2 * border
+        # Bicubic models resize before they crop.
+        left, top, right, bottom = (0, 0, *inside) if self._bicubic else eval_box(*inside, self._crop)
         return left + border, top + border, right + border, bottom + border
+
+
+def bicubic_centre(pixels: np.ndarray, size: int, crop: float) -> np.ndarray:
+    """The centre of a photo, uint8 [H, W, C] -> [S, S, C], as torchvision's and timm's transforms make it, to
+    the pixel: the whole is resized until its short side has S / crop pixels, and the middle is cut out."""
+    height, width, _ = pixels.shape
+    short = round(size / crop)
+    rows, columns = (int(short * side / min(height, width)) for side in (height, width))
+    top, left = round((rows - size) / 2), round((columns - size) / 2)
+    # Pillow reads beyond the box at its edges, as if it resized all.
+    box = (
+        left * width / columns,
+        top * height / rows,
+        min(width, (left + size) * width / columns),
+        min(height, (top + size) * height / rows),
+    )
+    return bicubic(pixels, size, box)
+
+
+def bicubic(
+    pixels: np.ndarray, size: int, box: tuple[float, float, float, float] | None = None
+) -> np.ndarray:
+    """A part of a photo, or the whole, uint8 [H, W, C] -> [S, S, C]."""
+    channels = pixels.shape[2]
+    image = Image.fromarray(np.ascontiguousarray(pixels if channels == 3 else pixels[:, :, 0]))
+    found = np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return found.reshape(size, size, channels)
 
 
 def one_by_one(photos: Photo | Iterable[Photo]) -> list[Photo]:

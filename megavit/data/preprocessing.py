@@ -30,7 +30,8 @@ class Preprocessing:
         image_size: pixels of a side of the input.
         channels: 1 (grey) or 3 (RGB).
         crop: share of the short side that the central square keeps, which is then resized to image_size.
-        interpolation: how it is resized; there is only bilinear.
+        interpolation: how it is resized: bilinear, or bicubic, with antialias, as torchvision and timm do
+            with Pillow.
         antialias: whether shrinking averages over the pixels that an output pixel covers.
         mean: of each channel, subtracted from pixels in [0, 1].
         std: of each channel, by which they are then divided.
@@ -41,7 +42,7 @@ class Preprocessing:
     image_size: int
     channels: int
     crop: float
-    interpolation: Literal["bilinear"]
+    interpolation: Literal["bilinear", "bicubic"]
     antialias: bool
     mean: _PerChannel
     std: _PerChannel
@@ -56,6 +57,8 @@ class Preprocessing:
             )
         if not 0.0 < self.crop <= 1.0:
             raise ValueError(f"crop must lie in (0, 1], got {self.crop}")
+        if self.interpolation == "bicubic" and not self.antialias:
+            raise ValueError("interpolation bicubic needs antialias true")
         if not len(self.mean) == len(self.std) == self.channels or not all(std > 0 for std in self.std):
             raise ValueError(
                 f"mean and std must have {self.channels} numbers, one for each channel, and those of std be "

@@ -50,7 +50,8 @@ def corrupt(pixels: np.ndarray, name: str, severity: int, seed: int) -> np.ndarr
             else was drawn. The severities of a picture share their draws, so that a curve over them shows the
             severity and not the luck.
 
-    ValueError for an unknown name or severity. Cost for 224 x 224 x 3: README.md of this folder.
+    ValueError for an unknown name or severity. Cost for 224 x 224 x 3: glass_blur 11 ms of a core, shot_noise
+    7, the others 0.4 to 4.
     """
     check_corruption(name, severity)
     side, _, channels = pixels.shape

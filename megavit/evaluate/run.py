@@ -17,30 +17,28 @@ from megavit.evaluate.sets.image_set import MissingData
 from megavit.evaluate.table import table, write_table
 from megavit.evaluate.tasks import Task
 from megavit.evaluate.tensorboard import write_scalars
-
-# from megavit.evaluate.timm_model import TimmModel
+from megavit.evaluate.timm_model import PREFIX, TimmModel
 from megavit.parallel.mesh import Mesh
 from megavit.train.logging.environment import device_name
 
-TIMM = "timm:"
 _MOST_BAD_SHOWN = 3
 
 
 def open_model(name: str, mesh: Mesh, dtype: str) -> FrozenModel:
     """An export, the folder of a run that has ended, or timm:NAME[@FILE]. Collective."""
     found = getattr(torch, dtype)
-    if not name.startswith(TIMM):
+    if not name.startswith(PREFIX):
         return ExportedModel(name, mesh, found)
     if mesh.tp_size > 1:
         raise ValueError(
             f"{name} cannot be shared out over --tensor_parallel_size {mesh.tp_size}; leave it out"
         )
-    return TimmModel(name, mesh, found)
+    return TimmModel.open(name, mesh, found)
 
 
 def out_folder(name: str, out: str) -> Path:
     """Where the results go: --out, or a folder in the model's."""
-    return Path(out) if out else Path("evaluation") if name.startswith(TIMM) else Path(name) / "evaluation"
+    return Path(out) if out else Path("evaluation") if name.startswith(PREFIX) else Path(name) / "evaluation"
 
 
 def run_tasks(session: Session, tasks: Sequence[Task], out: Path) -> int:

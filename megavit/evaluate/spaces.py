@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from megavit.evaluate.model import FrozenModel
+from megavit.evaluate.sets.checks import check_space
 from megavit.evaluate.sets.image_set import ImageSet
+from megavit.evaluate.sets.imagenet_classes import space_of
 
 _MOST_SHOWN = 3
 
@@ -21,7 +23,7 @@ def in_classes_of(model: FrozenModel, images: ImageSet) -> ImageSet:
     """
     if not model.num_classes:
         raise ValueError(f"{model.name} has no classifier; use linear, knn or fewshot, which need none")
-    if model.class_names == images.class_names:
+    if space_of(model.class_names) == images.space:
         return images
     numbers = {name: number for number, name in enumerate(model.class_names)}
     unknown = [name for name in images.class_names if name not in numbers]
@@ -31,15 +33,11 @@ def in_classes_of(model: FrozenModel, images: ImageSet) -> ImageSet:
     nameless = model.class_names == tuple(map(str, range(model.num_classes)))
     if nameless and model.num_classes == len(images.class_names):
         return _renamed(model, images, np.arange(model.num_classes))
+    check_space(model.num_classes, images)
     raise ValueError(
         f"{images.name} has classes that {model.name} does not know, such as {_some(unknown)}: its "
-        f"{model.num_classes} classes are {_some(model.class_names)}. "
-        + (
-            f"{images.name} has {len(images.class_names)} classes. "
-            if nameless
-            else "Name the classes alike (classes.txt beside the shards, names of folders), or "
-        )
-        + "measure features instead: linear, knn, fewshot"
+        f"{model.num_classes} classes are {_some(model.class_names)}. Name the classes alike (classes.txt "
+        f"beside the shards, names of folders), or measure features instead: linear, knn, fewshot"
     )
 
 

@@ -28,6 +28,7 @@ from megavit.evaluate.protocols.shape_bias import shape_bias
 from megavit.evaluate.results import Measurement
 from megavit.evaluate.session import Session
 from megavit.evaluate.sets.catalogue import CATALOGUE, describe, find
+from megavit.evaluate.sets.checks import check_not_chance
 from megavit.evaluate.sets.cue_conflict import CATEGORIES, category_members
 from megavit.evaluate.sets.image_set import ImageSet, MissingData
 from megavit.evaluate.sets.imagenet_classes import NUM_CLASSES
@@ -73,7 +74,11 @@ class Task:
 
 def _head(session: Session, data: str) -> Iterator[Found]:
     images, scores = _scored(session, data)
-    for measurement in classify(scores):
+    # Images that were chosen because classifiers get them wrong may be at chance.
+    found = list(classify(scores, chance_is_error=images.name != "imagenet-a"))
+    if images.right != "all":
+        check_not_chance(found[0].value, scores.classes, scores.count.used, images.name)
+    for measurement in found:
         yield Found(measurement, images)
     if images.right == "all":
         for measurement in mean_average_precision(session.pooled(images), session.model.logits, scores.link):
@@ -127,7 +132,7 @@ def _probed(
     """The accuracy of a probe on each of the test sets."""
     for images in tests:
         scores = score(session.probe_features(images)[layer], probe, "softmax")
-        for found in classify(scores):
+        for found in classify(scores, chance_is_error=False):
             chosen = {**settings, **found.settings, "layer": layer}
             yield Found(dataclasses.replace(found, settings=chosen), images)
 
