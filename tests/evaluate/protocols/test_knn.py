@@ -74,4 +74,4 @@ def test_several_test_sets_with_their_own_candidates() -> None:
     own = features(image_set([2]), x[:1])
     other = features(image_set([2], name="subset", candidates=np.array([2, 3])), x[:1])
     results = [(m.data, m.value) for m in knn(train, [own, other], ks=(3,)) if m.metric == "top1"]
-    assert results == [("", 0.0), ("subset", 1.0)]
+    assert results == [("tiny", 0.0), ("subset", 1.0)]
