@@ -1,4 +1,4 @@
-# make train | test | test-fast | test-smoke | test-cluster | lint | data | clean; the first target that needs it makes .venv.
+# make train | evaluate | test | test-fast | test-smoke | test-cluster | lint | data | clean; the first target that needs it makes .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,11 +12,17 @@ LABS := tests/cluster/test_lab.py tests/cluster/test_jobs.py tests/test_faults.p
 SMOKE := tests/cluster/test_smoke.py tests/cluster/test_launchers.py
 TEST := python -m pytest --ignore=tests/cluster --ignore=tests/test_faults.py
 
-.PHONY: train test test-fast test-smoke test-cluster lint data clean
+.PHONY: train evaluate test test-fast test-smoke test-cluster lint data clean
 .DELETE_ON_ERROR:
 
 train: $(DIGITS)
 	. $(BIN)/activate && deepspeed --master_port $(MASTER_PORT) launch/train.py --deepspeed_config ds_configs/zero3.json
+
+# The newest run of the demo, which is trained first if there is none. Its matrices are too small for two threads.
+evaluate: $(DIGITS)
+	@ls -d runs/vit_tiny-*/export >/dev/null 2>&1 || $(MAKE) train
+	. $(BIN)/activate && run=$$(ls -td runs/vit_tiny-*/export | head -n 1) && OMP_NUM_THREADS=1 python launch/evaluate.py \
+		$${run%/export} --tasks linear,knn,fewshot,calibration,corruption,ood --data data/digits --ood sklearn-photos
 
 data: $(DIGITS)
 

@@ -195,7 +195,7 @@ def ood(named: Sequence[Named]) -> Any:
         axes.bar_label(drawn, fmt="%.2f", fontsize=7)
     axes.axhline(0.5, color="0.5", linestyle="--", linewidth=1)
     axes.text(1.0, 0.5, " chance", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
-    axes.set_xticks(range(len(scores)), scores)
+    axes.set_xticks(range(len(scores)), [score.replace("_", "\n") for score in scores])
     axes.set(ylim=(0, 1.08), ylabel="AUROC", title="detection of images from another distribution")
     figure.legend(fontsize=8, loc="outside lower center", ncols=min(3, len(bars)))
     return figure

@@ -3,6 +3,7 @@
     python launch/bench.py model        a training step of MegaViT, other people's vision transformers
     python launch/bench.py trainer      the trainer's step at each ZeRO stage, the bare model's
     python launch/bench.py data         the input pipeline, stock webdataset, bare decoding
+    python launch/bench.py features     the feature pass of an evaluation, a bare loop of decode and forward
     python launch/bench.py checkpoint   saving and restoring, torch's own ways
     python launch/bench.py gpu          blocks of ViT-22B's width on one GPU: batches, recompute, kernels
 
@@ -34,6 +35,14 @@ def bench_data(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if arguments.images < BATCH or arguments.images % BATCH:
         raise ValueError(f"--images {arguments.images}: give a multiple of {BATCH}")
     return measure(arguments.images, arguments.rounds)
+
+
+def bench_features(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from megavit.bench.features import measure
+
+    if arguments.images < 1:
+        raise ValueError(f"--images {arguments.images}: give at least 1")
+    return measure(arguments.images, arguments.rounds, arguments.preset)
 
 
 def bench_checkpoint(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -120,6 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     trainer.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages")
     data = command("data", bench_data, "the input pipeline on JPEGs made for it", 6)
     data.add_argument("--images", type=int, default=256, help="a multiple of 32")
+    features = command("features", bench_features, "an evaluation's feature pass, a second protocol", 5)
+    features.add_argument("--images", type=int, default=256, help="JPEGs, made for it")
+    features.add_argument("--preset", default="vit_s16", help="the model")
     saving = command("checkpoint", bench_checkpoint, "saving and restoring one rank's state", 3)
     saving.add_argument("--gib", type=float, default=1.0, help="weights and moments, in GiB")
     saving.add_argument("--folder", type=Path, help="where to write: measures its file system")
