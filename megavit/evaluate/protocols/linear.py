@@ -10,7 +10,7 @@ classes this remains a softmax with two rows, so that C corresponds to 2 C of a 
 
 The optimizer does not see W but coordinates in which the curvature at W = 0 is about 1 in each direction: the
 features are centred (which only moves b), and column j of W is in units of (var_j / K + 1 / (C n))^-1/2. The
-minimum is the same, and it takes about half the steps.
+minimum is the same, and it takes fewer steps (on the digits' pixels a quarter fewer).
 
 Letters: n images, m rows of a chunk, D width of the features, K classes that occur, C classes of the space.
 """

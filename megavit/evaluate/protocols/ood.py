@@ -24,10 +24,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from megavit.evaluate.features import Features
 from megavit.evaluate.protocols import standard_error
+from megavit.evaluate.protocols.knn import nearest
+from megavit.evaluate.protocols.rows import Share
 from megavit.evaluate.protocols.scores import Link, LogitsOf, score, small_pieces, together
 from megavit.evaluate.results import Count, Measurement
 from megavit.parallel.collectives import sum_over_dp
@@ -181,22 +182,14 @@ def _whitening(covariance: Tensor) -> Tensor:
 @torch.no_grad()
 def kth_similarity(train: Features, features: Features, k: int) -> np.ndarray:
     """Cosine similarity of every usable image to its k-th nearest training image, float64, the same on every
-    rank; k is at most the number of training images. The training features stay where they are: the ranks
-    bring together the k nearest of each part. Collective."""
+    rank; k is at most the number of training images. Collective; see `nearest`."""
     k = min(k, len(train.usable))
     if not k:
         raise ValueError(f"{train.set.name} has no readable image to be a neighbour")
-    mesh, found = train.mesh, []
-    for piece in features.everywhere():
-        asked = normalize(piece.values, dim=1)
-        best = torch.full((mesh.dp_size, len(asked), k), 0.0, device=mesh.device)
-        mine = torch.full((len(asked), k), -2.0, device=mesh.device)  # below any cosine
-        for _, values in small_pieces(train.mine(), len(asked)):
-            similarity = asked @ normalize(values, dim=1).T
-            mine = torch.cat([mine, similarity], 1).topk(k).values
-        best[mesh.dp_rank] = mine
-        merged = sum_over_dp(mesh, best).transpose(0, 1).flatten(1).topk(k).values
-        found.append(merged[:, -1].double().cpu().numpy())
+    share, found = Share(train), []
+    for _, values in small_pieces(features.everywhere(), k):
+        similarities, _ = nearest(share, values, k)
+        found.append(similarities[:, -1].cpu().numpy())
     return np.concatenate(found) if found else np.zeros(0)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megavit.evaluate.features import Features
+from megavit.evaluate.protocols import standard_error
 from megavit.evaluate.protocols.probe import LinearProbe
 from megavit.evaluate.protocols.rows import Share
 from megavit.evaluate.results import Count, Measurement
@@ -86,5 +87,5 @@ def tops(
     for k, number in zip(TOPS, right.tolist(), strict=True):
         if count.used and (k == 1 or choices > k):
             share = number / count.used
-            stderr = math.sqrt(share * (1 - share) / count.used)
+            stderr = standard_error.of_share(share, count.used)
             yield Measurement(f"top{k}", share, count, stderr, settings=dict(settings), data=test.set.name)
