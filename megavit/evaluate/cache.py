@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -118,24 +118,35 @@ class Pass:
                 batches.append(np.arange(first, min(first + self._batch_size, stop)))
                 owners.append((piece, layers, batches[-1][-1] + 1 == stop))
         share = Share(tp_rank=self.mesh.tp_rank, tp_size=self.mesh.tp_size, local_size=self.mesh.local_size)
-        total, done = sum(map(len, batches)), 0
         self._open(missing)
-        parts: list[tuple[Loaded, Tensor, dict[str, Tensor]]] = []
         loaded = load_batches(self.images, self.transform, batches, share, self.settings.workers)
-        for batch, (piece, layers, is_last) in zip(loaded, owners, strict=True):
+        error = self._fill(zip(loaded, owners, strict=True), sum(map(len, batches)))
+        # The others may still be at work: nobody reads what is not there yet, and all learn what went wrong.
+        if errors := [text for text in self.mesh.gather(error) if text]:
+            raise ValueError(errors[0])
+
+    def _fill(self, batches: Iterator[tuple[Loaded, tuple[int, list[str], bool]]], total: int) -> str:
+        """Compute and write this rank's pieces, up to an error: what it was, the same on the ranks of a TP
+        group."""
+        done = 0
+        parts: list[tuple[Loaded, Tensor, dict[str, Tensor]]] = []
+        for batch, (piece, layers, is_last) in batches:
             pixels, failed = (
                 gather_from_tp(self.mesh, part.to(self.mesh.device, non_blocking=True), 0)[: len(batch.rows)]
                 for part in (batch.pixels, batch.failed)
             )
-            found = self._forward(pixels, layers)
+            try:
+                found = self._forward(pixels, layers)
+            except ValueError as caught:
+                return str(caught)
             parts.append((batch, failed.cpu(), {name: value.cpu() for name, value in found.items()}))
             if is_last:
-                self._write(piece, layers, parts)
+                if error := self._write(piece, layers, parts):
+                    return error
                 parts = []
             done += len(batch.rows)
             self._progress(done, total)
-        # The others may still be at work: nobody reads what is not there yet.
-        self.mesh.any(False)
+        return ""
 
     def _forward(self, pixels: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         """The features of a batch. If the device has no memory for it, its halves, and so from then on."""
@@ -144,12 +155,16 @@ class Pass:
                 parts = [self.model.features(some, layers) for some in pixels.split(self._batch_size)]
                 return {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
             except torch.OutOfMemoryError as error:
-                # With the others of a TP group waiting in a collective there is no second try.
-                if self._batch_size == 1 or self.mesh.tp_size > 1:
-                    raise ValueError(
-                        f"the device has no memory for {self._batch_size} images at a time: lower "
-                        f"--batch_size, or raise --tensor_parallel_size"
-                    ) from error
+                text = (
+                    f"the device has no memory for {self._batch_size} images at a time: lower --batch_size, "
+                    f"or raise --tensor_parallel_size"
+                )
+                # With the others of a TP group waiting in a collective there is no second attempt, and no
+                # way to tell them: this process ends.
+                if self.mesh.tp_size > 1:
+                    raise RuntimeError(text) from error
+                if self._batch_size == 1:
+                    raise ValueError(text) from error
                 self._batch_size = -(-self._batch_size // 2)
                 self._say(f"no memory for so many images at a time: going on with {self._batch_size}")
             torch.cuda.empty_cache()
@@ -167,23 +182,12 @@ class Pass:
         left = (
             "" if num_images == len(self.images) else f" of the {len(self.images):,} (the others are there)"
         )
+        adjust = self.images.adjust
+        corrupted = f" ({adjust.corruption} {adjust.severity})" if adjust.corruption else ""
         self._say(
-            f"{self.images.name} {self.images.split}: features of {num_images:,} images{left}, "
+            f"{self.images.name} {self.images.split}{corrupted}: features of {num_images:,} images{left}, "
             f"{_size(size)} in {self.folder}"
         )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"the feature cache {self.settings.folder} cannot be written: {error.strerror}; name another "
-                f"folder with --cache_dir"
-            ) from error
-        free = shutil.disk_usage(self.folder).free
-        if size > free * _DISK_SHARE:
-            raise ValueError(
-                f"the features need {_size(size)}, but {self.folder} has {_size(free)} left; name another "
-                f"folder with --cache_dir, halve them with --cache_dtype float16, or ask for fewer layers"
-            )
         fields = {
             "format": _FORMAT,
             "model": self.model.name,
@@ -195,7 +199,20 @@ class Pass:
             "images": len(self.images),
             "dtype": self.settings.dtype,
         }
-        (self.folder / _KEY_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / _KEY_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+        except OSError as error:
+            raise ValueError(
+                f"the feature cache {self.settings.folder} cannot be written: {error.strerror}; name another "
+                f"folder with --cache_dir"
+            ) from error
+        free = shutil.disk_usage(self.folder).free
+        if size > free * _DISK_SHARE:
+            raise ValueError(
+                f"the features need {_size(size)}, but {self.folder} has {_size(free)} left; name another "
+                f"folder with --cache_dir, halve them with --cache_dtype float16, or ask for fewer layers"
+            )
 
     def _widths(self, layers: Sequence[str]) -> dict[str, int]:
         """Of each layer, from a blank image. Collective."""
@@ -205,28 +222,42 @@ class Pass:
 
     def _write(
         self, piece: int, layers: Sequence[str], parts: list[tuple[Loaded, Tensor, dict[str, Tensor]]]
-    ) -> None:
-        """Write a piece of each layer. The ranks of a TP group have the same rows; the first one writes."""
+    ) -> str:
+        """Write a piece of each layer. The ranks of a TP group have the same rows; the first one writes.
+        Returns why it could not, on all of them."""
         failed = torch.cat([part for _, part, _ in parts])
         mine = [bad for loaded, _, _ in parts for bad in loaded.bad]
         # What the others of the group have seen of bad images comes as flags only, unless there are any.
         bad = mine if not failed.any() else self._bad_of_group(mine)
-        if self.mesh.tp_rank:
-            return
-        metadata = {"bad": json.dumps({str(row): reason for row, reason in bad})}
-        for layer in layers:
-            values = torch.cat([found[layer] for _, _, found in parts])
-            values[failed.bool()] = 0
-            kept = values.to(CACHE_DTYPES[self.settings.dtype])
-            if not kept.isfinite().all():
-                self._refuse(layer, values)
-            path = _Files(self.folder, self._pieces).path(layer, piece)
+        error = ""
+        if not self.mesh.tp_rank:
+            metadata = {"bad": json.dumps({str(row): reason for row, reason in bad})}
+            try:
+                for layer in layers:
+                    values = torch.cat([found[layer] for _, _, found in parts])
+                    values[failed.bool()] = 0
+                    self._write_layer(layer, piece, values, metadata)
+            except ValueError as caught:
+                error = str(caught)
+        return next(filter(None, self.mesh.gather_over_tp(error)), "")
+
+    def _write_layer(self, layer: str, piece: int, values: Tensor, metadata: dict[str, str]) -> None:
+        kept = values.to(CACHE_DTYPES[self.settings.dtype])
+        if not kept.isfinite().all():
+            self._refuse(layer, values)
+        path = _Files(self.folder, self._pieces).path(layer, piece)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
             path.parent.mkdir(exist_ok=True)
-            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
             save_file({"values": kept.contiguous()}, partial, metadata)
             os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise ValueError(
+                f"{path} cannot be written: {error}; name another folder with --cache_dir"
+            ) from error
 
-    def _refuse(self, layer: str, values: Tensor) -> None:
+    def _refuse(self, layer: str, values: Tensor) -> NoReturn:
         if values.isfinite().all():
             raise ValueError(
                 f"features of {layer} are as large as {values.abs().max():.4g}, which float16 does not hold: "

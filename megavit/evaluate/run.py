@@ -58,7 +58,7 @@ def run_tasks(session: Session, tasks: Sequence[Task], out: Path) -> int:
             entries.append(Skipped(task.name, str(error), model=session.model.name))
             skipped.append(task.name)
             session.say(f"skipped {task.name}: {error}")
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             entries.append(Failed(task.name, str(error), model=session.model.name))
             failed.append(task.name)
             session.say(f"error: {task.name}: {error}")
@@ -106,11 +106,10 @@ def _line(result: Result) -> str:
 
 
 def _say_bad(session: Session) -> None:
-    for name, bad in session.bad.items():
-        if bad:
-            more = f" and {len(bad) - _MOST_BAD_SHOWN} more" if len(bad) > _MOST_BAD_SHOWN else ""
-            reasons = "; ".join(one.reason for one in bad[:_MOST_BAD_SHOWN])
-            session.say(f"{name}: {len(bad)} images could not be used and are left out: {reasons}{more}")
+    for name, reasons in session.bad():
+        more = f"; and {len(reasons) - _MOST_BAD_SHOWN} more" if len(reasons) > _MOST_BAD_SHOWN else ""
+        shown = "; ".join(reasons[:_MOST_BAD_SHOWN])
+        session.say(f"{name}: images that could not be used and are left out: {len(reasons)}: {shown}{more}")
 
 
 def _show(session: Session, file: ResultsFile, out: Path) -> None:

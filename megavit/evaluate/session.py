@@ -16,7 +16,7 @@ from megavit.data.loader import Share
 from megavit.evaluate.cache import Pass, PassSettings, default_folder
 from megavit.evaluate.config import EvaluateConfig
 from megavit.evaluate.features import Features
-from megavit.evaluate.images import Augment, Bad, Transform, load_batches
+from megavit.evaluate.images import Augment, Transform, load_batches
 from megavit.evaluate.model import POOLED, FrozenModel, chosen_layers
 from megavit.evaluate.sets.catalogue import CATALOGUE, Split
 from megavit.evaluate.sets.celeba import celeba
@@ -40,7 +40,7 @@ class Session:
         self._sets: dict[tuple[str, str], ImageSet] = {}
         self._features: dict[tuple[str, object], dict[str, Features]] = {}
         self._transforms: dict[tuple[str, Adjust], str] = {}
-        self.bad: dict[str, list[Bad]] = {}
+        self._bad: dict[tuple[str, str, str], dict[int, str]] = {}
         self.pass_s = 0.0  # seconds in feature passes
 
     def open(self, data: str, split: Split) -> ImageSet:
@@ -121,8 +121,15 @@ class Session:
             found = one.features(layers)
         self.pass_s += time.perf_counter() - started
         self._transforms[images.digest, images.adjust] = one.transform.text
-        self.bad[images.name] = one.bad
+        bad = self._bad.setdefault((images.name, images.split, images.digest), {})
+        bad.update(one.bad)
         return found
+
+    def bad(self) -> Iterator[tuple[str, list[str]]]:
+        """Each set that has images which could not be used, and the reasons, one an image."""
+        for (name, split, _), reasons in self._bad.items():
+            if reasons:
+                yield f"{name} {split}", [reasons[row] for row in sorted(reasons)]
 
     def transform(self, images: ImageSet) -> str:
         """What was done to the images of a set that has been looked at, in words."""
@@ -148,11 +155,6 @@ class Session:
 
 def _outside(config: EvaluateConfig) -> ImageSet:
     named = config.ood
-    if not named:
-        raise MissingData(
-            f"the task ood needs --ood: a folder of images or shards, a set below --data_root "
-            f"({', '.join(name for name in CATALOGUE if '/' not in name)}), or {PHOTO_PATCHES}"
-        )
     if named == PHOTO_PATCHES:
         return photo_patches()
     if named in CATALOGUE:

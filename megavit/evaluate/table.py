@@ -198,6 +198,8 @@ def table_command(paths: Sequence[Path], out: Path | None = None) -> int:
         print(made.markdown(), end="")
         if written:
             print(f"\nwrote {', '.join(map(str, written))}")
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

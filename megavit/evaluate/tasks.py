@@ -33,11 +33,13 @@ from megavit.evaluate.sets.cue_conflict import CATEGORIES, category_members
 from megavit.evaluate.sets.image_set import ImageSet, MissingData
 from megavit.evaluate.sets.imagenet_classes import NUM_CLASSES
 from megavit.evaluate.sets.imagenet_variants import CORRUPTIONS, SEVERITIES, imagenet_c_parts
+from megavit.evaluate.sets.photo_patches import PHOTO_PATCHES
 from megavit.evaluate.spaces import in_classes_of
 from megavit.fields import nearest
 
 OWN = ""  # the data set of --data
 IMAGENET_C = "imagenet-c"
+_MOST_SHOWN = 5
 
 
 class Found(NamedTuple):
@@ -54,10 +56,12 @@ class Protocol:
     Args:
         title: in a few words, for the results.
         run: yields what is found on a data set, by its name.
+        learns: whether it needs training images.
     """
 
     title: str
     run: Callable[[Session, str], Iterator[Found]]
+    learns: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,9 +165,11 @@ def _on_layers(
 def _ood(session: Session, data: str) -> Iterator[Found]:
     inside, outside = session.open(data, "test"), session.outside()
     train = None
-    try:
+    try:  # the distances need training images, the scores of the classifier do not
+        if data in CATALOGUE and "train" not in CATALOGUE[data].splits:
+            raise MissingData(f"{data} has none")
         train = session.pooled(session.open(data, "train"))
-    except MissingData as error:  # the distances need it, the scores of the classifier do not
+    except MissingData as error:
         session.say(f"note: no distances to training images: {error}")
     found = ood(
         session.pooled(inside),
@@ -187,7 +193,7 @@ def _corruption(session: Session, data: str) -> Iterator[Found]:
 
 
 def _imagenet_c(session: Session, data: str) -> Iterator[Found]:
-    available = session.mesh.on_main(lambda: imagenet_c_parts(session.config.data_root))
+    available = session.mesh.on_main(lambda: _imagenet_c_parts(session.config.data_root))
     parts = {}
     for name, severity in available:
         images = in_classes_of(session.model, session.open(f"{IMAGENET_C}/{name}/{severity}", "test"))
@@ -199,6 +205,20 @@ def _imagenet_c(session: Session, data: str) -> Iterator[Found]:
         session.say(f"note: no relative mCE: {error}")
     for found in imagenet_c(parts, clean):
         yield Found(dataclasses.replace(found, data=IMAGENET_C), images)
+
+
+def _imagenet_c_parts(data_root: str) -> list[tuple[str, int]]:
+    """What is there. MissingData if it is too little for mCE: better before than after the others."""
+    available = imagenet_c_parts(data_root)
+    every = [(name, severity) for name in CORRUPTIONS for severity in SEVERITIES]
+    if missing := [f"{name}/{severity}" for name, severity in every if (name, severity) not in available]:
+        origin = CATALOGUE[f"{IMAGENET_C}/{missing[0]}"].origin
+        some = ", ".join(missing[:_MOST_SHOWN]) + (
+            f" and {len(missing) - _MOST_SHOWN} more" if len(missing) > _MOST_SHOWN else ""
+        )
+        what = f"lacks {len(missing)} of the {len(every)} parts of mCE: {some}"
+        raise origin.missing(Path(data_root) / IMAGENET_C, what)
+    return available
 
 
 def _shape_bias(session: Session, data: str) -> Iterator[Found]:
@@ -262,17 +282,19 @@ _RELATIVES = {"imagenet": _IMAGENET}  # on which a probe that learned from the s
 
 PROTOCOLS = {
     "head": Protocol("the model's own classifier", _head),
-    "linear": Protocol("linear probe by LBFGS, L2 chosen on held-out training images", _linear),
-    "linear-sgd": Protocol("linear probe by SGD with random crops, rate chosen likewise", _linear_sgd),
-    "fewshot": Protocol("ridge regression on a few images a class", _fewshot),
-    "knn": Protocol("vote of the k nearest training images", _knn),
+    "linear": Protocol("linear probe by LBFGS, L2 chosen on held-out training images", _linear, learns=True),
+    "linear-sgd": Protocol(
+        "linear probe by SGD with random crops, rate chosen likewise", _linear_sgd, learns=True
+    ),
+    "fewshot": Protocol("ridge regression on a few images a class", _fewshot, learns=True),
+    "knn": Protocol("vote of the k nearest training images", _knn, learns=True),
     "calibration": Protocol("calibration of the model's own classifier", _calibration),
     "selective": Protocol("risk and coverage of the model's own classifier", _selective),
     "corruption": Protocol("accuracy under 15 corruptions made on the fly", _corruption),
     "ood": Protocol("telling the test images from others (--ood)", _ood),
     IMAGENET_C: Protocol("mean corruption error against AlexNet", _imagenet_c),
     "shape-bias": Protocol("shape or texture, on cue-conflict images", _shape_bias),
-    "fairness": Protocol("accuracy and positive rate by group", _fairness),
+    "fairness": Protocol("accuracy and positive rate by group", _fairness, learns=True),
 }
 # How a set is measured if only its name is given; the others by the model's own classifier.
 _USUAL = {
@@ -287,31 +309,61 @@ _OF_ONE_SET = {protocol: name for name, protocol in _USUAL.items() if protocol !
 
 
 def parse_tasks(config: EvaluateConfig) -> list[Task]:
-    """The tasks that `--tasks` names. ValueError for an unknown one, and for one whose --data or --data_root
-    is not given."""
-    found = []
-    for name in dict.fromkeys(word.strip() for word in config.tasks.split(",") if word.strip()):
-        first, colon, data = name.partition(":")
-        if not colon and first in _SETS:
-            first, data = _USUAL.get(first, "head"), first
-        elif not colon:
-            data = _OF_ONE_SET.get(first, OWN)
-        if first not in PROTOCOLS:
-            known = (*PROTOCOLS, *_SETS)
-            raise ValueError(
-                f"--tasks: {name!r} is unknown{nearest(first, known)}; protocols are {', '.join(PROTOCOLS)}, "
-                f"data sets {', '.join(_SETS)}, and knn:imagenet is both"
-            )
-        if data != OWN and data not in _SETS:
-            raise ValueError(f"--tasks: {name!r} has no data set {data!r}{nearest(data, _SETS)}")
-        if data == OWN and not config.data:
-            raise ValueError(
-                f"--tasks: {name} needs --data DIR, or a set: {name}:imagenet with --data_root DIR"
-            )
-        if data != OWN and not config.data_root:
-            raise ValueError(f"--tasks: {name} needs --data_root DIR, the folder of {data}")
-        found.append(Task(name, PROTOCOLS[first], data))
-    return found
+    """The tasks that `--tasks` names. ValueError for an unknown one, for a protocol that cannot be asked of
+    its set, and for one whose --data, --data_root or --ood is not given."""
+    words = dict.fromkeys(word.strip() for word in config.tasks.split(",") if word.strip())
+    return [_parse_task(name, config) for name in words]
+
+
+def _parse_task(name: str, config: EvaluateConfig) -> Task:
+    first, colon, data = name.partition(":")
+    if not colon and first in _SETS:
+        first, data = _USUAL.get(first, "head"), first
+    elif not colon:
+        data = _OF_ONE_SET.get(first, OWN)
+    if first not in PROTOCOLS:
+        known = (*PROTOCOLS, *_SETS)
+        raise ValueError(
+            f"--tasks: {name!r} is unknown{nearest(first, known)}; protocols are {', '.join(PROTOCOLS)}, "
+            f"data sets {', '.join(_SETS)}, and knn:imagenet is both"
+        )
+    if data not in _SETS and (colon or data != OWN):
+        raise ValueError(f"--tasks: {name!r} has no data set {data!r}{nearest(data, _SETS)}")
+    _check_pair(name, first, data)
+    if data == OWN and not config.data:
+        raise ValueError(f"--tasks: {name} needs --data DIR, or a set: {name}:imagenet with --data_root DIR")
+    if data != OWN and not config.data_root:
+        raise ValueError(f"--tasks: {name} needs --data_root DIR, the folder of {data}")
+    if first == "ood":
+        _check_outside(name, config)
+    return Task(name, PROTOCOLS[first], data)
+
+
+def _check_pair(name: str, protocol: str, data: str) -> None:
+    """ValueError if the protocol cannot be asked of the set."""
+    only = _OF_ONE_SET.get(protocol, data)
+    if data != only:
+        raise ValueError(f"--tasks: {name!r}: {protocol} is measured on {only} only")
+    if data == IMAGENET_C and protocol != IMAGENET_C:
+        raise ValueError(f"--tasks: {name!r}: {data} has one protocol; write {data} alone")
+    if data in CATALOGUE and PROTOCOLS[protocol].learns and "train" not in CATALOGUE[data].splits:
+        sets = [one for one in _SETS if one in CATALOGUE and "train" in CATALOGUE[one].splits]
+        more = f"; {protocol}:imagenet is scored on it too" if data in _IMAGENET else ""
+        raise ValueError(
+            f"--tasks: {name!r}: {protocol} learns from training images, and {data} has none; sets that have "
+            f"some are {', '.join(sets)}{more}"
+        )
+
+
+def _check_outside(name: str, config: EvaluateConfig) -> None:
+    if not config.ood:
+        sets = ", ".join(one for one in _SETS if one in CATALOGUE)
+        raise ValueError(
+            f"--tasks: {name} needs --ood: shards, a folder of images, a set below --data_root ({sets}), or "
+            f"{PHOTO_PATCHES}"
+        )
+    if config.ood in CATALOGUE and not config.data_root:
+        raise ValueError(f"--ood {config.ood} needs --data_root DIR, its folder")
 
 
 def listing(data_root: Path | None) -> list[str]:

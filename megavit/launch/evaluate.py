@@ -17,6 +17,7 @@ with --strict if data were missing.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,10 +86,16 @@ def _side_command(name: str, words: list[str]) -> int:
             from megavit.evaluate.tasks import listing
 
             print("\n".join(listing(given.data_root)))
-            return 0
-        from megavit.evaluate.table import table_command
+            code = 0
+        else:
+            from megavit.evaluate.table import table_command
 
-        return table_command(given.results, given.out)
+            code = table_command(given.results, given.out)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who reads the lines (head, less) has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+        return 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -69,6 +69,10 @@ def ood(
             f"{inside.set.name} has {sizes[0]} and {outside.set.name} {sizes[1]} readable images; detection "
             "needs both"
         )
+    if train is None and logits_of is None:
+        raise ValueError(
+            f"{inside.set.name}: detection needs a classifier, or training images to be distant from"
+        )
     gaussian = None if train is None else fit_gaussian(train)
     pair: list[Detectors] = []
     for features in (inside, outside):
