@@ -95,7 +95,7 @@ class Bad(NamedTuple):
 class Loaded(NamedTuple):
     """The images of one batch on the CPU: this rank's part of it, of p slots, whatever the batch has."""
 
-    rows: np.ndarray  # int64 [b], numbers in the set
+    rows: Tensor  # int64 [b], numbers in the set
     pixels: Tensor  # uint8 [p, S, S, C]
     failed: Tensor  # uint8 [p], 1 for a slot without an image
     bad: list[Bad]
@@ -148,7 +148,7 @@ class _Batches(Items[Loaded]):
                 bad.append(found)
             else:
                 pixels[slot], failed[slot] = found, 0
-        return Loaded(rows, pixels, failed, bad)
+        return Loaded(torch.from_numpy(rows), pixels, failed, bad)
 
 
 def load_batches(

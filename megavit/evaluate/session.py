@@ -109,7 +109,7 @@ class Session:
                     parts = [
                         self.model.features(some, self.layers) for some in pixels.split(config.batch_size)
                     ]
-                    labels = torch.from_numpy(images.labels[batch.rows, 0])
+                    labels = torch.from_numpy(images.labels[batch.rows.numpy(), 0])
                     yield {layer: torch.cat([part[layer] for part in parts]) for layer in self.layers}, labels
                     done += len(batch.rows)
                     progress(done, total)

@@ -111,9 +111,9 @@ def features_of_run(
             for part in (batch.pixels, batch.failed)
         )
         values: Tensor = engine.call(_pooled, pixels)
-        failed[torch.from_numpy(batch.rows).to(mesh.device)] = bad.float()
+        failed[batch.rows.to(mesh.device)] = bad.float()
         good = bad == 0
-        pieces.append(Piece(batch.rows[good.cpu().numpy()], values[good]))
+        pieces.append(Piece(batch.rows[good.cpu()].numpy(), values[good]))
     flags = sum_over_dp(mesh, failed).cpu().numpy() > 0
     width = pieces[0].values.shape[1]
     return MemoryFeatures(images, POOLED, width, flags, mesh, [piece for piece in pieces if len(piece.rows)])
