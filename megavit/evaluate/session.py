@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from megavit.evaluate.sets.image_set import Adjust, ImageSet, MissingData
 from megavit.evaluate.sets.photo_patches import PHOTO_PATCHES, photo_patches
 from megavit.evaluate.sets.shards import OWN_LAYOUT, own_data
 from megavit.parallel.collectives import gather_from_tp
+
+_SAY_S = 60.0  # between two lines about progress where there is no terminal
 
 
 class Session:
@@ -142,13 +145,20 @@ class Session:
 
     @contextmanager
     def _bar(self, title: str) -> Iterator[Callable[[int, int], None]]:
-        """A progress bar on the main rank's terminal, or a line every so often where there is none."""
-        hide = True if self.config.quiet or not self.mesh.is_main else None
-        with tqdm(desc=title, unit=" images", leave=False, disable=hide) as bar:
+        """Tells the main rank's terminal how far this is; a log file once a minute."""
+        hide = self.config.quiet or not self.mesh.is_main
+        on_terminal, started, said = sys.stderr.isatty(), time.monotonic(), time.monotonic()
+        with tqdm(desc=title, unit=" images", leave=False, disable=hide or not on_terminal) as bar:
 
             def show(done: int, total: int) -> None:
+                nonlocal said
+                # The other ranks are taken to be as far as this one.
                 bar.total = total * self.mesh.dp_size
-                bar.update((done * self.mesh.dp_size) - bar.n)
+                bar.update(done * self.mesh.dp_size - bar.n)
+                now = time.monotonic()
+                if not on_terminal and now - said > _SAY_S and done:
+                    said, left_s = now, (now - started) / done * (total - done)
+                    self.tell(f"{title}: {done:,} of {total:,} images a rank, {left_s / 60:.0f} min left")
 
             yield show
 
