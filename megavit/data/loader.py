@@ -305,13 +305,16 @@ def load_items(
     twice."""
     pin = torch.cuda.is_available()
     if not workers:
-        return iter(DataLoader(items, batch_size=None, sampler=numbers, pin_memory=pin))
+        return iter(
+            DataLoader(items, batch_size=None, sampler=numbers, pin_memory=pin, collate_fn=_unchanged)
+        )
     start_forkserver()
     loader = DataLoader(
         items,
         batch_size=None,
         sampler=numbers,
         num_workers=workers,
+        collate_fn=_unchanged,
         # forking a process that holds CUDA or gloo threads is not safe
         multiprocessing_context="forkserver",
         pin_memory=pin,
@@ -320,3 +323,8 @@ def load_items(
         worker_init_fn=log,
     )
     return watched(iter(loader), log, timeout_s)
+
+
+def _unchanged(item: T) -> T:
+    """An item as it was made: torch would make tensors of its arrays."""
+    return item

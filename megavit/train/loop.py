@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,7 +15,6 @@ from megavit.data.bad import BAD_SAMPLES_FILE, BadSamples, TooManyBadSamples
 from megavit.data.lanes import DataState, mix
 from megavit.data.loader import Batch, EvalLoader
 from megavit.data.manifest import DATA_FILE
-from megavit.evaluate.while_training import Probes
 from megavit.parallel.mesh import Mesh
 from megavit.tasks.task import DeviceBatch, make_task
 from megavit.train.checkpoint.checkpoint import Checkpoint
@@ -46,6 +45,9 @@ from megavit.train.logging.monitor import LOG_FILE, Monitor, choose_run_dir, ref
 from megavit.train.preempt import PREEMPTED_FILE, StopRequest, stop_signals_blocked
 from megavit.train.schedule import lr_at
 from megavit.train.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from megavit.evaluate.while_training import Probes
 
 _NUM_SHOWN = 8  # pictures of a micro-batch
 _MAX_ROLLBACKS = 3  # to one checkpoint
@@ -130,7 +132,7 @@ class Trainer:
             one: eval_loader(one.shards, self.task, run.data, self.ds_config, mesh)
             for one in run.data.val_sets
         }
-        self.probes = Probes(run, mesh)
+        self.probes = _probes(run, mesh) if run.eval.names else None
         self.monitor = Monitor(self.run_dir, run, self.ds_config, mesh, ds_overrides)
         name = f"rank {mesh.global_rank}"
         self.watchdog = Watchdog(run.timeout_s, name, self._reading, self._heartbeat, run.heartbeat_s)
@@ -152,6 +154,8 @@ class Trainer:
             self._say(f"note: {note}")
         with stop_signals_blocked():
             self.engine = Engine(run, self.ds_config, mesh, initialise=saved is None)
+        if self.probes:
+            self.probes.check(self.engine)
         if saved:
             self.watchdog.at(f"restoring {saved.folder.name}")
             self._restore(saved)
@@ -316,6 +320,8 @@ class Trainer:
                 results.append(logged[self.task.metric])
             else:
                 results.append(self._evaluate(one.name, loader)[self.task.metric])
+        if self.probes:
+            self.probes.forget()
         return results[0] if results else None
 
     def _evaluate(self, name: str, loader: EvalLoader) -> dict[str, float]:
@@ -323,8 +329,8 @@ class Trainer:
         progress = self.monitor.evaluation_progress(loader.num_batches)
         show = functools.partial(self._show_predictions, name)
         found = evaluate(self.engine, loader, self.bad_samples, self.step, self.watchdog, progress, show)
-        found.results.update(self.probes.results(self.engine, name, self.step, self.watchdog.at))
-        self.monitor.log_eval(self.step, name, found)
+        probed = self.probes.results(self.engine, name, self.watchdog.at) if self.probes else {}
+        self.monitor.log_eval(self.step, name, found, probed)
         return found.results
 
     @torch.no_grad()
@@ -469,6 +475,13 @@ class Trainer:
 
     def _heartbeat(self, phase: str, idle_s: float) -> None:
         self.monitor.event(self.step, "heartbeat", phase=phase, idle_s=round(idle_s, 1))
+
+
+def _probes(run: RunConfig, mesh: Mesh) -> Probes:
+    # Its imports take a second, which most runs need not wait for.
+    from megavit.evaluate.while_training import Probes
+
+    return Probes(run, mesh, functools.partial(say, mesh))
 
 
 def _is_due(step: int, every: int) -> bool:

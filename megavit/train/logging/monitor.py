@@ -40,6 +40,7 @@ LOG_FILE = "log.jsonl"
 _PROGRESS_S = 15.0
 _SLOW_STEP_S = 10.0
 BASELINES_FILE = "baselines.json"
+_HEADLINES = ("knn20_top1", "fewshot10_top1", "linear_top1")  # one number of each protocol of --eval.tasks
 
 
 class Monitor:
@@ -193,20 +194,22 @@ class Monitor:
             f"epoch {epoch:6.2f}  {bad}{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
         )
 
-    def log_eval(self, step: int, name: str, found: Evaluation) -> None:
-        """Record an evaluation on the validation set `name` after `step` updates."""
+    def log_eval(self, step: int, name: str, found: Evaluation, probed: Mapping[str, float] = {}) -> None:
+        """Record an evaluation on the validation set `name` after `step` updates, and what the protocols of
+        --eval.tasks have found: all of it, but for the console line."""
         if not self._enabled:
             return
         prefix = f"eval/{name}"
         counts = {f"{prefix}/samples": found.num_samples, f"{prefix}/bad": found.num_bad}
-        results = {f"{prefix}/{metric}": value for metric, value in found.results.items()}
+        results = {f"{prefix}/{metric}": value for metric, value in {**found.results, **probed}.items()}
         self._log.write(step=step, eval=name, **results, **counts)
         for tag, value in results.items():
             self._scalar(tag, value, step)
+        headlines = {metric: value for metric, value in probed.items() if metric in _HEADLINES}
         # Whole numbers are counts: those that are zero say nothing.
         shown = [
             f"{metric} {value}" if isinstance(value, int) else f"{metric} {value:.4f}"
-            for metric, value in found.results.items()
+            for metric, value in {**found.results, **headlines}.items()
             if not (isinstance(value, int) and value == 0)
         ]
         left_out = f"; {found.num_bad} unusable left out, see {BAD_SAMPLES_FILE}" if found.num_bad else ""
