@@ -87,6 +87,8 @@ def _results(session: Session, task: Task) -> list[Result]:
         "tp_size": mesh.tp_size,
         "seconds": round(time.perf_counter() - started, 3),
     }
+    if not any(measurement.count.used for measurement, _ in found):
+        raise ValueError("none of the images could be used")
     results = []
     for measurement, images in found:
         own = {"data_digest": images.digest, "transform": session.transform(images)}

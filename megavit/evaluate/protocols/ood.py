@@ -38,6 +38,7 @@ K = 50
 # Share of the mean variance that is added to every variance: in a direction in which the training features do
 # not vary, distances are large, but finite.
 _RIDGE = 1e-6
+_LEAST = 1e-6  # of the variance of all features, that within classes is taken to be at least
 
 
 def ood(
@@ -171,14 +172,16 @@ def fit_gaussian(train: Features) -> Gaussian:
         for total, centre in zip(scatter, (own, mean), strict=True):
             total += (x - centre).T @ (x - centre)
     covariance = sum_over_dp(train.mesh, scatter) / counts.sum()
-    within, everything = (_whitening(part) for part in covariance)
+    spread = covariance[1].diagonal().mean()
+    within, everything = (_whitening(part, spread) for part in covariance)
     return Gaussian(within, everything, means[counts > 0], mean)
 
 
-def _whitening(covariance: Tensor) -> Tensor:
-    """L^-1 of L L^T = covariance + ridge."""
+def _whitening(covariance: Tensor, spread: Tensor) -> Tensor:
+    """L^-1 of L L^T = covariance + ridge. `spread` is the mean variance of all features: where no class has
+    two images, there is none within classes."""
     identity = torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
-    scale = covariance.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    scale = covariance.diagonal().mean().clamp(min=_LEAST * spread + torch.finfo(torch.float64).tiny)
     lower = torch.linalg.cholesky(covariance + _RIDGE * scale * identity)
     return torch.linalg.solve_triangular(lower, identity, upper=False)
 
