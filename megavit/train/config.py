@@ -115,7 +115,8 @@ class EvalConfig:
 
     Args:
         tasks: protocols, separated by commas: knn, fewshot, linear; empty measures none. They learn from
-            training images, are tested on every validation set, and are logged as eval/SET/knn20_top1 etc.
+            training images that have one class each, are tested on every validation set when it is evaluated,
+            and are logged as eval/SET/knn20_top1 etc.
         train_samples: training images that they learn from, spread evenly over the shards.
     """
 

@@ -101,15 +101,14 @@ def test_all_of_it_is_in_the_log(single: Path) -> None:
     assert share == pytest.approx(round(share), abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "tp", "stage"), [(2, 1, 1), (3, 1, 3), (2, 2, 3), (4, 2, 2)]
-)
+@pytest.mark.parametrize(("ranks", "tp", "stage"), [(2, 1, 1), (3, 1, 2), (2, 2, 3), (4, 2, 3)])
 def test_the_numbers_do_not_depend_on_the_layout(
     few: Path, single: Path, tmp_path: Path, ranks: int, tp: int, stage: int
 ) -> None:
     """Catches images that are counted twice or by no rank, weights that are not gathered, ranks that wait for
     one that has no images left."""
-    run = probed_run(few, tmp_path / "run", tensor_parallel_size=tp)
+    workers = int(ranks == 1)
+    run = probed_run(few, tmp_path / "run", tensor_parallel_size=tp, data__workers=workers)
     assert run_ranks(ranks, train_here, run, small_ds(stage)) == [""] * ranks
     for found, expected in zip(probed(tmp_path / "run"), probed(single), strict=True):
         assert found == pytest.approx(expected, abs=1e-5)
@@ -126,8 +125,9 @@ def test_bf16(few: Path, single: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("ranks", "stage"), [(2, 3), (1, 0)])
 def test_training_is_the_same_to_the_bit(few: Path, tmp_path: Path, ranks: int, stage: int) -> None:
     """Catches a pass over features that moves the data, random numbers, weights or gradients of training."""
+    changes = {"max_steps": 5, "eval_every": 2, "model__dropout": 0.1}
     for name, tasks in (("probed", ALL), ("plain", "")):
-        run = probed_run(few, tmp_path / name, tasks, max_steps=5, model__dropout=0.1)
+        run = probed_run(few, tmp_path / name, tasks, **changes)
         assert run_ranks(ranks, train_here, run, small_ds(stage)) == [""] * ranks
     steps = [
         [(row["step"], row["loss"], row["grad_norm"]) for row in steps_of(tmp_path / name)]
@@ -189,6 +189,18 @@ def test_an_evaluation_that_was_killed_is_done_again_and_a_finished_one_is_not(
     assert rows == [row for row in log_of(single) if "eval" in row] and rows[:1] == first
     assert run_ranks(1, train_here, run, small_ds(0)) == [""]  # nothing is left to do
     assert [row for row in log_of(tmp_path / "run") if "eval" in row] == rows
+
+
+def test_a_run_that_goes_on_may_have_others(few: Path, tmp_path: Path) -> None:
+    """Catches a saved run that cannot be measured otherwise than it was, and a change that is not said."""
+    run = probed_run(few, tmp_path / "run", "", stop_at_step=1)
+    assert run_ranks(1, train_here, run, small_ds(3)) == [""]
+    run = dataclasses.replace(run, eval=EvalConfig("knn", train_samples=50), stop_at_step=0)
+    assert run_ranks(1, train_here, run, small_ds(3)) == [""]
+    (resumed,) = (row for row in log_of(tmp_path / "run") if row.get("event") == "resumed")
+    assert resumed["changes"] == ["eval.tasks  -> knn", "eval.train_samples 10000 -> 50"]
+    before, after = probed(tmp_path / "run")
+    assert before == {} and after["knn20_top1"] > 0
 
 
 def trained_output(run: RunConfig, raw: dict[str, Any], path: Path) -> str:
