@@ -25,6 +25,7 @@ from megavit.evaluate.groups import (
 from megavit.evaluate.results import Result
 
 _ACCURACY = ("top1", "precision_at_1", "accuracy", "map")
+_LEGEND_WIDTH, _LEGEND_LINE = 4.0, 0.16  # inches of a legend of many lines
 _Data = TypeVar("_Data")
 
 
@@ -326,7 +327,10 @@ def _draw_lines(axes: Any, lines: Iterable[Line], marker: str = "o") -> None:
 def _legend(axes: Any, lines: Sequence[Line]) -> None:
     if len(lines) <= 12:
         axes.legend(fontsize=8)
-    else:
+    else:  # beside the axes, which must not shrink for it
+        figure = axes.figure
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width + _LEGEND_WIDTH, max(height, _LEGEND_LINE * (len(lines) + 2)))
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
