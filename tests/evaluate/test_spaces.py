@@ -29,7 +29,7 @@ def named(names: tuple[str, ...], labels: list[int], candidates: list[int] | Non
 
 
 def test_labels_follow_the_names(tmp_path: Path) -> None:
-    """Catches labels that are taken by number where the classes are in another order, or only some of them."""
+    """Catches labels that are taken by number where classes are in another order, or only some of them."""
     model = small_model(tmp_path / "model")
     assert model.class_names == NAMES
     same = named(NAMES, [2, 0])
