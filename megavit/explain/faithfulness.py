@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megavit.explain.target import BLACK, Baseline, Loss, Target, check, replace
+from megavit.explain.target import BLACK, Baseline, Target, check, replace
 from megavit.model.vit import MegaVit
+from megavit.tasks.config import Loss
 
 RANDOM, CENTRED = "random", "centred Gaussian"
 
@@ -71,16 +72,16 @@ def with_controls(
 ) -> dict[str, Faithfulness]:
     """`faithfulness` of each of the `maps`, and beside them of what has not seen the model: the mean of
     `draws` random maps, and a Gaussian in the middle of the image, where photographers put things."""
-    settings = {"loss": loss, "baseline": baseline, "steps": steps}
-    found = {name: faithfulness(model, images, target, values, **settings) for name, values in maps.items()}  # type: ignore[arg-type]
+
+    def judged(values: Tensor) -> Faithfulness:
+        values = values.to(images.device)
+        return faithfulness(model, images, target, values, loss=loss, baseline=baseline, steps=steps)
+
     shape = (len(images), *model.embed.grid(images))
-    drawn = [
-        faithfulness(model, images, target, random_map(shape, seed + draw).to(images.device), **settings)  # type: ignore[arg-type]
-        for draw in range(draws)
-    ]
+    drawn = [judged(random_map(shape, seed + draw)) for draw in range(draws)]
+    found = {name: judged(values) for name, values in maps.items()}
     found[RANDOM] = Faithfulness(*(torch.stack(of_each).mean(0) for of_each in zip(*drawn, strict=True)))
-    centred = centred_gaussian(shape).to(images.device)
-    found[CENTRED] = faithfulness(model, images, target, centred, **settings)  # type: ignore[arg-type]
+    found[CENTRED] = judged(centred_gaussian(shape))
     return found
 
 

@@ -55,7 +55,7 @@ METHODS = {
         signed=True,
     ),
     "integrated_gradients": Method(
-        lambda m, x, target, start: integrated_gradients(model, images, target, baseline=baseline),
+        lambda m, x, target, start: integrated_gradients(m, x, target, baseline=start),
         "mean gradient on the way from the baseline",
         signed=True,
         adds_up=True,

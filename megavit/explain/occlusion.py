@@ -37,13 +37,10 @@ def occlusion(
     total = torch.zeros(count, rows, columns, device=images.device)
     for start in trange(0, len(covers), at_once, disable=not progress, desc="occlusion"):
         some = covers[start : start + at_once]
-        covered = replace(
-            model,
-            images.repeat(len(some), 1, 1, 1),
-            some.repeat_interleave(count, 0),
-            _repeated(baseline, len(some)),
-        )
-        scores = target.repeated(len(some)).score(model(covered)).view(len(some), count)
+        times = len(some)
+        patches, repeated = some.repeat_interleave(count, 0), images.repeat(times, 1, 1, 1)
+        covered = replace(model, repeated, patches, _repeated(baseline, times))
+        scores = target.repeated(times).score(model(covered)).view(times, count)
         total += torch.einsum("sb,shw->bhw", whole - scores, some.to(scores.dtype))
     return total / covers.sum(0)
 

@@ -2,8 +2,9 @@
 
 One update a block: r <- (r + r M) / 2, where M is the positive part of gradient x attention, summed over
 heads, each row divided by its sum. In a parallel block attention is all that moves anything between tokens,
-so one update says it all; the MLP and the residual are the half that stays. The last row is the MAP head's own
-gradient x attention; with mean pooling it is uniform, with a class token that token's. After Chefer et al.
+so one update says it all; the MLP and the residual are the half that stays. The row that is handed back
+starts as the MAP head's own gradient x attention; with mean pooling it is uniform, with a class token that
+token's. After Chefer et al.
 (arXiv 2103.15679), with rows normalised.
 
 Letters: B images, H heads (/tp a rank's share), N tokens, h rows and w columns of patches.

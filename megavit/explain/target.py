@@ -6,22 +6,23 @@ Letters: B images, C channels, H height, W width, h rows and w columns of patche
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from einops import reduce
 from torch import Tensor
 
 from megavit.model.vit import MegaVit
+from megavit.tasks.config import Loss
 
 # A value for all pixels (-1 is black), or a tensor that broadcasts to [B, C, H, W].
 Baseline = float | Tensor
 BLACK = -1.0
-Loss = Literal["sigmoid", "softmax"]
 
 
 class Target(NamedTuple):
-    """The class of each image whose score is explained, int64 [B]; with `against`, why it and not that one."""
+    """The class of each image whose score is explained, int64 [B]; with `against`, why it and not that
+    one."""
 
     classes: Tensor
     against: Tensor | None = None
