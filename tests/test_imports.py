@@ -44,6 +44,7 @@ FORBIDDEN = {
     "tasks/config.py": ("torch", "deepspeed", "numpy", "yaml", *ROOMS),
     "evaluate": ("deepspeed", "torch.distributed", "megavit.train.loop", "megavit.scale", "megavit.bench"),
     "evaluate/config.py": ("torch", "deepspeed", "numpy", "yaml", *ROOMS),
+    "explain": ("deepspeed", "torch.distributed", "captum", "megavit.launch", "megavit.scale"),
     "scale": ("deepspeed", "megavit.data", "megavit.evaluate"),
     "train": ("megavit.scale", "megavit.bench", "megavit.evaluate"),
     "train/config.py": ("torch", "deepspeed", "numpy", "yaml", *ROOMS),
