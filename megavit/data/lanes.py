@@ -271,6 +271,11 @@ class Order:
         self._step, self._epoch, self._position = state.step, state.epoch, state.position
         self._pending = tuple(skip for skip in self.skips if skip not in state.skipped)
 
+    @property
+    def first_step(self) -> int:
+        """The first step that this order tells."""
+        return self._step
+
     def place(self, step: int) -> tuple[int, int]:
         """(epoch, position in every lane) where step `step` begins to read."""
         if step < self._step:
