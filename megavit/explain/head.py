@@ -4,13 +4,13 @@ The logits are z = W h + b, and the gradient of an image's loss with respect to 
 and for sigmoid. With respect to (W, b) it is the outer product of e and h~ = (h, 1). For a score whose
 gradient with respect to (W, b) is G, the two measures of what a training image does to it are
 
-    tracin      - G . (e h~)              how far a step of gradient descent on the image raises the score
-    influence   - G . H^-1 (e h~) / n     how far the score would fall if the classifier were fitted without it
+    tracin      - G . (e h~)            how far a step of gradient descent on the image raises the score
+    influence   - G . H^-1 (e h~) / n   how far the score would fall if the classifier were fitted without it
 
 (Pruthi et al., 2020, arXiv 2002.08484; Koh and Liang, 2017, 1703.04730). H is the Hessian of the mean loss,
-the mean of A (x) h~ h~^T with A = diag(p) - p p^T for softmax and diag(p (1 - p)) for sigmoid, plus damping on
-its diagonal. H^-1 G comes from conjugate gradients, which need products with H only: no matrix of
-(K D)^2 numbers.
+the mean of A (x) h~ h~^T with A = diag(p) - p p^T for softmax and diag(p (1 - p)) for sigmoid, plus damping
+on its diagonal. H^-1 G comes from conjugate gradients, which need products with H only: no matrix of (K D)^2
+numbers.
 
 Letters: n training images, r of a chunk, m scores, D width of the features, K classes, s rows of W that a
 score is followed in, u those of all scores.
@@ -106,8 +106,8 @@ class HeadInfluence:
         more classes than rows.
 
         Cost: one pass over the logits, n K D products; one over the features for tracin, m n s D; for
-        influence two more a step of the conjugate gradients, some 20 to 200, and one all-reduce of m s (D + 1)
-        numbers each.
+        influence two more a step of the conjugate gradients, some 20 to 200, each with one all-reduce of
+        m s (D + 1) numbers.
         """
         held = _Held(self, scores.classes)
         settings: dict[str, Any] = {
@@ -127,8 +127,8 @@ class HeadInfluence:
         return Values(torch.cat(parts, 1), np.concatenate(rows), settings)
 
     def own(self) -> Values:
-        """The influence of each training image on its own loss as TracIn has it, |e|^2 |h~|^2: [1, rows]. Large
-        for images that the classifier does not explain."""
+        """The influence of each training image on its own loss as TracIn has it, |e|^2 |h~|^2: [1, rows].
+        Large for images that the classifier does not explain."""
         parts, rows = [torch.zeros(0, dtype=torch.float64, device=self.mesh.device)], [np.zeros(0, np.int64)]
         for number, (chunk, values, _, errors) in enumerate(self.predictions()):
             # The ranks of a TP group have the same rows: they take turns.
@@ -195,7 +195,7 @@ class _Chunk(NamedTuple):
 
 
 class _Held:
-    """The probabilities and errors of a rank's images for the classes [m, s] of some scores, float32 [n, u]."""
+    """The probabilities and errors of a rank's images, float32 [n, u], for the classes [m, s] of scores."""
 
     def __init__(self, head: HeadInfluence, classes: Tensor):
         self._loss = head.loss

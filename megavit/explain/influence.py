@@ -99,7 +99,7 @@ def pushed(
     for sign in (1, -1):
         values, rows = highest(train.mesh, sign * found.values, found.rows, min(k, len(train.usable)))
         lists.append(_described(train.mesh, train.set, rows.where(values > 0, -1), sign * values, readings))
-    return Pushed(*lists, found.settings)
+    return Pushed(lists[0], lists[1], found.settings)
 
 
 def score_gradient(logits: Tensor, target: Target, loss: Loss) -> Tensor:
@@ -137,7 +137,7 @@ def label_errors(
         values, rows = highest(train.mesh, some.values, some.rows, min(k, len(train.usable)))
         (those,) = _described(train.mesh, train.set, rows.where(values > 0, -1), sign * values, readings)
         lists.append(those)
-    return LabelErrors(*lists, found.settings | {"validation": validation.name})
+    return LabelErrors(lists[0], lists[1], found.settings | {"validation": validation.name})
 
 
 def loss_of_set(head: HeadInfluence) -> Scores:
