@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavit.model.config import ModelConfig, Recompute
+from megavit.model.frozen import gelu as frozen_gelu
 from megavit.model.norm import normalize
 from megavit.model.observe import require_grad
 from megavit.model.recompute import recompute_with
@@ -47,8 +48,8 @@ class Norm(nn.Module):
         self.weight = init.constant("weight", Layout((config.dim,)), 1.0)
         self.bias = init.constant("bias", Layout((config.dim,)), 0.0) if config.norm_bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return normalize(x, self.weight, self.bias, centring=self.centring, eps=self.eps)
+    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
+        return normalize(x, self.weight, self.bias, centring=self.centring, eps=self.eps, frozen=frozen)
 
 
 class SelfAttention(nn.Module):
@@ -85,14 +86,15 @@ class SelfAttention(nn.Module):
         *,
         addend: Tensor | None = None,
         asked: Collection[str] = (),
+        frozen: bool = False,
     ) -> tuple[Tensor, Seen]:
         """[B, N, 3 D/tp] -> [B, N, D], and what is `asked` for (of `OBSERVED`). `scales` are those of
         `column_parallel`; `addend` [B, N, D] joins the output inside its matmul."""
         qkv = qkv.unflatten(-1, (3, -1, self.head_dim))  # [B, N, 3, H/tp, K]
         q, k, v = qkv.unbind(2)  # [B, N, H/tp, K]
         if self.qk_norm:
-            q = normalize(q, scales[0], None, centring=self.centring, eps=self.eps)
-            k = normalize(k, scales[1], None, centring=self.centring, eps=self.eps)
+            q = normalize(q, scales[0], None, centring=self.centring, eps=self.eps, frozen=frozen)
+            k = normalize(k, scales[1], None, centring=self.centring, eps=self.eps, frozen=frozen)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H/tp, N, K]
         attended, weights = attend(q, k, v, explicit="attention" in asked)
         seen = {"queries_keys": (q, k), "attention": (weights,)}
@@ -130,12 +132,11 @@ class Mlp(nn.Module):
         self.up = ColumnParallelLinear(dim, (hidden,), init.scope("up"), bias=True, bias_std=MLP_BIAS_STD)
         self.down = RowParallelLinear(hidden, dim, init.scope("down"), bias=True, bias_std=MLP_BIAS_STD)
 
-    def forward(self, hidden: Tensor, addend: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, addend: Tensor | None = None, frozen: bool = False) -> Tensor:
         """From the output of `up` [B, N, F/tp]. `addend` [B, N, D] joins inside the matmul: another layer's
         partial sum, before the one reduce."""
-        hidden = dropout(
-            self.mesh, F.gelu(hidden, approximate="tanh"), self.dropout, self.training, sharded=True
-        )
+        hidden = frozen_gelu(hidden) if frozen else F.gelu(hidden, approximate="tanh")
+        hidden = dropout(self.mesh, hidden, self.dropout, self.training, sharded=True)
         return self.down(hidden, addend)
 
 
@@ -185,19 +186,22 @@ class ParallelBlock(nn.Module):
         self.mlp = Mlp(config, init.scope("mlp"))
         self.residual = _Residual(config, init.scope("residual"))
 
-    def forward(self, x: Tensor, observe: Mapping[str, Observe] | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]. `observe` has functions by names of `OBSERVED`, which are told those."""
+    def forward(
+        self, x: Tensor, observe: Mapping[str, Observe] | None = None, frozen: bool = False
+    ) -> Tensor:
+        """[B, N, D] -> [B, N, D]. `observe` has functions by names of `OBSERVED`, which are told those;
+        `frozen`: see `MegaVit.frozen_statistics`."""
         # Layer scale's backward reads what the block adds.
         dead = () if self.residual.scale is not None else (self.attn.out, self.mlp.down)
-        found = recompute_with(self.recompute, self._forward, x, tuple(observe or ()), dead=dead)
+        found = recompute_with(self.recompute, self._forward, x, tuple(observe or ()), frozen, dead=dead)
         return _observed(found, observe)
 
-    def _forward(self, x: Tensor, asked: tuple[str, ...]) -> tuple[Tensor, Seen]:
+    def _forward(self, x: Tensor, asked: tuple[str, ...], frozen: bool) -> tuple[Tensor, Seen]:
         layers = (self.attn.qkv, self.mlp.up)
-        (qkv, hidden), scales = column_parallel(self.mesh, self.norm(x), layers, *self.attn.scales)
+        (qkv, hidden), scales = column_parallel(self.mesh, self.norm(x, frozen), layers, *self.attn.scales)
         start = x if self.residual.is_plain_sum else None
-        partial, seen = self.attn(qkv, scales, addend=start, asked=asked)
-        y = self.mlp(hidden, addend=partial)
+        partial, seen = self.attn(qkv, scales, addend=start, asked=asked, frozen=frozen)
+        y = self.mlp(hidden, partial, frozen)
         return self.residual(x, y) if start is None else y, seen
 
 
@@ -216,18 +220,21 @@ class SequentialBlock(nn.Module):
         self.mlp = Mlp(config, init.scope("mlp"))
         self.residual = _Residual(config, init.scope("residual"))
 
-    def forward(self, x: Tensor, observe: Mapping[str, Observe] | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]. `observe` has functions by names of `OBSERVED`, which are told those."""
+    def forward(
+        self, x: Tensor, observe: Mapping[str, Observe] | None = None, frozen: bool = False
+    ) -> Tensor:
+        """[B, N, D] -> [B, N, D]. `observe` has functions by names of `OBSERVED`, which are told those;
+        `frozen`: see `MegaVit.frozen_statistics`."""
         dead = () if self.residual.scale is not None else (self.mlp.down,)
-        found = recompute_with(self.recompute, self._forward, x, tuple(observe or ()), dead=dead)
+        found = recompute_with(self.recompute, self._forward, x, tuple(observe or ()), frozen, dead=dead)
         return _observed(found, observe)
 
-    def _forward(self, x: Tensor, asked: tuple[str, ...]) -> tuple[Tensor, Seen]:
-        (qkv,), scales = column_parallel(self.mesh, self.norm(x), [self.attn.qkv], *self.attn.scales)
-        y, seen = self.attn(qkv, scales, asked=asked)
+    def _forward(self, x: Tensor, asked: tuple[str, ...], frozen: bool) -> tuple[Tensor, Seen]:
+        (qkv,), scales = column_parallel(self.mesh, self.norm(x, frozen), [self.attn.qkv], *self.attn.scales)
+        y, seen = self.attn(qkv, scales, asked=asked, frozen=frozen)
         x = self.attn_residual(x, y)
-        (hidden,), _ = column_parallel(self.mesh, self.mlp_norm(x), [self.mlp.up])
-        return self.residual(x, self.mlp(hidden)), seen
+        (hidden,), _ = column_parallel(self.mesh, self.mlp_norm(x, frozen), [self.mlp.up])
+        return self.residual(x, self.mlp(hidden, frozen=frozen)), seen
 
 
 Block = ParallelBlock | SequentialBlock

@@ -47,8 +47,9 @@ class MapHead(nn.Module):
         self.norm = Norm(config, init.scope("norm"))
         self.mlp = Mlp(config, init.scope("mlp"))
 
-    def forward(self, x: Tensor, observe: Observe | None = None) -> Tensor:
-        """`observe` is called with the probe's attention weights [B, H/tp, N]."""
+    def forward(self, x: Tensor, observe: Observe | None = None, frozen: bool = False) -> Tensor:
+        """`observe` is called with the probe's attention weights [B, H/tp, N]; `frozen`: see
+        `MegaVit.frozen_statistics`."""
         x, probe = copy_to_tp(self.mesh, x, self.probe)
         q = self.q(probe.expand(x.shape[0], -1)).unflatten(-1, (-1, 1, self.head_dim))  # [B, H/tp, 1, K]
         kv = self.kv(x).unflatten(-1, (2, -1, self.head_dim))  # [B, N, 2, H/tp, K]
@@ -60,8 +61,8 @@ class MapHead(nn.Module):
             observe(weights)
             attended = weights.unsqueeze(2).to(v.dtype) @ v
         pooled = self.out(attended.flatten(1))  # [B, D]
-        (n,) = copy_to_tp(self.mesh, self.norm(pooled))
-        return wide(pooled) + wide(self.mlp(self.mlp.up(n)))
+        (n,) = copy_to_tp(self.mesh, self.norm(pooled, frozen))
+        return wide(pooled) + wide(self.mlp(self.mlp.up(n), frozen=frozen))
 
 
 class Classifier(nn.Module):

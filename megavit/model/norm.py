@@ -11,11 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megavit.model.frozen import multiple
 from megavit.parallel.collectives import is_functorch_active
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _inverse_rms(wide: Tensor, eps: float) -> Tensor:
+    """1 / rms of [..., D]: [..., 1]; reads x once and writes no square of it."""
+    inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+    return inverse.div_(wide.shape[-1]).add_(eps).rsqrt_()
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -29,9 +36,7 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
         ctx.eps = eps
         wide = x.to(_statistics_dtype(x))
-        # [..., 1]; the norm reads x once and writes no square of it
-        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
-        inverse.div_(x.shape[-1]).add_(eps).rsqrt_()
+        inverse = _inverse_rms(wide, eps)
         ctx.save_for_backward(x, scale, inverse)
         return torch.mul(wide, inverse).mul_(scale).to(x.dtype)
 
@@ -62,9 +67,16 @@ def has_fused_rms_norm(x: Tensor) -> bool:
     return x.is_cuda or torch.compiler.is_compiling()
 
 
-def normalize(x: Tensor, scale: Tensor, bias: Tensor | None, *, centring: bool, eps: float) -> Tensor:
+def normalize(
+    x: Tensor, scale: Tensor, bias: Tensor | None, *, centring: bool, eps: float, frozen: bool = False
+) -> Tensor:
     """x / rms(x) * scale (+ bias) over the last dim, about the mean if `centring`; statistics in float32 in
-    any dtype."""
+    any dtype. If `frozen`, rms(x) is a constant for the gradient."""
+    if frozen:
+        y = normalize(x.detach(), scale, bias, centring=centring, eps=eps)
+        wide = x.to(_statistics_dtype(x))
+        wide = wide - wide.mean(-1, keepdim=True) if centring else wide
+        return multiple(y, wide, _inverse_rms(wide.detach(), eps), scale)
     if centring:
         return F.layer_norm(x, scale.shape, scale, bias, eps)
     torchs = has_fused_rms_norm(x) or is_functorch_active()

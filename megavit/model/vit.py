@@ -66,6 +66,7 @@ class MegaVit(nn.Module):
         self.config = config = model_config({"name": "custom"} | sizes | rates | options)
         self.mesh = mesh = mesh or Mesh.single()
         self._observers = Observers()
+        self._frozen_contexts = 0
         config.check_tensor_parallel(mesh.tp_size)
         init = Initializer(seed, mesh, deferred=deferred_init)
         self.embed = PatchEmbedding(config, init.scope("embed"))
@@ -179,7 +180,7 @@ class MegaVit(nn.Module):
     def forward_features(self, img: Tensor) -> Tensor:
         """Normalised tokens [B, N, D] after the last block, prefix tokens (registers, class token) first,
         then patches row by row."""
-        return self.norm(self._run_blocks(img))
+        return self.norm(self._run_blocks(img), self._is_frozen)
 
     def forward_intermediates(
         self,
@@ -210,7 +211,7 @@ class MegaVit(nn.Module):
 
         def keep(layer: int, x: Tensor) -> None:
             if layer in wanted:
-                kept.append(self.norm(x) if norm else x)
+                kept.append(self.norm(x, self._is_frozen) if norm else x)
 
         x = self._run_blocks(img, keep, max(wanted) + 1 if intermediates_only else None)
         prefix = self.config.num_prefix_tokens
@@ -220,7 +221,7 @@ class MegaVit(nn.Module):
             found = [rearrange(t, "b (h w) d -> b d h w", h=rows).contiguous() for t in found]
         if return_prefix_tokens and prefix:
             found = [(patches, tokens[:, :prefix]) for patches, tokens in zip(found, kept, strict=True)]
-        return found if intermediates_only else (self.norm(x), found)
+        return found if intermediates_only else (self.norm(x, self._is_frozen), found)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits [B, num_classes] of `forward_features`' tokens [B, N, D]; with `pre_logits`, or if
@@ -228,7 +229,7 @@ class MegaVit(nn.Module):
         part."""
         patches = tokens[:, self.config.num_prefix_tokens :]
         if self.pool is not None:
-            pooled = self.pool(patches, self._observers.listener("pool"))
+            pooled = self.pool(patches, self._observers.listener("pool"), self._is_frozen)
         elif self.config.pool == "mean":
             pooled = patches.mean(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
         else:
@@ -260,6 +261,31 @@ class MegaVit(nn.Module):
         """
         return self._observers.joined_by(observer)
 
+    @contextmanager
+    def frozen_statistics(self) -> Iterator[None]:
+        """A context in which the statistics of the model's norms are constants for the gradient, and so are
+        the gates of its GELUs.
+
+        x / rms(x) has the gradient of x times a constant (block norms, QK norms, the final norm, the MAP
+        head's; a LayerNorm that of the centred x), and GELU(x) = x (1 + tanh z) / 2 that of x times the gate.
+        All values are what they are without it, to the bit, and everything else has its ordinary gradient.
+        The gradient of a score with respect to the image, times the image's difference from a baseline, is
+        then its evidence for and against the score: see `megavit.explain.frozen`.
+
+        Holds for the passes that begin inside; their backward pass may come later. Works with every kernel,
+        recompute policy and TP size, and adds no collective; compiled blocks run uncompiled. Contexts may be
+        nested.
+        """
+        self._frozen_contexts += 1
+        try:
+            yield
+        finally:
+            self._frozen_contexts -= 1
+
+    @property
+    def _is_frozen(self) -> bool:
+        return self._frozen_contexts > 0
+
     def _run_blocks(
         self, img: Tensor, keep: Callable[[int, Tensor], None] | None = None, depth: int | None = None
     ) -> Tensor:
@@ -277,7 +303,7 @@ class MegaVit(nn.Module):
             if layer == depth:
                 break
             observe = self._observers.listeners(OBSERVED, layer)
-            x = block(x) if observe is None else block(x, observe)
+            x = block(x, observe, self._is_frozen)
             self._observers.tell("tokens", layer, x)
             if keep is not None:
                 keep(layer, x)
@@ -295,7 +321,7 @@ class MegaVit(nn.Module):
     def compile_blocks(self) -> None:
         """torch.compile each block's forward, inside ZeRO's hooks; blocks share one compiled graph."""
         for block in self.blocks:
-            block.forward = _unless_observed(torch.compile(block.forward), block.forward)
+            block.forward = _unless_looked_into(torch.compile(block.forward), block.forward)
 
 
 @contextmanager
@@ -327,12 +353,13 @@ def _block_numbers(indices: int | Sequence[int] | None, depth: int) -> set[int]:
     return {i % depth for i in indices}
 
 
-def _unless_observed(
-    compiled: Callable[[Tensor], Tensor], plain: Callable[[Tensor, Mapping[str, Observe]], Tensor]
+def _unless_looked_into(
+    compiled: Callable[[Tensor], Tensor], plain: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
-    """A block's forward: compiled, but for an observer, whose code is not to be traced."""
+    """A block's forward: compiled, but for an observer, whose code is not to be traced, and for frozen
+    statistics, which would compile it once more."""
 
-    def forward(x: Tensor, observe: Mapping[str, Observe] | None = None) -> Tensor:
-        return compiled(x) if observe is None else plain(x, observe)
+    def forward(x: Tensor, observe: Mapping[str, Observe] | None = None, frozen: bool = False) -> Tensor:
+        return compiled(x) if observe is None and not frozen else plain(x, observe, frozen)
 
     return forward
