@@ -20,12 +20,14 @@ def frozen(
     model: MegaVit, images: Tensor, target: Target, *, baseline: Baseline = BLACK, steps: int = 1
 ) -> Tensor:
     """Evidence for (positive) and against the target, float32 [B, h, w], at the price of one forward and
-    backward pass: gradient x (image - baseline) with frozen statistics (`MegaVit.frozen_statistics`).
+    backward pass: gradient x (image - baseline) with frozen statistics and halved attention
+    (`MegaVit.frozen_statistics`).
 
     With more `steps` the gradient is a mean over images on the way from the baseline, the last of which is
-    the image itself: slower, somewhat more faithful.
+    the image itself: slower, somewhat more faithful. The sum of a map is no more than of the order of the
+    score's difference from the baseline's: see `sum_check`.
     """
-    with model.frozen_statistics():
+    with model.frozen_statistics(halve_attention=True):
         return _evidence(model, images, target, baseline, [step / steps for step in range(1, steps + 1)])
 
 

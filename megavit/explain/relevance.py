@@ -28,24 +28,29 @@ from megavit.parallel.collectives import reduce_from_tp
 def relevance(model: MegaVit, images: Tensor, target: Target) -> Tensor:
     """Where the model looks for the target, float32 [B, h, w] >= 0, each map of sum 1 at most.
 
-    One forward and backward pass with explicit attention and frozen statistics, which point to the target
-    more often than ordinary gradients do. Beside queries and keys it holds one layer's attention at a time,
-    if blocks are recomputed; two sums of [B, N] a block over the TP group.
+    One forward and backward pass with explicit attention and ordinary gradients. Beside queries and keys it
+    holds one layer's attention at a time, if blocks are recomputed; two sums of [B, N] a block over the TP
+    group.
     """
     images = check(model, images)
-    with model.frozen_statistics(), model.observe(_Relevance(model, images)) as observer:
+    with model.observe(_Relevance(model, images)) as observer:
         score_gradient(model, images, target)
-        return observer.over_patches()
+    return observer.over_patches()
 
 
 def located(model: MegaVit, images: Tensor, target: Target, *, baseline: Baseline = BLACK) -> Tensor:
     """Where the evidence for the target lies, float32 [B, h, w] >= 0: relevance times the positive part of
-    the frozen map, smoothed over 3 x 3 patches. Both come from one forward and backward pass."""
+    the frozen map, smoothed over 3 x 3 patches. Both come from one forward and backward pass, so this
+    relevance has frozen statistics too, which makes no difference to the product.
+    """
     images = check(model, images)
-    with model.frozen_statistics(), model.observe(_Relevance(model, images)) as observer:
+    with (
+        model.frozen_statistics(halve_attention=True),
+        model.observe(_Relevance(model, images)) as observer,
+    ):
         gradient = score_gradient(model, images, target).float()
-        evidence = patch_sums(model, gradient * (images - at_baseline(images, baseline)).float())
-        return observer.over_patches() * smoothed(evidence).clamp(min=0)
+    evidence = patch_sums(model, gradient * (images - at_baseline(images, baseline)).float())
+    return observer.over_patches() * smoothed(evidence).clamp(min=0)
 
 
 def smoothed(values: Tensor) -> Tensor:

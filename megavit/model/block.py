@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavit.model.config import ModelConfig, Recompute
+from megavit.model.frozen import Frozen, halved
 from megavit.model.frozen import gelu as frozen_gelu
 from megavit.model.norm import normalize
 from megavit.model.observe import require_grad
@@ -48,8 +49,8 @@ class Norm(nn.Module):
         self.weight = init.constant("weight", Layout((config.dim,)), 1.0)
         self.bias = init.constant("bias", Layout((config.dim,)), 0.0) if config.norm_bias else None
 
-    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        return normalize(x, self.weight, self.bias, centring=self.centring, eps=self.eps, frozen=frozen)
+    def forward(self, x: Tensor, frozen: Frozen | None = None) -> Tensor:
+        return normalize(x, self.weight, self.bias, centring=self.centring, eps=self.eps, frozen=bool(frozen))
 
 
 class SelfAttention(nn.Module):
@@ -86,16 +87,19 @@ class SelfAttention(nn.Module):
         *,
         addend: Tensor | None = None,
         asked: Collection[str] = (),
-        frozen: bool = False,
+        frozen: Frozen | None = None,
     ) -> tuple[Tensor, Seen]:
         """[B, N, 3 D/tp] -> [B, N, D], and what is `asked` for (of `OBSERVED`). `scales` are those of
         `column_parallel`; `addend` [B, N, D] joins the output inside its matmul."""
         qkv = qkv.unflatten(-1, (3, -1, self.head_dim))  # [B, N, 3, H/tp, K]
         q, k, v = qkv.unbind(2)  # [B, N, H/tp, K]
         if self.qk_norm:
-            q = normalize(q, scales[0], None, centring=self.centring, eps=self.eps, frozen=frozen)
-            k = normalize(k, scales[1], None, centring=self.centring, eps=self.eps, frozen=frozen)
+            q = normalize(q, scales[0], None, centring=self.centring, eps=self.eps, frozen=bool(frozen))
+            k = normalize(k, scales[1], None, centring=self.centring, eps=self.eps, frozen=bool(frozen))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H/tp, N, K]
+        if frozen and frozen.halve_attention:
+            # The weights' gradient is the only way to q and k.
+            q, k, v = halved(q), halved(k), halved(v)
         attended, weights = attend(q, k, v, explicit="attention" in asked)
         seen = {"queries_keys": (q, k), "attention": (weights,)}
         out = self.out(attended.transpose(1, 2).flatten(2), addend)
@@ -132,7 +136,7 @@ class Mlp(nn.Module):
         self.up = ColumnParallelLinear(dim, (hidden,), init.scope("up"), bias=True, bias_std=MLP_BIAS_STD)
         self.down = RowParallelLinear(hidden, dim, init.scope("down"), bias=True, bias_std=MLP_BIAS_STD)
 
-    def forward(self, hidden: Tensor, addend: Tensor | None = None, frozen: bool = False) -> Tensor:
+    def forward(self, hidden: Tensor, addend: Tensor | None = None, frozen: Frozen | None = None) -> Tensor:
         """From the output of `up` [B, N, F/tp]. `addend` [B, N, D] joins inside the matmul: another layer's
         partial sum, before the one reduce."""
         hidden = frozen_gelu(hidden) if frozen else F.gelu(hidden, approximate="tanh")
@@ -192,7 +196,7 @@ class ParallelBlock(nn.Module):
         self.residual = _Residual(config, init.scope("residual"))
 
     def forward(
-        self, x: Tensor, observe: Mapping[str, Observe] | None = None, frozen: bool = False
+        self, x: Tensor, observe: Mapping[str, Observe] | None = None, frozen: Frozen | None = None
     ) -> Tensor:
         """[B, N, D] -> [B, N, D]. `observe` has functions by names of `OBSERVED`, which are told those;
         `frozen`: see `MegaVit.frozen_statistics`."""
@@ -201,7 +205,7 @@ class ParallelBlock(nn.Module):
         found = recompute_with(self.recompute, self._forward, x, tuple(observe or ()), frozen, dead=dead)
         return _observed(found, observe)
 
-    def _forward(self, x: Tensor, asked: tuple[str, ...], frozen: bool) -> tuple[Tensor, Seen]:
+    def _forward(self, x: Tensor, asked: tuple[str, ...], frozen: Frozen | None) -> tuple[Tensor, Seen]:
         layers = (self.attn.qkv, self.mlp.up)
         (qkv, hidden), scales = column_parallel(self.mesh, self.norm(x, frozen), layers, *self.attn.scales)
         if "writes" in asked:  # the two terms each by itself, at the price of one more all-reduce
@@ -231,7 +235,7 @@ class SequentialBlock(nn.Module):
         self.residual = _Residual(config, init.scope("residual"))
 
     def forward(
-        self, x: Tensor, observe: Mapping[str, Observe] | None = None, frozen: bool = False
+        self, x: Tensor, observe: Mapping[str, Observe] | None = None, frozen: Frozen | None = None
     ) -> Tensor:
         """[B, N, D] -> [B, N, D]. `observe` has functions by names of `OBSERVED`, which are told those;
         `frozen`: see `MegaVit.frozen_statistics`."""
@@ -239,7 +243,7 @@ class SequentialBlock(nn.Module):
         found = recompute_with(self.recompute, self._forward, x, tuple(observe or ()), frozen, dead=dead)
         return _observed(found, observe)
 
-    def _forward(self, x: Tensor, asked: tuple[str, ...], frozen: bool) -> tuple[Tensor, Seen]:
+    def _forward(self, x: Tensor, asked: tuple[str, ...], frozen: Frozen | None) -> tuple[Tensor, Seen]:
         (qkv,), scales = column_parallel(self.mesh, self.norm(x, frozen), [self.attn.qkv], *self.attn.scales)
         y, seen = self.attn(qkv, scales, asked=asked, frozen=frozen)
         attention = self.attn_residual.scaled(y)

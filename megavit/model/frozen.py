@@ -9,10 +9,24 @@ so that recomputation, torch.func and second derivatives work.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Frozen(NamedTuple):
+    """What is constant for the gradient beside norms' statistics and GELU gates: with `halve_attention` half
+    of each of the two factors of every block's attention (its weights and its values), so that gradient times
+    input does not count their product twice."""
+
+    halve_attention: bool = False
+
+
+def halved(x: Tensor) -> Tensor:
+    """`x`, to the bit, with half the gradient."""
+    return x.detach() + (x - x.detach()) / 2
 
 
 def multiple(y: Tensor, x: Tensor, *factors: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megavit.model.block import Mlp, Norm, Observe, attention_weights
 from megavit.model.config import ModelConfig
+from megavit.model.frozen import Frozen
 from megavit.parallel.collectives import copy_to_tp, gather_from_tp
 from megavit.parallel.init import Initializer
 from megavit.parallel.layout import Layout
@@ -47,7 +48,7 @@ class MapHead(nn.Module):
         self.norm = Norm(config, init.scope("norm"))
         self.mlp = Mlp(config, init.scope("mlp"))
 
-    def forward(self, x: Tensor, observe: Observe | None = None, frozen: bool = False) -> Tensor:
+    def forward(self, x: Tensor, observe: Observe | None = None, frozen: Frozen | None = None) -> Tensor:
         """`observe` is called with the probe's attention weights [B, H/tp, N]; `frozen`: see
         `MegaVit.frozen_statistics`."""
         x, probe = copy_to_tp(self.mesh, x, self.probe)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from megavit.model.block import OBSERVED, Norm, Observe, make_block
 from megavit.model.config import ModelConfig, Recompute, model_config, model_preset
 from megavit.model.embed import POSITION, PatchEmbedding, resize_position
+from megavit.model.frozen import Frozen
 from megavit.model.head import Classifier, MapHead, wide
 from megavit.model.observe import Observers, require_grad
 from megavit.parallel.collectives import dropout
@@ -66,7 +67,7 @@ class MegaVit(nn.Module):
         self.config = config = model_config({"name": "custom"} | sizes | rates | options)
         self.mesh = mesh = mesh or Mesh.single()
         self._observers = Observers()
-        self._frozen_contexts = 0
+        self._frozen: list[Frozen] = []  # the contexts' that are open, innermost last
         config.check_tensor_parallel(mesh.tp_size)
         init = Initializer(seed, mesh, deferred=deferred_init)
         self.embed = PatchEmbedding(config, init.scope("embed"))
@@ -180,7 +181,7 @@ class MegaVit(nn.Module):
     def forward_features(self, img: Tensor) -> Tensor:
         """Normalised tokens [B, N, D] after the last block, prefix tokens (registers, class token) first,
         then patches row by row."""
-        return self.norm(self._run_blocks(img), self._is_frozen)
+        return self.norm(self._run_blocks(img), self._innermost_frozen)
 
     def forward_intermediates(
         self,
@@ -211,7 +212,7 @@ class MegaVit(nn.Module):
 
         def keep(layer: int, x: Tensor) -> None:
             if layer in wanted:
-                kept.append(self.norm(x, self._is_frozen) if norm else x)
+                kept.append(self.norm(x, self._innermost_frozen) if norm else x)
 
         x = self._run_blocks(img, keep, max(wanted) + 1 if intermediates_only else None)
         prefix = self.config.num_prefix_tokens
@@ -221,7 +222,7 @@ class MegaVit(nn.Module):
             found = [rearrange(t, "b (h w) d -> b d h w", h=rows).contiguous() for t in found]
         if return_prefix_tokens and prefix:
             found = [(patches, tokens[:, :prefix]) for patches, tokens in zip(found, kept, strict=True)]
-        return found if intermediates_only else (self.norm(x, self._is_frozen), found)
+        return found if intermediates_only else (self.norm(x, self._innermost_frozen), found)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits [B, num_classes] of `forward_features`' tokens [B, N, D]; with `pre_logits`, or if
@@ -229,7 +230,7 @@ class MegaVit(nn.Module):
         part."""
         patches = tokens[:, self.config.num_prefix_tokens :]
         if self.pool is not None:
-            pooled = self.pool(patches, self._observers.listener("pool"), self._is_frozen)
+            pooled = self.pool(patches, self._observers.listener("pool"), self._innermost_frozen)
         elif self.config.pool == "mean":
             pooled = patches.mean(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
         else:
@@ -272,7 +273,7 @@ class MegaVit(nn.Module):
         return self._observers.joined_by(observer)
 
     @contextmanager
-    def frozen_statistics(self) -> Iterator[None]:
+    def frozen_statistics(self, *, halve_attention: bool = False) -> Iterator[None]:
         """A context in which the statistics of the model's norms are constants for the gradient, and so are
         the gates of its GELUs.
 
@@ -280,21 +281,23 @@ class MegaVit(nn.Module):
         head's; a LayerNorm that of the centred x), and GELU(x) = x (1 + tanh z) / 2 that of x times the gate.
         All values are what they are without it, to the bit, and everything else has its ordinary gradient.
         The gradient of a score with respect to the image, times the image's difference from a baseline, is
-        then its evidence for and against the score: see `megavit.explain.frozen`.
+        then its evidence for and against the score, see `megavit.explain.gradient.frozen`. With
+        `halve_attention` a block's attention weights and its values each have half their gradient, which
+        locates somewhat better (the rule of arXiv 2402.05602 for a product of two factors).
 
         Holds for the passes that begin inside; their backward pass may come later. Works with every kernel,
-        recompute policy and TP size, and adds no collective; compiled blocks run uncompiled. Contexts may be
-        nested.
+        recompute policy and TP size, and adds no collective; compiled blocks run uncompiled. Of nested
+        contexts the inner one holds.
         """
-        self._frozen_contexts += 1
+        self._frozen.append(Frozen(halve_attention))
         try:
             yield
         finally:
-            self._frozen_contexts -= 1
+            self._frozen.pop()
 
     @property
-    def _is_frozen(self) -> bool:
-        return self._frozen_contexts > 0
+    def _innermost_frozen(self) -> Frozen | None:
+        return self._frozen[-1] if self._frozen else None
 
     def _run_blocks(
         self, img: Tensor, keep: Callable[[int, Tensor], None] | None = None, depth: int | None = None
@@ -313,7 +316,7 @@ class MegaVit(nn.Module):
             if layer == depth:
                 break
             observe = self._observers.listeners(OBSERVED, layer)
-            x = block(x, observe, self._is_frozen)
+            x = block(x, observe, self._innermost_frozen)
             self._observers.tell("tokens", layer, x)
             if keep is not None:
                 keep(layer, x)
@@ -369,7 +372,9 @@ def _unless_looked_into(
     """A block's forward: compiled, but for an observer, whose code is not to be traced, and for frozen
     statistics, which would compile it once more."""
 
-    def forward(x: Tensor, observe: Mapping[str, Observe] | None = None, frozen: bool = False) -> Tensor:
-        return compiled(x) if observe is None and not frozen else plain(x, observe, frozen)
+    def forward(
+        x: Tensor, observe: Mapping[str, Observe] | None = None, frozen: Frozen | None = None
+    ) -> Tensor:
+        return compiled(x) if observe is None and frozen is None else plain(x, observe, frozen)
 
     return forward

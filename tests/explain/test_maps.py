@@ -14,7 +14,7 @@ from megavit.explain.attention import raw_attention, rollout
 from megavit.explain.gradient import frozen, integrated_gradients, sum_check
 from megavit.explain.methods import METHODS, compute_maps
 from megavit.explain.occlusion import occlusion
-from megavit.explain.relevance import located, relevance, smoothed
+from megavit.explain.relevance import located, relevance
 from megavit.explain.target import Target
 from tests.model.test_observe import VARIANTS, build
 from tests.model.test_vit import SMALL
@@ -72,7 +72,7 @@ def test_frozen_is_the_gradient_of_tokens_times_their_difference_from_the_baseli
     found = frozen(model, photos(2), target(2), baseline=baseline)
     with model.observe(Keeper()) as start, torch.no_grad():
         model(baseline)
-    with model.frozen_statistics(), model.observe(Keeper()) as seen:
+    with model.frozen_statistics(halve_attention=True), model.observe(Keeper()) as seen:
         score = target(2).score(model(photos(2))).sum()
     (gradient,) = torch.autograd.grad(score, seen.embedding)
     expected = (gradient * (seen.embedding - start.embedding)).sum(-1)[:, model.config.num_prefix_tokens :]
@@ -80,10 +80,9 @@ def test_frozen_is_the_gradient_of_tokens_times_their_difference_from_the_baseli
     assert found.dtype == torch.float32 and found.shape == (2, *GRID)
 
 
-def test_relevance_is_a_product_of_matrices(model: MegaVit) -> None:
-    """Catches blocks in the wrong order, heads or rows that are not normalised, registers among the patches,
-    and gradients of a layer with another layer's attention."""
-    with model.frozen_statistics(), model.observe(Keeper()) as seen:
+def product_of_matrices(model: MegaVit) -> Tensor:
+    """Relevance of two photos as whole matrices, in whatever mode the model is."""
+    with model.observe(Keeper()) as seen:
         score = target(2).score(model(photos(2))).sum()
     tensors = seen.maps + ([] if seen.pooling is None else [seen.pooling])
     positive = [
@@ -96,14 +95,27 @@ def test_relevance_is_a_product_of_matrices(model: MegaVit) -> None:
         rows = matrix / matrix.sum(-1, keepdim=True).clamp(min=1e-30)
         product = 0.5 * product + 0.5 * rows @ product
     row = first_row(model, None if pooling is None else pooling / pooling.sum(-1, keepdim=True), 2)
-    expected = (row[:, None] @ product)[:, 0, model.config.num_prefix_tokens :].view(2, *GRID)
+    return (row[:, None] @ product)[:, 0, model.config.num_prefix_tokens :].view(2, *GRID)
+
+
+def test_relevance_is_a_product_of_matrices(model: MegaVit) -> None:
+    """Catches blocks in the wrong order, heads or rows that are not normalised, registers among the patches,
+    and gradients of a layer with another layer's attention."""
     found = relevance(model, photos(2), target(2))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
-    evidence = smoothed(frozen(model, photos(2), target(2))).clamp(min=0)
-    assert evidence.max() > 0
-    torch.testing.assert_close(
-        located(model, photos(2), target(2)), expected * evidence, rtol=1e-3, atol=1e-7
-    )
+    torch.testing.assert_close(found, product_of_matrices(model), rtol=1e-4, atol=1e-7)
+
+
+def test_located_is_relevance_times_smoothed_evidence(model: MegaVit) -> None:
+    """Catches two passes in different modes, evidence against the target, and means over the image's edge."""
+    with model.frozen_statistics(halve_attention=True):
+        share = product_of_matrices(model)
+    evidence, expected = frozen(model, photos(2), target(2)), torch.zeros(2, *GRID)
+    for row in range(GRID[0]):
+        for column in range(GRID[1]):
+            near = evidence[:, max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]
+            expected[:, row, column] = share[:, row, column] * near.mean((1, 2)).clamp(min=0)
+    assert (expected > 0).any()
+    torch.testing.assert_close(located(model, photos(2), target(2)), expected, rtol=1e-3, atol=1e-7)
 
 
 def test_attention_alone_is_a_product_of_matrices(model: MegaVit) -> None:
@@ -270,9 +282,15 @@ def differences_from_single(tp_size: int) -> list[str]:
     plain = single_process(engine)
     for images in batches(mesh):
         found = engine.call(lambda module, x: maps_of(module.trunk, x), images)
+        if not len(images):
+            continue
+        scale = float(plain(images).abs().max())
         for name, expected in maps_of(plain, images).items():
-            if not (found[name] - expected).abs().max() <= 1e-5 * expected.abs().max() and len(images):
-                wrong.append(f"{name}: {found[name]} instead of {expected}")
+            # Occlusion is a difference of float32 scores, and no more exact than they are.
+            limit = 1e-5 * (scale if name.startswith("occlusion") else float(expected.abs().max()))
+            error = float((found[name] - expected).abs().max())
+            if not error <= limit:
+                wrong.append(f"{name}: off by {error}, more than {limit}")
     return wrong
 
 

@@ -35,11 +35,11 @@ def spread(model: MegaVit) -> MegaVit:
     return model
 
 
-def image_gradient(model: MegaVit, x: Tensor, frozen: bool = True) -> tuple[Tensor, Tensor]:
+def image_gradient(model: MegaVit, x: Tensor, frozen: bool = True, **mode: bool) -> tuple[Tensor, Tensor]:
     """The gradient of two classes' scores, and the logits. Backward runs when the context has ended."""
     x = x.clone().requires_grad_()
     if frozen:
-        with model.frozen_statistics():
+        with model.frozen_statistics(**mode):
             logits = model(x)
     else:
         logits = model(x)
@@ -50,11 +50,13 @@ class Replayed:
     """Stands in for the model's norm and GELU: records their constants in a first pass, and multiplies by
     them in all later ones. Nothing of the mode itself."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, halve_attention: bool):
         self.constants: list[Tensor] = []
         self.replay: Iterator[Tensor] | None = None
         monkeypatch.setattr(block, "normalize", self.normalize)
         monkeypatch.setattr(block.F, "gelu", self.gelu)
+        if halve_attention:
+            monkeypatch.setattr(block, "attend", self.attend)
 
     def constant(self, value: Tensor) -> Tensor:
         if self.replay is not None:
@@ -75,24 +77,30 @@ class Replayed:
     def gelu(self, x: Tensor, approximate: str) -> Tensor:
         return x * self.constant((1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2)
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, explicit: bool) -> tuple[Tensor, None]:
+        """The mean of the two products of which one factor moves."""
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        return (weights @ self.constant(v) + self.constant(weights) @ v) / 2, None
 
+
+@pytest.mark.parametrize("halve_attention", [False, True])
 @pytest.mark.parametrize("name", SINGLE)
 def test_gradients_are_finite_differences_of_a_network_with_constant_statistics(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, halve_attention: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a norm or a GELU that keeps its ordinary gradient (QK norm, the MAP head's, a second one of a
     sequential block), and one that lost more than its statistics (a LayerNorm's mean)."""
     model = spread(build(**SINGLE[name])).double()
     x = images(1).double()
     direction = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    frozen = float((image_gradient(model, x)[0] * direction).sum())
+    frozen = float((image_gradient(model, x, halve_attention=halve_attention)[0] * direction).sum())
     ordinary = float((image_gradient(model, x, frozen=False)[0] * direction).sum())
 
-    replayed = Replayed(monkeypatch)
-    norms = model.config.depth * (1 + 2 * model.config.qk_norm + (model.config.block == "sequential")) + 1
+    replayed = Replayed(monkeypatch, halve_attention)
+    in_block = 2 + 2 * model.config.qk_norm + (model.config.block == "sequential") + 2 * halve_attention
     with torch.no_grad():
         model(x)
-        assert len(replayed.constants) == norms + model.config.depth + 2 * (model.pool is not None)
+        assert len(replayed.constants) == model.config.depth * in_block + 1 + 2 * (model.pool is not None)
         scores = []
         for step in (1e-5, -1e-5):
             replayed.start()
@@ -130,10 +138,11 @@ def test_values_stay_and_gradients_outside_too(name: str, dtype: torch.dtype) ->
     x = images(2).to(dtype)
     before, logits = image_gradient(model, x, frozen=False)
     inside, same = image_gradient(model, x)
+    halved, as_well = image_gradient(model, x, halve_attention=True)
+    assert torch.equal(logits, as_well) and not torch.equal(inside, halved)
     assert torch.equal(logits, same) and not torch.equal(before, inside)
     with pytest.raises(ZeroDivisionError), model.frozen_statistics():
-        with model.frozen_statistics():
-            pass
+        assert torch.equal(image_gradient(model, x, halve_attention=True)[0], halved)
         assert torch.equal(image_gradient(model, x, frozen=False)[0], inside)
         raise ZeroDivisionError
     assert torch.equal(image_gradient(model, x, frozen=False)[0], before)
