@@ -247,7 +247,7 @@ class MegaVit(nn.Module):
         """Logits [B, num_classes], float32, of a token state [B, N, D] as `observe` tells it: through the
         final norm, the pooling and the classifier. After an earlier block than the last, what the model
         would say then (the "logit lens")."""
-        return self.forward_head(self.norm(x, self._is_frozen))
+        return self.forward_head(self.norm(x, self._innermost_frozen))
 
     def observe(self, observer: Any) -> AbstractContextManager[Any]:
         """A context in which `observer` is told what the model does, block by block. The model keeps nothing.

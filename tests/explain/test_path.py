@@ -101,7 +101,7 @@ def test_a_path_is_what_its_parts_are_by_themselves(name: str) -> None:
     torch.testing.assert_close(total, found.scores[:, -1])
     with model.frozen_statistics():
         last = seen.states[-1].detach().requires_grad_()
-        score = target(2).score(model.forward_head(model.norm(last, True))).sum()
+        score = target(2).score(model.read_out(last)).sum()
     (gradient,) = torch.autograd.grad(score, last)
     for layer, written in enumerate(seen.written):
         for part, tensor in zip((found.attention, found.mlp), written, strict=True):
