@@ -143,7 +143,7 @@ class Explanation:
     def verdict(self, method: str) -> str:
         """Whether the map of a method is right for this image, in words, by insertion less deletion; "" if it
         was not measured."""
-        if method not in self.faithfulness:
+        if method not in self.maps or not self.faithfulness:
             return ""
         between = self.faithfulness[method].between
         if between <= self.faithfulness[RANDOM].between:
