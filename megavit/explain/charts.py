@@ -59,9 +59,9 @@ def _bars(
         _text(_LEFT + 265, top - 7, "MLP", anchor="start", colour=_MLP),
         _rule(zero),
     ]
-    for value in dict.fromkeys((high, 0.0, low)):
-        y = zero - _BARS * value / span
-        found.append(_text(_LEFT - 5, y + 3.5, f"{value:.2g}", anchor="end"))
+    ends = [value for value in (high, low) if abs(value) > 0.1 * span]  # others would lie on the 0
+    for value in (0.0, *ends):
+        found.append(_text(_LEFT - 5, zero - _BARS * value / span + 3.5, f"{value:.2g}", anchor="end"))
     width = 0.36 * step
     for values, colour, side in ((attention, _ATTENTION, -1.0), (mlp, _MLP, 0.0)):
         for centre, value in zip(centres, values, strict=True):
@@ -78,11 +78,7 @@ def _block_numbers(centres: Sequence[float]) -> list[str]:
     y = _TOP + _CURVE + _GAP + _BARS + 14
     every = -(-len(centres) // 16)
     found = [_text(centres[0], y, "input")]
-    found += [
-        _text(x, y, str(number))
-        for number, x in enumerate(centres[1:])
-        if number % every == 0 and number >= 0
-    ]
+    found += [_text(x, y, str(number)) for number, x in enumerate(centres[1:]) if number % every == 0]
     return [*found, _text((_LEFT + _WIDTH - _RIGHT) / 2, y + 13, "block")]
 
 

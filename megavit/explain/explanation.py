@@ -151,8 +151,8 @@ class Explanation:
         if between <= self.faithfulness[BEST_RANDOM].between:
             return "better than random maps on average, but one of them did as well: weak evidence"
         if between <= self.faithfulness[CENTRED].between:
-            return "better than random maps, but no better than a blob in the middle of the image"
-        return "better than random maps and than a blob in the middle of the image"
+            return "better than random maps, but no better than a blob in the middle"
+        return "better than random maps and than a blob in the middle"
 
     @property
     def warnings(self) -> list[str]:

@@ -19,10 +19,9 @@ body { margin: 1.5em auto; padding: 0 1em }
 h1 { font-size: 1.5em } h2 { font-size: 1.2em; margin: 0 0 .2em } h3 { font-size: 1em; margin: 1em 0 .3em }
 section { border-top: 2px solid #222; padding: 1em 0 }
 .row { display: flex; flex-wrap: wrap; gap: 14px; align-items: flex-start }
-figure { margin: 0; width: 190px } figure img { width: 100%; display: block }
+figure { margin: 0; width: 200px } figure img { width: 100%; display: block }
 figcaption { font-size: .85em; color: #444; overflow-wrap: anywhere }
 figure.small { width: 92px } figure.small figcaption { font-size: .72em }
-figure img.pixels { image-rendering: pixelated }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: 2px 10px 2px 0; text-align: right; font-weight: normal; border-bottom: 1px solid #ddd }
 th { color: #666 } td:first-child, th:first-child, td:last-child, th:last-child { text-align: left }
@@ -37,7 +36,7 @@ pre { font-size: .75em; white-space: pre-wrap; overflow-wrap: anywhere }
   body { margin: 0; max-width: none; font-size: 11px }
   body { print-color-adjust: exact; -webkit-print-color-adjust: exact }
   section + section { break-before: page } figure, table, svg, .warning { break-inside: avoid }
-  figure { width: 150px } details { display: none }
+  figure { width: 125px } details { display: none }
 }
 """
 # The browser itself is told to load nothing from anywhere.
@@ -190,6 +189,6 @@ def _figure(data: bytes, caption: str, *, small: bool = False) -> str:
     encoded = base64.b64encode(data).decode()
     kind = ' class="small"' if small else ""
     return (
-        f'<figure{kind}><img class="pixels" alt="" src="data:image/png;base64,{encoded}">'
+        f'<figure{kind}><img alt="" src="data:image/png;base64,{encoded}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )

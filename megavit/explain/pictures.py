@@ -10,10 +10,10 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-_LEAST_SIDE = 224  # smaller images are enlarged, pixel by pixel
-_BAR, _GAP = 10, 4  # pixels of the legend
+_LEAST_SIDE = 384  # smaller images are enlarged, pixel by pixel
+_BAR, _GAP, _TEXT = 0.04, 0.016, 0.054  # heights in the legend, by the picture's width
 _PAPER, _INK = (255, 255, 255), (0, 0, 0)
-_MOST_ALPHA = 0.85
+_MOST_ALPHA = 0.8
 _TINY = 1e-30
 # Colours of values from 0 to 1. Small values are nearly transparent, so the first colour hardly shows.
 _FOR = np.array([(255, 225, 120), (253, 150, 50), (215, 25, 30)], np.float32)
@@ -72,15 +72,15 @@ def _blend(base: np.ndarray, strength: np.ndarray) -> np.ndarray:
 
 def _legend(width: int, most: float, signed: bool) -> Image.Image:
     """A bar of all colours over paper, and the numbers at its ends."""
-    font = ImageFont.load_default()
-    left, top, _, bottom = font.getbbox("0-e.")
-    strip = Image.new("RGB", (width, int(_GAP + _BAR + _GAP + bottom - top + _GAP)), _PAPER)
+    bar, gap, size = (round(share * width) for share in (_BAR, _GAP, _TEXT))
+    font = ImageFont.load_default(size)
+    strip = Image.new("RGB", (width, bar + 3 * gap + size), _PAPER)
     ramp = np.linspace(-1.0 if signed else 0.0, 1.0, width, dtype=np.float32)
-    bar = _blend(np.full((_BAR, width, 3), 200.0, np.float32), np.broadcast_to(ramp, (_BAR, width)))
-    strip.paste(Image.fromarray(bar), (0, _GAP))
+    colours = _blend(np.full((bar, width, 3), 200.0, np.float32), np.broadcast_to(ramp, (bar, width)))
+    strip.paste(Image.fromarray(colours), (0, gap))
     draw = ImageDraw.Draw(strip)
     ends = [f"against {-most:.3g}", "0", f"for {most:.3g}"] if signed else ["0", f"{most:.3g}"]
     for number, text in enumerate(ends):
         x = (width - font.getlength(text)) * number / (len(ends) - 1)
-        draw.text((x - left, 2 * _GAP + _BAR - top), text, fill=_INK, font=font)
+        draw.text((x, 2 * gap + bar), text, fill=_INK, font=font)
     return strip

@@ -60,9 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a photo is said in a line
-            return _explain(
-                config, photos, predictor, settings, Path(config.out or Path(name) / "explanation")
-            )
+            return _explain(name, photos, config, predictor, settings)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -105,7 +103,7 @@ def _settings(config: ExplainConfig, methods: tuple[str, ...], predictor: Predic
 
 
 def _explain(
-    config: ExplainConfig, photos: Sequence[Path], predictor: Predictor, settings: Settings, out: Path
+    name: str, photos: Sequence[Path], config: ExplainConfig, predictor: Predictor, settings: Settings
 ) -> int:
     """Explain batch by batch; the main rank writes. Collective over the world; the exit status."""
     from tqdm import tqdm
@@ -115,6 +113,7 @@ def _explain(
     from megavit.explain.report import PAGE, Report
 
     mesh, missed = predictor.model.mesh, 0
+    out = Path(config.out or Path(name) / "explanation")
 
     def miss(text: str) -> None:
         nonlocal missed
@@ -128,7 +127,7 @@ def _explain(
     def begin() -> tuple[int, str | None]:
         nonlocal inputs, report
         inputs = Inputs(predictor, photos, config.data, config.num, miss)
-        report = Report(out, f"Why {predictor.folder or out} decides so", settings.methods)
+        report = Report(out, f"Why {name} decides so", settings.methods)
         return len(inputs), inputs.data_digest
 
     def read(start: int, count: int) -> list[Subject]:
