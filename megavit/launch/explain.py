@@ -73,6 +73,15 @@ def make_parser() -> Parser:
     parser.add_argument("model", metavar="MODEL", help="export, or run folder")
     parser.add_argument("photos", metavar="PHOTO", nargs="*", type=Path, help="photos, or folders of photos")
     parser.add_fields(ExplainConfig)
+    # The deepspeed launcher refuses --num, which might be one of three flags of its own.
+    parser.add_argument(
+        "--limit",
+        dest="num",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="another name of --num, for the deepspeed launcher, which takes --num for its own",
+    )
     return parser
 
 
