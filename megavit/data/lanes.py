@@ -70,6 +70,23 @@ def shuffled(index: np.ndarray, count: np.ndarray, *keys: int | np.ndarray) -> n
     return place
 
 
+def unshuffled(place: np.ndarray, count: np.ndarray, *keys: int | np.ndarray) -> np.ndarray:
+    """Which index `shuffled` puts at `place`, for the same `count` and `keys`: its rounds backwards."""
+    base = mix(*keys)
+    a = np.ceil(np.sqrt(count)).astype(np.int64)
+    b = -(-count // a)
+    index = np.broadcast_to(place, np.broadcast_shapes(place.shape, base.shape)).copy()
+    todo = np.ones(index.shape, bool)
+    while todo.any():
+        column, row = index % a, index // a
+        for turn in reversed(range(0, _ROUNDS, 2)):
+            row = (row - (mix(base, turn + 1, column) >> _U64(1)).astype(np.int64)) % b
+            column = (column - (mix(base, turn, row) >> _U64(1)).astype(np.int64)) % a
+        index = np.where(todo, column + a * row, index)
+        todo = index >= count
+    return index
+
+
 @dataclass(frozen=True)
 class Slots:
     """Samples of a global batch, int64 [n] each: where they lie, and the key (epoch, position) of their
@@ -105,13 +122,30 @@ class Lanes:
         self._prepare(epoch)
         lanes, within = np.divmod(np.arange(first, first + count), per_lane)
         turn = position + within
-        block = np.minimum(turn // self.block, self._blocks - 1)
-        start = block * self.block
-        size = np.where(block == self._blocks - 1, self.length - start, self.block)
+        block, start, size = self._block_of(turn)
         in_lane = start + shuffled(turn - start, size, self.seed, epoch, 1, lanes, block)
         line_position = lanes * self.length + in_lane
         place, index = self._place(line_position)
         return Slots(self._shards[place], index, line_position, epoch)
+
+    def turns_of(self, epoch: int, shard: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Where in their lanes these samples come in an epoch, int64 [n]; -1 for those in no lane.
+
+        The inverse of `slots`: O(shards) an epoch, O(1) a sample.
+        """
+        self._prepare(epoch)
+        place = np.argsort(self._shards)[shard]
+        on_line = self._ends[place] - self.counts[shard] + index
+        lanes, in_lane = np.divmod((on_line - self._rotation) % self._ends[-1], self.length)
+        block, start, size = self._block_of(in_lane)
+        turn = start + unshuffled(in_lane - start, size, self.seed, epoch, 1, lanes, block)
+        return np.where(lanes < self.num_lanes, turn, -1)
+
+    def _block_of(self, turn: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(number, first turn, size) of the blocks of these places in a lane."""
+        block = np.minimum(turn // self.block, self._blocks - 1)
+        start = block * self.block
+        return block, start, np.where(block == self._blocks - 1, self.length - start, self.block)
 
     def block_shards(self, epoch: int, position: int, lanes: np.ndarray) -> list[int]:
         """The shards that hold the block around `position` of the given lanes: what the next steps read."""
@@ -237,6 +271,11 @@ class Order:
         self._step, self._epoch, self._position = state.step, state.epoch, state.position
         self._pending = tuple(skip for skip in self.skips if skip not in state.skipped)
 
+    @property
+    def first_step(self) -> int:
+        """The first step that this order tells."""
+        return self._step
+
     def place(self, step: int) -> tuple[int, int]:
         """(epoch, position in every lane) where step `step` begins to read."""
         if step < self._step:
@@ -251,6 +290,34 @@ class Order:
     def slots(self, step: int, first: int, count: int) -> Slots:
         """Slots [first, first + count) of the global batch of optimizer step `step`."""
         return self.lanes.slots(*self.place(step), self.per_lane, first, count)
+
+    def steps_of(self, shard: np.ndarray, index: np.ndarray, stop: int) -> list[tuple[int, ...]]:
+        """The steps before `stop`, of those that this order tells, in which each of these samples is read: at
+        most one an epoch. No step is walked through: O(shards) an epoch, O(1) a sample and epoch."""
+        found: list[list[int]] = [[] for _ in shard]
+        if stop <= self._step:
+            return [() for _ in shard]
+        for epoch in range(self._epoch, self.place(stop - 1)[0] + 1):
+            steps = self._steps_of_epoch(epoch, shard, index)
+            for number in np.flatnonzero((steps >= 0) & (steps < stop)).tolist():
+                found[number].append(int(steps[number]))
+        return [tuple(steps) for steps in found]
+
+    def _steps_of_epoch(self, epoch: int, shard: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """The step of an epoch that reads each of these samples, int64 [n]; -1 if none does."""
+        turns, start = self.lanes.turns(self.per_lane), self._position
+        left = (self.lanes.length - start) // self.per_lane
+        before, count = 0, left
+        if epoch > self._epoch:
+            before, count, start = left + (epoch - self._epoch - 1) * turns, turns, 0
+        turn = self.lanes.turns_of(epoch, shard, index)
+        number = (turn - start) // self.per_lane
+        is_read = (turn >= start) & (number < count)
+        step = self._step + before + number
+        for first, last in sorted(self._pending):
+            is_read &= (step < first) | (step >= last)
+            step = np.where(step >= last, step - (last - first), step)
+        return np.where(is_read, step, -1)
 
     def passes(self, step: int) -> float:
         """Passes over the data before `step`."""

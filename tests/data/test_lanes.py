@@ -220,3 +220,52 @@ def test_four_billion_samples() -> None:
     assert order.place(30_000)[1] > 0 and len(np.unique(slots.shard)) > 4
     assert peak < 100e6
     assert seconds < 1.0  # measured 0.1
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "block", "skips", "begin"),
+    [
+        (24, 16, (), 0),
+        (7, 1, (), 0),
+        (48, 10_000, ((3, 7), (10, 12)), 0),
+        (24, 16, ((0, 2), (5, 90), (91, 92)), 0),  # a whole epoch and more is left out
+        (24, 16, ((3, 7), (40, 41)), 30),
+        (24, 16, ((30, 33),), 30),
+    ],
+)
+def test_steps_of_samples_are_those_that_walking_finds(
+    global_batch: int, block: int, skips: tuple[tuple[int, int], ...], begin: int
+) -> None:
+    """Catches an inverse permutation with its rounds in the wrong order, samples at the end of a lane or of
+    an epoch that are said to be read, data left out, a run that begins within an epoch, and steps past the
+    end."""
+    order = order_of(global_batch, seed=3, block=block, skips=skips)
+    if begin:
+        order = order_of(global_batch, seed=3, block=block, skips=skips, state=state(order, begin))
+    stop = begin + 3 * steps_per_epoch(order) + 2
+    walked: dict[tuple[int, int], list[int]] = {}
+    for step in range(begin, stop):
+        for place in places(order.slots(step, 0, global_batch)):
+            walked.setdefault(place, []).append(step)
+    samples = [(shard, index) for shard, count in enumerate(COUNTS) for index in range(count)]
+    shard, index = np.array(samples).T
+    found = order.steps_of(shard, index, stop)
+    assert found == [tuple(walked.get(sample, ())) for sample in samples]
+    assert max(map(len, found)) > 2 and min(map(len, found)) < max(map(len, found))
+    assert order.steps_of(shard[:2], index[:2], begin) == [(), ()]
+
+
+def test_steps_of_a_sample_are_found_in_a_run_too_long_to_walk() -> None:
+    """Catches a search through the steps, which would take hours: three billion samples, the fourth epoch."""
+    order = Order(Lanes([10_000] * 300_000, 1024, 0), 65_536)
+    slots = order.slots(160_000, 17, 3)
+    found = order.steps_of(slots.shard, slots.index, 160_001)
+    assert [steps[-1] for steps in found] == [160_000] * 3
+
+
+def test_steps_after_the_global_batch_has_changed() -> None:
+    """Catches the first epoch of a larger batch counted from the epoch's start, not from where it goes on."""
+    large = order_of(48, lanes=8, state=state(order_of(24, lanes=8), 5))
+    for step in (5, 9, 30):
+        slots = large.slots(step, 0, 48)
+        assert all(step in steps for steps in large.steps_of(slots.shard, slots.index, 40))

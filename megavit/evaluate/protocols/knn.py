@@ -21,7 +21,8 @@ from megavit.evaluate.features import Features
 from megavit.evaluate.protocols.ranking import TOPS, require_same_classes, right_in_top, tops
 from megavit.evaluate.protocols.rows import Share, single_labels
 from megavit.evaluate.results import Measurement
-from megavit.parallel.collectives import gather_over_world, sum_over_world
+from megavit.parallel.collectives import gather_over_world, max_over_world, sum_over_world
+from megavit.parallel.mesh import Mesh
 
 _QUERIES = 1024  # that are compared at once
 _UNIT = 1 << 30  # similarities are whole multiples of 1 / _UNIT
@@ -80,15 +81,29 @@ def nearest(train: Features | Share, queries: Tensor, k: int) -> tuple[Tensor, T
     queries = _normalized(queries) * _UNIT
     best = torch.full((len(queries), k), _NOTHING, device=queries.device)
     for rows, values in share.chunks(share.features.dim + 2 * len(queries)):
-        keys = _keys(queries @ _normalized(values).T, rows)
-        best = torch.cat([best, keys], 1).topk(k).values
-    everyones = gather_over_world(share.mesh, best)  # [world, m, k]
+        best = torch.cat([best, _keys(queries @ _normalized(values).T, rows)], 1).topk(k).values
+    return _best_of_world(share.mesh, best, k)
+
+
+def highest(mesh: Mesh, values: Tensor, rows: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
+    """As `nearest`, for values of any size, float64 [m, n], of the rows that this rank has, int64 [n]; they
+    are rounded to 2^-30 of the largest of each line. Collective: one all-reduce of m numbers and one gather
+    of m times k."""
+    scale = values.abs().amax(1) if len(rows) else values.new_zeros(len(values))
+    scale = max_over_world(mesh, scale)[:, None].clamp_min(torch.finfo(torch.float64).tiny)
+    best = torch.full((len(values), k), _NOTHING, device=values.device)
+    keys = _keys(values / scale * _UNIT, rows)
+    found, chosen = _best_of_world(mesh, torch.cat([best, keys], 1).topk(k).values, k)
+    return found * scale, chosen
+
+
+def _best_of_world(mesh: Mesh, best: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest of all ranks' keys [m, k], as values in units and rows."""
+    everyones = gather_over_world(mesh, best)  # [world, m, k]
     best = everyones.transpose(0, 1).flatten(1).topk(k).values
-    similarities = (best >> 32).double() / _UNIT
+    values = (best >> 32).double() / _UNIT
     missing = best == _NOTHING
-    return similarities.masked_fill_(missing, -math.inf), (_LAST_ROW - (best & _LAST_ROW)).masked_fill_(
-        missing, -1
-    )
+    return values.masked_fill_(missing, -math.inf), (_LAST_ROW - (best & _LAST_ROW)).masked_fill_(missing, -1)
 
 
 def _keys(products: Tensor, rows: np.ndarray) -> Tensor:

@@ -47,12 +47,12 @@ class ShardImages:
         return len(self.numbers)
 
     def key(self, index: int) -> str:
-        shard, sample = self._place(index)
+        shard, sample = self.place(index)
         url = self.reader.manifest.urls[shard]
         return f"{url.rsplit('/', 1)[-1]}/{self.reader.key(shard, sample)}"
 
     def read(self, index: int) -> bytes:
-        shard, sample = self._place(index)
+        shard, sample = self.place(index)
         if index in self.unusable:
             raise self.reader.error(shard, sample, self.unusable[index])
         members = self.reader.members(shard, sample)
@@ -62,7 +62,8 @@ class ShardImages:
             raise self.reader.error(shard, sample, reason)
         return self.reader.read(shard, sample, [image])[0]
 
-    def _place(self, index: int) -> tuple[int, int]:
+    def place(self, index: int) -> tuple[int, int]:
+        """(shard, sample in it) of an image: numbers, in the order of the manifest."""
         number = int(self.numbers[index])
         shard = int(np.searchsorted(self.first, number, "right")) - 1
         return shard, number - int(self.first[shard])
