@@ -1,4 +1,4 @@
-# make train | evaluate | test | test-fast | test-smoke | test-cluster | lint | data | clean; the first target that needs it makes .venv.
+# make train | evaluate | explain | test | test-fast | test-smoke | test-cluster | lint | data | clean; the first target that needs it makes .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ LABS := tests/cluster/test_lab.py tests/cluster/test_jobs.py tests/test_faults.p
 SMOKE := tests/cluster/test_smoke.py tests/cluster/test_launchers.py
 TEST := python -m pytest --ignore=tests/cluster --ignore=tests/test_faults.py
 
-.PHONY: train evaluate test test-fast test-smoke test-cluster lint data clean
+.PHONY: train evaluate explain test test-fast test-smoke test-cluster lint data clean
 .DELETE_ON_ERROR:
 
 train: $(DIGITS)
@@ -23,6 +23,12 @@ evaluate: $(DIGITS)
 	@ls -d runs/vit_tiny-*/export >/dev/null 2>&1 || $(MAKE) train
 	. $(BIN)/activate && run=$$(ls -td runs/vit_tiny-*/export | head -n 1) && OMP_NUM_THREADS=1 python launch/evaluate.py \
 		$${run%/export} --tasks linear,knn,fewshot,calibration,corruption,ood --data data/digits --ood sklearn-photos
+
+# Why it says so of eight test digits: runs/vit_tiny-*/explanation/index.html.
+explain: $(DIGITS)
+	@ls -d runs/vit_tiny-*/export >/dev/null 2>&1 || $(MAKE) train
+	. $(BIN)/activate && run=$$(ls -td runs/vit_tiny-*/export | head -n 1) && OMP_NUM_THREADS=1 python launch/explain.py \
+		$${run%/export} --data data/digits --num 8 --methods located,frozen,relevance,occlusion_3x3
 
 data: $(DIGITS)
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "export": "write a run's model for one process",
     "predict": "say what photos show",
     "evaluate": "say how good a model is, by its classifier and its frozen features",
+    "explain": "say why a model decides so: maps, whether they are right, the way through the blocks",
     "checkpoints": "list, check and compare a run's checkpoints",
     "bench": "measure the model, the input, the trainer and checkpoints against other ways",
 }

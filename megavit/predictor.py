@@ -20,6 +20,7 @@ from megavit.data.photos import Photo, PhotoReader, one_by_one
 from megavit.data.preprocessing import PREPROCESSING_FILE, Preprocessing
 from megavit.model.exported import export_folder, open_export
 from megavit.model.vit import CONFIG_FILE, MegaVit
+from megavit.parallel.mesh import Mesh
 
 BATCH_SIZE = 32
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -56,7 +57,7 @@ class Predictor:
     """A classifier with all that it needs to be used on photos; `megavit.load` makes it.
 
     `model` is the `MegaVit` itself, in evaluation mode, for tensors that are prepared already; `names` are
-    those of its classes, or their numbers if nobody has named them.
+    those of its classes, or their numbers if nobody has named them; `folder` is the export, if it is one's.
     """
 
     def __init__(
@@ -65,11 +66,12 @@ class Predictor:
         preprocessing: Preprocessing,
         names: Iterable[str],
         batch_size: int = BATCH_SIZE,
+        folder: Path | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model, self.preprocessing = model.eval(), preprocessing
-        self.names, self.batch_size = tuple(names), batch_size
+        self.names, self.batch_size, self.folder = tuple(names), batch_size, folder
         self._reader = PhotoReader(preprocessing)
 
     def __call__(self, photos: Photo | Iterable[Photo]) -> Predictions:
@@ -111,11 +113,14 @@ class Predictor:
     @torch.no_grad()
     def predict(self, pixels: Tensor) -> Predictions:
         """The predictions for uint8 [B, S, S, C], as `prepare` makes them, in one batch."""
-        weight = self.model.embed.weight
-        images = normalised(pixels, self.preprocessing.mean, self.preprocessing.std, weight.device)
-        logits: Tensor = self.model(images.to(weight.dtype)).float().cpu()
+        logits: Tensor = self.model(self.as_input(pixels)).float().cpu()
         link = logits.softmax(1) if self.preprocessing.link == "softmax" else logits.sigmoid()
         return Predictions(logits, link, self.names)
+
+    def as_input(self, pixels: Tensor) -> Tensor:
+        """What the model takes, [B, C, S, S] on its device and in its dtype, of uint8 [B, S, S, C]."""
+        weight, used = self.model.embed.weight, self.preprocessing
+        return normalised(pixels, used.mean, used.std, weight.device).to(weight.dtype)
 
 
 def load(
@@ -123,18 +128,20 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     batch_size: int = BATCH_SIZE,
+    mesh: Mesh | None = None,
 ) -> Predictor:
     """The model in an export, or in the folder of a run that has ended, ready for photos.
 
     `device` is the first GPU where there is one, and else the CPU. `dtype` is float32, or bfloat16 ("bf16"),
     which is faster on GPUs and less exact; a run whose DeepSpeed JSON enables it evaluates in it too. Where
-    the export names no classes, their names are their numbers.
+    the export names no classes, their names are their numbers. On a `mesh` each rank has its shard on the
+    mesh's device, and the ranks of a TP group use the model together, on the same photos.
 
     ValueError, naming the file and the fix, for a folder that is no whole export (one of an earlier version
     lacks preprocessing.json), for a model without classes, and for a device that is not here.
     """
     # Mistakes come before the weights, which take long to read.
-    chosen_device, chosen_dtype = _device(device), _dtype(dtype)
+    chosen_device, chosen_dtype = mesh.device if mesh else _device(device), _dtype(dtype)
     folder = export_folder(Path(folder))
     with open_export(folder) as (config, _):
         if not config.num_classes:
@@ -152,8 +159,9 @@ def load(
     if preprocessing.link == "none":
         raise ValueError(f"{folder} holds no classifier of photos: {PREPROCESSING_FILE} has the link none")
     names = class_names_of_export(folder, config.num_classes)
-    model = MegaVit.from_pretrained(folder, device=chosen_device, dtype=chosen_dtype)
-    return Predictor(model, preprocessing, names, batch_size)
+    config.check_tensor_parallel(mesh.tp_size if mesh else 1)
+    model = MegaVit.from_pretrained(folder, mesh=mesh, device=chosen_device, dtype=chosen_dtype)
+    return Predictor(model, preprocessing, names, batch_size, folder)
 
 
 def class_names_of_export(folder: Path, num_classes: int) -> list[str]:

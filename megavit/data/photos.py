@@ -107,6 +107,11 @@ def bicubic(
     return found.reshape(size, size, channels)
 
 
+def photos_in(folder: Path) -> list[Path]:
+    """The photos in a folder and below, by their names, in order."""
+    return sorted(p for p in folder.rglob("*") if p.suffix[1:].lower() in EXTENSIONS and p.is_file())
+
+
 def one_by_one(photos: Photo | Iterable[Photo]) -> list[Photo]:
     """The photos of a list, of an array [B, H, W, C] or tensor [B, C, H, W], or the one. ValueError if there
     are none."""

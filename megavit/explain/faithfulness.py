@@ -16,7 +16,7 @@ from megavit.explain.target import BLACK, Baseline, Target, check, replace
 from megavit.model.vit import MegaVit
 from megavit.tasks.config import Loss
 
-RANDOM, CENTRED = "random", "centred Gaussian"
+RANDOM, BEST_RANDOM, CENTRED = "random", "best of the random maps", "centred Gaussian"
 
 
 class Faithfulness(NamedTuple):
@@ -71,7 +71,8 @@ def with_controls(
     seed: int = 0,
 ) -> dict[str, Faithfulness]:
     """`faithfulness` of each of the `maps`, and beside them of what has not seen the model: the mean of
-    `draws` random maps, and a Gaussian in the middle of the image, where photographers put things."""
+    `draws` random maps, the one of them that does best for its image, by insertion less deletion, and a
+    Gaussian in the middle of the image, where photographers put things."""
 
     def judged(values: Tensor) -> Faithfulness:
         values = values.to(images.device)
@@ -80,7 +81,10 @@ def with_controls(
     shape = (len(images), *model.embed.grid(images))
     drawn = [judged(random_map(shape, seed + draw)) for draw in range(draws)]
     found = {name: judged(values) for name, values in maps.items()}
-    found[RANDOM] = Faithfulness(*(torch.stack(of_each).mean(0) for of_each in zip(*drawn, strict=True)))
+    columns = [torch.stack(of_each) for of_each in zip(*drawn, strict=True)]  # [draws, B] each
+    best = Faithfulness(*columns).between.argmax(0, keepdim=True)
+    found[RANDOM] = Faithfulness(*(column.mean(0) for column in columns))
+    found[BEST_RANDOM] = Faithfulness(*(column.gather(0, best)[0] for column in columns))
     found[CENTRED] = judged(centred_gaussian(shape))
     return found
 

@@ -75,7 +75,7 @@ def at_baseline(images: Tensor, baseline: Baseline) -> Tensor:
 
 def score_gradient(model: MegaVit, images: Tensor, target: Target) -> Tensor:
     """The score's gradient with respect to the images, [B, C, H, W], and none of the weights'."""
-    with torch.enable_grad(), _constant_weights(model):
+    with torch.enable_grad(), constant_weights(model):
         images = images.detach().requires_grad_()
         score = target.score(model(images)).sum()
         return torch.autograd.grad(score, images)[0]
@@ -95,7 +95,7 @@ def _evidence(
 
 
 @contextmanager
-def _constant_weights(module: nn.Module) -> Iterator[None]:
+def constant_weights(module: nn.Module) -> Iterator[None]:
     """No weight requires a gradient."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trained:

@@ -77,6 +77,8 @@ def _predict(predictor: Predictor, arguments: argparse.Namespace) -> int:
     import torch
     from torch import Tensor
 
+    from megavit.data.photos import photos_in
+
     missed = 0
 
     def miss(path: Path, reason: str) -> None:
@@ -86,7 +88,7 @@ def _predict(predictor: Predictor, arguments: argparse.Namespace) -> int:
 
     files: list[Path] = []
     for path in arguments.photos:
-        found = _photos_in(path) if path.is_dir() else [path]
+        found = photos_in(path) if path.is_dir() else [path]
         if not found:
             miss(path, "this folder holds no photos")
         files += found
@@ -106,12 +108,6 @@ def _predict(predictor: Predictor, arguments: argparse.Namespace) -> int:
             for line in (_json if arguments.json else table)(usable, predictions, arguments.top):
                 _print(line)
     return 1 if missed else 0
-
-
-def _photos_in(folder: Path) -> list[Path]:
-    from megavit.data.photos import EXTENSIONS
-
-    return sorted(p for p in folder.rglob("*") if p.suffix[1:].lower() in EXTENSIONS and p.is_file())
 
 
 def _table(paths: Sequence[Path], predictions: Predictions, top: int, width: int) -> Iterator[str]:

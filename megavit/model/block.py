@@ -21,7 +21,7 @@ from megavit.model.frozen import gelu as frozen_gelu
 from megavit.model.norm import normalize
 from megavit.model.observe import require_grad
 from megavit.model.recompute import recompute_with
-from megavit.parallel.collectives import dropout
+from megavit.parallel.collectives import dropout, reduce_from_tp
 from megavit.parallel.init import Initializer
 from megavit.parallel.layout import Layout
 from megavit.parallel.linear import (
@@ -34,8 +34,8 @@ from megavit.parallel.linear import (
 # MLP biases start at Normal(0, 1e-6), as in big_vision's vit.py.
 MLP_BIAS_STD = 1e-6
 
-# What a block's attention can tell an observer, see `MegaVit.observe`.
-OBSERVED = ("queries_keys", "attention")
+# What a block can tell an observer, see `MegaVit.observe`.
+OBSERVED = ("queries_keys", "attention", "writes")
 Seen = dict[str, tuple[Tensor | None, ...]]
 
 
@@ -103,7 +103,7 @@ class SelfAttention(nn.Module):
         attended, weights = attend(q, k, v, explicit="attention" in asked)
         seen = {"queries_keys": (q, k), "attention": (weights,)}
         out = self.out(attended.transpose(1, 2).flatten(2), addend)
-        return out, {name: seen[name] for name in asked}
+        return out, {name: seen[name] for name in asked if name in seen}
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, explicit: bool) -> tuple[Tensor, Tensor | None]:
@@ -158,9 +158,14 @@ class _Residual(nn.Module):
         """Whether x may join inside the branch's matmuls: every rank's partial sum would add it."""
         return self.mesh.tp_size == 1 and self.scale is None and not (self.training and self.rate)
 
+    def scaled(self, y: Tensor) -> Tensor:
+        return y if self.scale is None else y * self.scale
+
+    def add(self, x: Tensor, scaled: Tensor) -> Tensor:
+        return x + dropout(self.mesh, scaled, self.rate, self.training, sharded=False)
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        y = y if self.scale is None else y * self.scale
-        return x + dropout(self.mesh, y, self.rate, self.training, sharded=False)
+        return self.add(x, self.scaled(y))
 
 
 Observe = Callable[..., None]
@@ -203,6 +208,11 @@ class ParallelBlock(nn.Module):
     def _forward(self, x: Tensor, asked: tuple[str, ...], frozen: Frozen | None) -> tuple[Tensor, Seen]:
         layers = (self.attn.qkv, self.mlp.up)
         (qkv, hidden), scales = column_parallel(self.mesh, self.norm(x, frozen), layers, *self.attn.scales)
+        if "writes" in asked:  # the two terms each by itself, at the price of one more all-reduce
+            partial, seen = self.attn(qkv, scales, asked=asked, frozen=frozen)
+            terms = reduce_from_tp(self.mesh, partial), self.mlp(hidden, frozen=frozen)
+            attention, mlp = map(self.residual.scaled, terms)
+            return self.residual.add(x, attention + mlp), seen | {"writes": (attention, mlp)}
         start = x if self.residual.is_plain_sum else None
         partial, seen = self.attn(qkv, scales, addend=start, asked=asked, frozen=frozen)
         y = self.mlp(hidden, partial, frozen)
@@ -236,9 +246,12 @@ class SequentialBlock(nn.Module):
     def _forward(self, x: Tensor, asked: tuple[str, ...], frozen: Frozen | None) -> tuple[Tensor, Seen]:
         (qkv,), scales = column_parallel(self.mesh, self.norm(x, frozen), [self.attn.qkv], *self.attn.scales)
         y, seen = self.attn(qkv, scales, asked=asked, frozen=frozen)
-        x = self.attn_residual(x, y)
+        attention = self.attn_residual.scaled(y)
+        x = self.attn_residual.add(x, attention)
         (hidden,), _ = column_parallel(self.mesh, self.mlp_norm(x, frozen), [self.mlp.up])
-        return self.residual(x, self.mlp(hidden, frozen=frozen)), seen
+        mlp = self.residual.scaled(self.mlp(hidden, frozen=frozen))
+        told = {"writes": (attention, mlp)} if "writes" in asked else {}
+        return self.residual.add(x, mlp), seen | told
 
 
 Block = ParallelBlock | SequentialBlock

@@ -243,6 +243,12 @@ class MegaVit(nn.Module):
             raise ValueError("this model has no classifier: its num_classes is 0")
         return self._logits(self.head, pooled, local=False)
 
+    def read_out(self, x: Tensor) -> Tensor:
+        """Logits [B, num_classes], float32, of a token state [B, N, D] as `observe` tells it: through the
+        final norm, the pooling and the classifier. After an earlier block than the last, what the model
+        would say then (the "logit lens")."""
+        return self.forward_head(self.norm(x, self._innermost_frozen))
+
     def observe(self, observer: Any) -> AbstractContextManager[Any]:
         """A context in which `observer` is told what the model does, block by block. The model keeps nothing.
 
@@ -250,6 +256,9 @@ class MegaVit(nn.Module):
 
             queries_keys(layer, q, k)   the queries and keys [B, H/tp, N, K] of this rank's heads, normalised
             attention(layer, weights)   the softmax weights [B, H/tp, N, N] of this rank's heads, float32
+            writes(layer, attention, mlp)  what the block's attention and its MLP each add to the token state,
+                                        [B, N, D], summed over the ranks, without dropout; the output bias of
+                                        a parallel block is among the MLP's
             tokens(layer, x)            the token state [B, N, D] after block `layer`, from -1 on, the input
             pool(weights)               the MAP head's weights [B, H/tp, num_patches] of this rank's heads
 
@@ -258,7 +267,8 @@ class MegaVit(nn.Module):
         weights are frozen: hooks on them run once in a backward pass, under every recompute policy. An
         observer that does not keep the tensors costs memory for one block (backward keeps more, unless blocks
         are recomputed). With `attention`, blocks compute the explicit matrix instead of calling the fused
-        kernel; compiled blocks run uncompiled. Contexts may be nested: all observers are told.
+        kernel; with `writes`, parallel blocks add their two terms after the reduce, which costs them a second
+        one. Compiled blocks run uncompiled. Contexts may be nested: all observers are told.
         """
         return self._observers.joined_by(observer)
 

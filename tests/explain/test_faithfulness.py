@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megavit.explain.faithfulness import (
+    BEST_RANDOM,
     CENTRED,
     RANDOM,
     centred_gaussian,
@@ -112,12 +113,14 @@ def test_controls_stand_beside_every_map() -> None:
     """Catches a random map that is one draw, or the same for all images, and a Gaussian off the middle."""
     model = build().eval()
     found = with_controls(model, photos(2), CLASSES, {"mine": map_of()}, steps=3, draws=2, seed=5)
-    assert list(found) == ["mine", RANDOM, CENTRED]
+    assert list(found) == ["mine", RANDOM, BEST_RANDOM, CENTRED]
     draws = [
         faithfulness(model, photos(2), CLASSES, random_map((2, *GRID), seed), steps=3) for seed in (5, 6)
     ]
     torch.testing.assert_close(found[RANDOM].insertion, (draws[0].insertion + draws[1].insertion) / 2)
     torch.testing.assert_close(found[RANDOM].saco, (draws[0].saco + draws[1].saco) / 2)
+    best = torch.maximum(draws[0].between, draws[1].between)
+    torch.testing.assert_close(found[BEST_RANDOM].between, best)
     both = random_map((2, *GRID), 5)
     assert not torch.equal(both[0], both[1])
     centred = centred_gaussian((1, 3, 5))[0]

@@ -1,0 +1,147 @@
+"""`launch/explain.py` on photos and data sets, on one rank and on several."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megavit.evaluate.sets.shards import own_data
+from megavit.launch.explain import main
+from tests.exports import write_export
+from tests.launch.test_predict import encoded, photo
+from tests.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_export(tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(5):
+        (folder / f"{number}.png").write_bytes(encoded(photo(40 + number, 30 + number), "PNG"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images by class."""
+    root = tmp_path_factory.mktemp("data")
+    for part, name in (("train", "cat"), ("train", "dog"), ("test", "cat"), ("test", "dog")):
+        (root / part / name).mkdir(parents=True)
+        for path in photos.iterdir():
+            (root / part / name / path.name).write_bytes(path.read_bytes())
+    return root
+
+
+def records(out: Path) -> dict[str, dict]:
+    found = [json.loads(path.read_text()) for path in sorted(out.glob("*/explanation.json"))]
+    return {record["name"]: record for record in found}
+
+
+def maps(out: Path) -> list[np.ndarray]:
+    return [np.load(path) for path in sorted(out.glob("*/*.npy"))]
+
+
+def test_photos_and_data_are_explained_in_their_order(
+    export: Path, photos: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches images that a batch leaves out, maps of another image, and numbers that are not said."""
+    words = [str(export), str(photos / "4.png"), str(photos), "--data", str(data), "--num", "4"]
+    words += ["--methods", "located,frozen, located", "--against", "cat", "--seed", "2"]
+    assert main([*words, "--out", str(tmp_path / "a"), "--batch_size", "4"]) == 0
+    shown = capsys.readouterr()
+    folders = sorted(path.name for path in (tmp_path / "a").iterdir() if path.is_dir())
+    chosen = own_data(data)["test"].first(4)
+    keys = [chosen.images.key(row) for row in range(4)]
+    assert [name[4:] for name in folders] == ["4", "0", "1", "2", "3", "4", *(Path(key).stem for key in keys)]
+    found = records(tmp_path / "a")
+    assert all(found[key]["label"] == Path(key).parent.name for key in keys)
+    assert found[str(photos / "1.png")]["label"] is None
+    for record in found.values():
+        assert record["against"]["name"] == "cat" and record["target"]["name"] != "cat"
+        assert list(record["methods"]) == ["located", "frozen"]
+        assert record["provenance"]["data_digest"] and record["provenance"]["seed"] == 2
+    assert f"{photos / '3.png'}: says" in shown.out and "rather than cat" in shown.out
+    assert shown.out.count("sums to") == 10 and shown.out.count("centred Gaussian") == 10
+    assert shown.out.splitlines()[-1] == f"{tmp_path / 'a' / 'index.html'} shows all" and not shown.err
+    assert main([*words, "--out", str(tmp_path / "b"), "--batch_size", "1", "--quiet"]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+    for mine, theirs in zip(maps(tmp_path / "a"), maps(tmp_path / "b"), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_goes_on(
+    export: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a batch that is lost with one photo, and an exit status that says all went well."""
+    (tmp_path / "text.jpg").write_bytes(b"Dear all,")
+    (tmp_path / "empty").mkdir()
+    given = [tmp_path / "none.jpg", photos / "1.png", tmp_path / "text.jpg", tmp_path / "empty"]
+    out = tmp_path / "out"
+    words = ["--faithfulness", "false", "--out", str(out)]
+    assert main([str(export), *map(str, given), *words]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and "empty: this folder holds no photos" in said[0]
+    assert "none.jpg: No such file" in said[1] and "text.jpg: not an image" in said[2]
+    assert list(records(out)) == [str(photos / "1.png")] and (out / "index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["EXPORT"], "there is nothing to explain: name photos, or a data set with --data DIR"),
+        (["EXPORT", "x.jpg", "--num", "3"], "name these with --data"),
+        (["EXPORT", "--data", "x", "--num", "0"], "--num must be at least 1, got 0"),
+        (["EXPORT", "x.jpg", "--target", "kat"], "--target: no class is called 'kat', nor"),
+        (["EXPORT", "x.jpg", "--against", "3"], "--against: no class is called '3', nor"),
+        (["EXPORT", "x.jpg", "--target", "cat", "--against", "cat"], "both 'cat'; name two classes"),
+        (["EXPORT", "x.jpg", "--target", "cat", "--against", "1"], "target and against are the same class"),
+        (["EXPORT", "x.jpg", "--methods", "ocluded"], "--methods: no method is called 'ocluded'; there are"),
+        (["EXPORT", "x.jpg", "--methods", ","], "--methods: no method is named; there are located"),
+        (["EXPORT", "x.jpg", "--batch_size", "0"], "--batch_size must be at least 1"),
+        (["EXPORT", "x.jpg", "--tensor_parallel_size", "2"], "does not divide the 1 ranks"),
+        (["EXPORT", "--data", "nowhere"], "nowhere"),
+        (["nowhere", "x.jpg"], "nowhere is not an exported model: config.json is missing"),
+        (["FEATURES", "x.jpg"], "a model without a classifier"),
+    ],
+)
+def test_wrong_arguments(
+    export: Path, tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a traceback, an error that does not name the fix, and a folder that is left behind."""
+    if "FEATURES" in words:
+        write_export(tmp_path / "features", names=(), num_classes=0, link="none")
+    names = {"EXPORT": export, "FEATURES": tmp_path / "features"}
+    words = [str(names.get(word, word)) for word in words]
+    try:
+        status = main([*words, "--out", str(tmp_path / "out")])
+    except SystemExit as exit:
+        status = exit.code
+    shown = capsys.readouterr()
+    assert status == 2 and shown.err.count("\n") == 1 and said in shown.err and shown.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("ranks", "tp_size"), [(2, 2), (2, 1), (4, 2)])
+def test_ranks_write_what_a_single_process_writes(
+    export: Path, photos: Path, tmp_path: Path, ranks: int, tp_size: int
+) -> None:
+    """Catches sharded maps that are no one's, images that two ranks share out wrongly, and two writers."""
+    words = [str(export), str(photos), "--methods", "located,frozen,relevance,occlusion", "--batch_size", "2"]
+    assert main([*words, "--out", str(tmp_path / "single"), "--quiet"]) == 0
+    sharded = [*words, "--out", str(tmp_path / "sharded"), "--tensor_parallel_size", str(tp_size)]
+    assert run_ranks(ranks, main, sharded) == [0] * ranks
+    mine, theirs = records(tmp_path / "sharded"), records(tmp_path / "single")
+    assert list(mine) == list(theirs) and len(mine) == 5
+    for name, record in mine.items():
+        assert record["top"][0]["name"] == theirs[name]["top"][0]["name"]
+        assert record["provenance"]["tp_size"] == tp_size
+    for found, expected in zip(maps(tmp_path / "sharded"), maps(tmp_path / "single"), strict=True):
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
