@@ -23,6 +23,8 @@ class ExplainConfig:
         data: images of a data set: a folder or a manifest as launch/evaluate.py takes them (its test images),
             or a pattern of shards.
         num: of --data, so many images spread evenly over it (8).
+        train: folder with the training images, as launch/evaluate.py takes it: of each image those that are
+            like it, and those that pushed its score up and down (through the classifier alone).
         faithfulness: measure for every image whether its maps are right, at the price of some 50 forward
             passes for each map and 250 for what they are held against.
         batch_size: images that go through the model together. Memory depends on it, and not on the number of
@@ -39,6 +41,7 @@ class ExplainConfig:
     out: str = ""
     data: str = ""
     num: int | None = None
+    train: str = ""
     faithfulness: bool = True
     batch_size: int = 8
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -1,6 +1,6 @@
 """Why a model decided so about one image: the record of all that was found out.
 
-Letters: S image side, C channels, K classes, h rows and w columns of patches.
+Letters: S image side, C channels, D width, K classes, h rows and w columns of patches.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from megavit.explain.faithfulness import BEST_RANDOM, CENTRED, RANDOM
 from megavit.explain.methods import METHODS
 from megavit.explain.path import HIGH_NORM, Path
+from megavit.explain.provenance import TrainingImage
 
 FORMAT = 1
 TOP = 5  # classes that are named
@@ -55,31 +56,6 @@ class Sums(NamedTuple):
         return self.difference - self.total
 
 
-@dataclass(frozen=True)
-class TrainingImage:
-    """One image of the training set, and what was found of it.
-
-    Args:
-        row: its number in the set.
-        key: its name: shard/key, or a path.
-        label: the class id; the first one of several, -1 without.
-        label_name: the names of all its classes.
-        value: what it is listed for: a similarity, or an influence.
-        shard: path or url of the shard; "" for images that lie in none.
-        index: number of the sample in the shard, -1 for images that lie in none.
-        steps: the optimizer steps that read it; None if it is not known what the run read.
-    """
-
-    row: int
-    key: str
-    label: int
-    label_name: str
-    value: float
-    shard: str = ""
-    index: int = -1
-    steps: tuple[int, ...] | None = None
-
-
 class Shown(NamedTuple):
     """A training image with its picture, uint8 [S, S, C]."""
 
@@ -95,6 +71,7 @@ class Explanation:
         name: file of the image, or what else it is called.
         pixels: the image as the model sees it, cropped and resized: uint8 [S, S, C].
         label: name of its true class; "" if nobody says.
+        features: what the classifier reads, float32 [D].
         logits: float32 [K].
         probabilities: float32 [K], by softmax or sigmoid as the model was trained.
         target: the class that is explained.
@@ -113,6 +90,7 @@ class Explanation:
     name: str
     pixels: np.ndarray
     label: str
+    features: Tensor
     logits: Tensor
     probabilities: Tensor
     names: tuple[str, ...] = field(repr=False)

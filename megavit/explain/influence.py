@@ -127,7 +127,7 @@ def label_errors(
     trusted, and without one. Costs what `pushed` does for one image, in up to 256 classes. Collective."""
     train, loss = _train(session), _loss(session)
     trusted = session.pooled(validation)
-    _check_classes(session, validation)
+    check_classes(session, validation)
     head = HeadInfluence(train, session.model.logits, loss)
     judged = loss_of_set(HeadInfluence(trusted, session.model.logits, loss))
     found = head.values(judged, measure, damping)
@@ -158,11 +158,12 @@ def loss_of_set(head: HeadInfluence) -> Scores:
 
 def _train(session: Session) -> Features:
     images = session.open("", "train")
-    _check_classes(session, images)
+    check_classes(session, images)
     return session.pooled(images)
 
 
-def _check_classes(session: Session, images: ImageSet) -> None:
+def check_classes(session: Session, images: ImageSet) -> None:
+    """ValueError unless the set has as many classes as the model."""
     count = len(images.class_names)
     if count != session.model.num_classes:
         raise ValueError(

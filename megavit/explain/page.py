@@ -21,7 +21,7 @@ section { border-top: 2px solid #222; padding: 1em 0 }
 .row { display: flex; flex-wrap: wrap; gap: 14px; align-items: flex-start }
 figure { margin: 0; width: 200px } figure img { width: 100%; display: block }
 figcaption { font-size: .85em; color: #444; overflow-wrap: anywhere }
-figure.small { width: 92px } figure.small figcaption { font-size: .72em }
+figure.small { width: 116px } figure.small figcaption { font-size: .72em }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: 2px 10px 2px 0; text-align: right; font-weight: normal; border-bottom: 1px solid #ddd }
 th { color: #666 } td:first-child, th:first-child, td:last-child, th:last-child { text-align: left }
@@ -36,7 +36,7 @@ pre { font-size: .75em; white-space: pre-wrap; overflow-wrap: anywhere }
   body { margin: 0; max-width: none; font-size: 11px }
   body { print-color-adjust: exact; -webkit-print-color-adjust: exact }
   section + section { break-before: page } figure, table, svg, .warning { break-inside: avoid }
-  figure { width: 125px } details { display: none }
+  figure { width: 125px } figure.small { width: 84px } details { display: none }
 }
 """
 # The browser itself is told to load nothing from anywhere.
@@ -47,6 +47,7 @@ _HEAD = (
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     "<title>{title}</title>\n<style>{style}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
 )
+_THUMBNAIL = 128  # pixels of a side of a training image, at least
 FOOT = "</body>\n</html>\n"
 _LEGEND = (
     "A patch of a map has one colour: red speaks for the class, blue against it. Insertion is the mean "
@@ -175,7 +176,7 @@ def _training_figure(shown: Shown) -> str:
     lines = [f"<b>{escape(image.label_name)}</b> {image.value:.3g}", escape(image.key)]
     if image.steps is not None:
         lines.append(f"read at step {_some(image.steps)}")
-    return _figure(png(picture(shown.picture)), "<br>".join(lines), small=True)
+    return _figure(png(picture(shown.picture, _THUMBNAIL)), "<br>".join(lines), small=True)
 
 
 def _some(steps: Iterable[int], most: int = 3) -> str:

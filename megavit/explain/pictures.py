@@ -10,7 +10,7 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-_LEAST_SIDE = 384  # smaller images are enlarged, pixel by pixel
+LEAST_SIDE = 384  # smaller images are enlarged, pixel by pixel
 _BAR, _GAP, _TEXT = 0.04, 0.016, 0.054  # heights in the legend, by the picture's width
 _PAPER, _INK = (255, 255, 255), (0, 0, 0)
 _MOST_ALPHA = 0.8
@@ -20,10 +20,10 @@ _FOR = np.array([(255, 225, 120), (253, 150, 50), (215, 25, 30)], np.float32)
 _AGAINST = np.array([(160, 215, 255), (70, 150, 225), (25, 60, 175)], np.float32)
 
 
-def picture(pixels: np.ndarray) -> Image.Image:
-    """uint8 [S, S, C], C 1 or 3, enlarged by a whole number if it is small."""
+def picture(pixels: np.ndarray, least_side: int = LEAST_SIDE) -> Image.Image:
+    """uint8 [S, S, C], C 1 or 3, enlarged by a whole number if it is smaller than `least_side`."""
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
-    factor = max(1, -(-_LEAST_SIDE // pixels.shape[1]))
+    factor = max(1, -(-least_side // pixels.shape[1]))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 

@@ -99,7 +99,9 @@ def margins(logits: Tensor, classes: Tensor) -> Tensor:
     return mine[:, 0] - logits.scatter(1, classes[:, None], -torch.inf).amax(1)
 
 
-def orders(case: Case, queries: Tensor, classes: Tensor, fitted: Classifier, loss: Loss) -> dict[str, np.ndarray]:
+def orders(
+    case: Case, queries: Tensor, classes: Tensor, fitted: Classifier, loss: Loss
+) -> dict[str, np.ndarray]:
     """For each test image the training images, those first that a list puts first: int64 [m, n]."""
     rng = np.random.default_rng(0)
     n, labels = len(case.train.usable), case.train.labels[:, 0]
@@ -165,7 +167,8 @@ def found_labels(case: Case, wrong: np.ndarray, validation: Features | None = No
         values = head.values(judged, "influence", damping)
         lists[f"influence over validation, damping {damping}"] = -values.values[0]
     return {
-        name: float(np.isin(_falling(some[None])[0, : len(wrong)], wrong).mean()) for name, some in lists.items()
+        name: float(np.isin(_falling(some[None])[0, : len(wrong)], wrong).mean())
+        for name, some in lists.items()
     }
 
 
