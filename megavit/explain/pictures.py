@@ -33,15 +33,19 @@ def overlay(pixels: np.ndarray, values: np.ndarray, *, signed: bool) -> Image.Im
     A patch has one colour: from transparent (0) to red (the highest value); if `signed`, blue for values
     below 0. The image below is grey, so that all colour is the map's.
     """
-    base = picture(pixels).convert("L").convert("RGB")
-    strength, most = _scaled(values)
-    patches = Image.fromarray(strength).resize(base.size, Image.Resampling.NEAREST)
-    coloured = _blend(np.asarray(base, np.float32), np.asarray(patches))
-    legend = _legend(base.width, most, signed)
-    sheet = Image.new("RGB", (base.width, base.height + legend.height), _PAPER)
-    sheet.paste(Image.fromarray(coloured), (0, 0))
-    sheet.paste(legend, (0, base.height))
+    coloured = Image.fromarray(laid_over(pixels, values))
+    legend = _legend(coloured.width, _scaled(values)[1], signed)
+    sheet = Image.new("RGB", (coloured.width, coloured.height + legend.height), _PAPER)
+    sheet.paste(coloured, (0, 0))
+    sheet.paste(legend, (0, coloured.height))
     return sheet
+
+
+def laid_over(pixels: np.ndarray, values: np.ndarray, least_side: int = LEAST_SIDE) -> np.ndarray:
+    """The colours alone, uint8 [Y, X, 3]."""
+    base = picture(pixels, least_side).convert("L").convert("RGB")
+    patches = Image.fromarray(_scaled(values)[0]).resize(base.size, Image.Resampling.NEAREST)
+    return _blend(np.asarray(base, np.float32), np.asarray(patches))
 
 
 def png(image: Image.Image) -> bytes:
