@@ -74,8 +74,8 @@ def pushed(
     target: Target,
     k: int,
     readings: Readings | None = None,
-    measure: Measure = "influence",
-    damping: float = 0.01,
+    measure: Measure = "tracin",
+    damping: float = 0.1,
 ) -> Pushed:
     """The training images of --data that pushed the target's score of m images up and down, through the
     classifier alone; see `HeadInfluence.values`.
@@ -94,7 +94,9 @@ def pushed(
     features = features.to(train.mesh.device)
     logits = session.model.logits(features)
     head = HeadInfluence(train, session.model.logits, loss)
-    found = head.values(Scores.of(features, score_gradient(logits, target, loss)), measure, damping)
+    found = head.values(
+        Scores.of(features, logits, score_gradient(logits, target, loss), loss), measure, damping
+    )
     lists = []
     for sign in (1, -1):
         values, rows = highest(train.mesh, sign * found.values, found.rows, min(k, len(train.usable)))
@@ -120,8 +122,8 @@ def label_errors(
     validation: ImageSet,
     k: int,
     readings: Readings | None = None,
-    measure: Measure = "influence",
-    damping: float = 0.01,
+    measure: Measure = "tracin",
+    damping: float = 0.1,
 ) -> LabelErrors:
     """The training images of --data with likely wrong labels, judged by a validation set whose labels are
     trusted, and without one. Costs what `pushed` does for one image, in up to 256 classes. Collective."""
