@@ -29,6 +29,7 @@ FORBIDDEN = {
     "tasks": ("deepspeed", "torch.distributed", "megavit.train"),
     "tasks/config.py": ("torch", "deepspeed", "numpy", "yaml", *ROOMS),
     "scale": ("deepspeed", "megavit.data"),
+    "explain": ("deepspeed", "torch.distributed", "captum", "megavit.launch", "megavit.scale"),
     "train": ("megavit.scale", "megavit.bench"),
     "train/config.py": ("torch", "deepspeed", "numpy", "yaml", *ROOMS),
     "train/schedule.py": ("torch", "deepspeed"),

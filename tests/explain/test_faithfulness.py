@@ -32,17 +32,18 @@ def map_of(seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
 def test_curves_go_from_the_baseline_to_the_image_and_back(loss: str) -> None:
-    """Catches patches covered in another order, in shares that do not add up (15 patches in 4 steps), and
+    """Catches patches covered in another order, in shares that do not add up (15 patches in 7 steps), and
     the probability of another loss."""
     model, images, values = build().eval(), photos(2), map_of()
+    model.head.weight.data /= 10  # so that no probability is near 0 or 1
     with torch.no_grad():
         logits = torch.stack([model(torch.full_like(images, -1)), model(images)])
     every = logits.sigmoid() if loss == "sigmoid" else logits.softmax(-1)
     ends = every[:, [0, 1], CLASSES.classes]
-    settings = {"loss": loss, "steps": 4}
+    settings = {"loss": loss, "steps": 7}
     inserted = probabilities(model, images, CLASSES, values, True, **settings)
     deleted = probabilities(model, images, CLASSES, values, False, **settings)
-    assert inserted.shape == (2, 5)
+    assert inserted.shape == (2, 8)
     torch.testing.assert_close(inserted[:, [0, -1]], ends.T)
     torch.testing.assert_close(deleted[:, [-1, 0]], ends.T)
     # Without the map's highest patches is with those that are highest when its sign is turned.
@@ -51,7 +52,7 @@ def test_curves_go_from_the_baseline_to_the_image_and_back(loss: str) -> None:
     assert (inserted - deleted.flip(1)).abs().max() > 1e-4
 
     order = values.flatten(1).argsort(1, descending=True)
-    covered = torch.ones(2, 15, dtype=torch.bool).scatter(1, order[:, :8], False).view(2, *GRID)  # 15 / 2
+    covered = torch.ones(2, 15, dtype=torch.bool).scatter(1, order[:, :4], False).view(2, *GRID)  # 30 / 7
     with torch.no_grad():
         logits = model(replace(model, images, covered, -1.0))
     torch.testing.assert_close(inserted[:, 2], CLASSES.probability(logits, loss))
@@ -123,4 +124,4 @@ def test_controls_stand_beside_every_map() -> None:
     both = random_map((2, *GRID), 5)
     assert not torch.equal(both[0], both[1])
     centred = centred_gaussian((1, 3, 5))[0]
-    assert centred.argmax() == 7 and torch.equal(centred, centred.flip(0, 1))
+    assert centred.argmax() == 7 and torch.allclose(centred, centred.flip(0, 1))
