@@ -25,13 +25,13 @@ from megavit.explain.methods import METHODS, check_methods, compute_maps
 from megavit.explain.path import Path as Way
 from megavit.explain.path import path
 from megavit.explain.target import Baseline, Target
+from megavit.explain.tokens import high_norms
 from megavit.fields import nearest
 from megavit.predictor import Predictor, load
 from megavit.tasks.config import Loss
 from megavit.train.checkpoint.frozen import export_digest
 from megavit.train.logging.environment import device_name
 
-_TOP_SHARE = 0.05  # of the patches: the top of a map
 _STEPS = 16  # of insertion and deletion
 _DRAWS = 5  # random maps beside every map
 
@@ -104,6 +104,8 @@ class Explainer:
             if METHODS[name].adds_up
         }
         ways = path(model, images, target, loss=self._loss)
+        norms = high_norms(model, images)
+        tops = {name: norms.share_of_top(values) for name, values in maps.items()}
         maps = {name: values.float().cpu() for name, values in maps.items()}
         names, found = predictions.names, []
         for i, subject in enumerate(subjects):
@@ -112,8 +114,6 @@ class Explainer:
                 None if ids is None else class_of(int(ids[i]), names, logits, probabilities) for ids in target
             ]
             assert classes[0] is not None
-            way = Way(*(values[i] for values in ways))
-            tops = {name: on_high_norms(values[i], way.is_high) for name, values in maps.items()}
             found.append(
                 Explanation(
                     name=subject.name,
@@ -128,8 +128,9 @@ class Explainer:
                     maps={name: values[i] for name, values in maps.items()},
                     faithfulness={name: Judged(*_row(columns, i)) for name, columns in judged.items()},
                     sums={name: Sums(*_row(columns, i)) for name, columns in sums.items()},
-                    path=way,
-                    on_high_norms=tops,
+                    path=Way(*(values[i] for values in ways)),
+                    high_norms=norms.by_block[:, i].cpu(),
+                    on_high_norms={name: float(shares[i]) for name, shares in tops.items()},
                     training={},
                     provenance={"input_sha256": subject.sha256} | self._facts,
                 )
@@ -258,11 +259,3 @@ def black(preprocessing: Preprocessing) -> Baseline:
 
 def _row(columns: Sequence[Tensor], i: int) -> list[float]:
     return [float(column[i]) for column in columns]
-
-
-def on_high_norms(values: Tensor, is_high: Tensor) -> float:
-    """The share of the relevance at the top of a map [h, w], 5% of the patches, on those that `is_high`."""
-    flat = values.flatten().clamp(min=0)
-    top = flat.topk(max(1, round(_TOP_SHARE * flat.numel())))
-    total = float(top.values.sum())
-    return float(top.values[is_high.flatten()[top.indices]].sum()) / total if total else 0.0

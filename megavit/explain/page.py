@@ -10,8 +10,8 @@ from html import escape
 from megavit.explain.charts import path_plot
 from megavit.explain.explanation import Explanation, Judged, Shown
 from megavit.explain.methods import METHODS
-from megavit.explain.path import HIGH_NORM
 from megavit.explain.pictures import overlay, picture, png
+from megavit.explain.tokens import HIGH
 
 _STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; color: #222; max-width: 1100px }
@@ -156,13 +156,13 @@ def _likeliest(found: Explanation) -> str:
 
 
 def _high_norms(found: Explanation) -> str:
-    counts = [int(count) for count in found.path.high_norms[1:]]
-    total = found.path.is_high.numel()
-    where = f"block {counts.index(max(counts))}" if any(counts) else "any block"
+    after = found.high_norms[1:]
+    where = f"block {int(after.argmax())}" if after.any() else "any block"
     shares = ", ".join(f"{share:.0%} of {escape(name)}" for name, share in found.on_high_norms.items())
     return (
-        f'<p class="note">Patches whose token is {HIGH_NORM:g} times as long as the median one or longer: '
-        f"{max(counts)} of {total} after {where}. Of the top of the maps there lies on them: {shares}.</p>"
+        f'<p class="note">Patches whose token is more than {HIGH:g} times as long as the median one: '
+        f"{float(after.max()):.1%} after {where}. Of the top of the maps there lies on those that are so "
+        f"after the last block: {shares}.</p>"
     )
 
 
