@@ -52,7 +52,7 @@ class Inputs:
                 self._miss(f"{given}: this folder holds no photos")
             self._items += [_Item(str(path), path.read_bytes) for path in files]
         if data:
-            images = _images(data, predictor.names).first(num or NUM)
+            images = images_of(data, predictor.names).first(num or NUM)
             self.data_digest = images.digest
             self._items += [_item(images, row) for row in range(len(images))]
         if not self._items:
@@ -88,7 +88,7 @@ class Inputs:
         return subjects
 
 
-def _images(data: str, names: Sequence[str]) -> ImageSet:
+def images_of(data: str, names: Sequence[str]) -> ImageSet:
     """The test images in a folder, else its training images; those of a manifest or a pattern of shards."""
     path = Path(data)
     if path.is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from megavit.explain.charts import path_plot
@@ -61,6 +61,10 @@ _KINDS = {
     "helpful": "Training images that pushed the score up, by the influence of the classifier alone.",
     "harmful": "Training images that pushed the score down, by the influence of the classifier alone.",
 }
+_SUSPECTS = {
+    "harmful": "They raise the loss of the validation images most, by the influence of the classifier alone.",
+    "odd": "The classifier explains them least: they would lose most if it were fitted without them.",
+}
 
 
 def head(title: str, methods: Sequence[str]) -> str:
@@ -102,6 +106,15 @@ def section(number: int, found: Explanation) -> str:
         "</pre></details>\n</section>\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def suspects(title: str, lists: Mapping[str, Sequence[Shown]], says: Mapping[int, str]) -> str:
+    """A page about training images whose labels are likely wrong. `says` has the model's word by row."""
+    parts = [_HEAD.format(title=escape(title), style=_STYLE)]
+    for kind, shown in lists.items():
+        figures = "".join(_training_figure(one, says.get(one.image.row, "")) for one in shown)
+        parts.append(f'<section><h3>{escape(_SUSPECTS[kind])}</h3><div class="row">{figures}</div></section>')
+    return "\n".join([*parts, FOOT])
 
 
 def _says(found: Explanation) -> str:
@@ -171,9 +184,11 @@ def _training(kind: str, shown: Sequence[Shown]) -> str:
     return f'<h3>{escape(_KINDS.get(kind, kind))}</h3><div class="row">{figures}</div>'
 
 
-def _training_figure(shown: Shown) -> str:
+def _training_figure(shown: Shown, says: str = "") -> str:
     image = shown.image
     lines = [f"<b>{escape(image.label_name)}</b> {image.value:.3g}", escape(image.key)]
+    if says:
+        lines.insert(1, f"the model says {escape(says)}")
     if image.steps is not None:
         lines.append(f"read at step {_some(image.steps)}")
     return _figure(png(picture(shown.picture, _THUMBNAIL)), "<br>".join(lines), small=True)

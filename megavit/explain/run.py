@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
+import torch
 from tqdm import tqdm
 
-from megavit.explain.config import ExplainConfig
+from megavit.explain.config import ExplainConfig, InfluenceConfig
 from megavit.explain.explainer import Explainer, Settings, Subject
 from megavit.explain.explanation import Explanation
-from megavit.explain.inputs import Inputs
+from megavit.explain.inputs import Inputs, images_of
+from megavit.explain.page import suspects
 from megavit.explain.report import PAGE, Report
 from megavit.explain.training import Training
 from megavit.predictor import Predictor
@@ -56,6 +60,42 @@ def explain_all(
     if mesh.is_main:
         _print(f"{out / PAGE} shows all")
     return mesh.on_main(lambda: int(files.inputs.num_missed > 0))
+
+
+def list_label_errors(name: str, config: InfluenceConfig, predictor: Predictor) -> int:
+    """Write the training images whose labels are likely wrong, as a page and a record. Collective."""
+    mesh = predictor.model.mesh
+    out = Path(config.out or Path(name) / "influence")
+    validation = mesh.on_main(lambda: images_of(config.data, predictor.names) if config.data else None)
+    say = _tell if mesh.is_main else _ignore
+    training = Training(predictor, config.train, name, config.batch_size, quiet=config.quiet, say=say)
+    found = training.errors(validation, config.num)
+    named = {"harmful": found.harmful, "odd": found.odd}
+    lists = mesh.on_main(lambda: {kind: training.shown(images) for kind, images in named.items()})
+    shown = {one.image.row: torch.from_numpy(one.picture) for some in lists.values() for one in some}
+    top = predictor.predict(torch.stack(list(shown.values()))).top(1) if shown else []
+    says = {row: f"{best[0][0]} ({best[0][1]:.0%})" for row, best in zip(shown, top, strict=True)}
+
+    def write() -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        title = f"Training images of {name} whose labels are likely wrong"
+        (out / PAGE).write_text(suspects(title, lists, says), encoding="utf-8", errors="backslashreplace")
+        rows = {
+            kind: [asdict(one.image) | {"model_says": says[one.image.row]} for one in some]
+            for kind, some in lists.items()
+        }
+        record = rows | {"about": found.about, "settings": found.settings}
+        (out / "influence.json").write_text(json.dumps(record, indent=1) + "\n")
+        for kind, some in lists.items():
+            for one in () if config.quiet else some:
+                label, value = one.image.label_name, one.image.value
+                _print(
+                    f"{kind:<8} {value:+.3e}  {one.image.key}: labelled {label}, says {says[one.image.row]}"
+                )
+        _print(f"{out / PAGE} shows all")
+
+    mesh.on_main(write)
+    return 0
 
 
 class _Files:

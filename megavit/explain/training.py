@@ -17,9 +17,9 @@ from torch import Tensor
 from megavit.evaluate.config import EvaluateConfig
 from megavit.evaluate.model import trunk_features
 from megavit.evaluate.session import Session
-from megavit.evaluate.sets.image_set import digest_of
+from megavit.evaluate.sets.image_set import ImageSet, digest_of
 from megavit.explain.explanation import Explanation, Shown
-from megavit.explain.influence import check_classes, pushed, similar
+from megavit.explain.influence import LabelErrors, check_classes, label_errors, pushed, similar
 from megavit.explain.provenance import Readings, TrainingImage
 from megavit.explain.target import Target
 from megavit.predictor import Predictor
@@ -101,13 +101,18 @@ class Training:
         return [
             dataclasses.replace(
                 one,
-                training={kind: self._shown(of_all[first + i]) for kind, of_all in lists.items()},
+                training={kind: self.shown(of_all[first + i]) for kind, of_all in lists.items()},
                 provenance=dict(one.provenance) | facts,
             )
             for i, one in enumerate(found)
         ]
 
-    def _shown(self, images: Sequence[TrainingImage]) -> list[Shown]:
+    def errors(self, validation: ImageSet | None, k: int) -> LabelErrors:
+        """The k likeliest label errors by each of two measures, judged by the `validation` images or the test
+        images of the data set. Collective."""
+        return label_errors(self._session, validation or self._session.open("", "test"), k, self._readings)
+
+    def shown(self, images: Sequence[TrainingImage]) -> list[Shown]:
         """With their pictures; those that cannot be read any more are left out."""
         shown = []
         for image in images:

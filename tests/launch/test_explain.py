@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+import megavit
 from megavit.evaluate.sets.shards import own_data
 from megavit.launch.explain import main
 from tests.exports import NAMES, write_export
@@ -117,6 +118,39 @@ def test_training_images_stand_beside_the_decision(
     assert (tmp_path / "out" / "index.html").read_text().count("Training images that pushed") == 6
 
 
+def test_wrong_labels_are_listed(
+    export: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches a list of the best training images, and words of the model about another image."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    predictor = megavit.load(export)
+    for part, number in itertools.product(("train", "test"), range(12)):
+        image = photo(50 + 3 * number, 40).rotate(15 * number)
+        said = predictor(image).top(1)[0][0][0]
+        wrong = part == "train" and number == 7
+        name = NAMES[(NAMES.index(said) + wrong) % 3]
+        (tmp_path / "data" / part / name).mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "data" / part / name / f"{number}.png")
+    for part, name in itertools.product(("train", "test"), NAMES):  # each has every class
+        (tmp_path / "data" / part / name).mkdir(parents=True, exist_ok=True)
+    words = ["influence", str(export), "--train", str(tmp_path / "data"), "--num", "3"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out" / "influence.json").read_text())
+    for kind in ("harmful", "odd"):
+        first = record[kind][0]
+        assert Path(first["key"]).name == "7.png" and not first["model_says"].startswith(first["label_name"])
+        assert (
+            f"{first['key']}: labelled {first['label_name']}, says" in capsys.readouterr().out
+            or kind == "odd"
+        )
+    assert "the model says" in (tmp_path / "out" / "index.html").read_text()
+    assert main(["influence", str(export), "--train", str(tmp_path / "none")]) == 2
+
+
 def test_training_images_of_other_classes_are_refused(
     export: Path,
     photos: Path,
@@ -176,6 +210,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(
         (["EXPORT", "x.jpg", "--batch_size", "0"], "--batch_size must be at least 1"),
         (["EXPORT", "x.jpg", "--tensor_parallel_size", "2"], "does not divide the 1 ranks"),
         (["EXPORT", "--data", "nowhere"], "nowhere"),
+        (["influence", "EXPORT"], "--train DIR must name the training images"),
         (["nowhere", "x.jpg"], "nowhere is not an exported model: config.json is missing"),
         (["FEATURES", "x.jpg"], "a model without a classifier"),
     ],
