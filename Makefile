@@ -28,7 +28,7 @@ evaluate: $(DIGITS)
 explain: $(DIGITS)
 	@ls -d runs/vit_tiny-*/export >/dev/null 2>&1 || $(MAKE) train
 	. $(BIN)/activate && run=$$(ls -td runs/vit_tiny-*/export | head -n 1) && OMP_NUM_THREADS=1 python launch/explain.py \
-		$${run%/export} --data data/digits --num 8 --methods located,frozen,relevance,occlusion_3x3
+		$${run%/export} --data data/digits --num 8 --train data/digits --methods located,frozen,relevance,occlusion_3x3
 
 data: $(DIGITS)
 

@@ -23,6 +23,8 @@ class ExplainConfig:
         data: images of a data set: a folder or a manifest as launch/evaluate.py takes them (its test images),
             or a pattern of shards.
         num: of --data, so many images spread evenly over it (8).
+        train: folder with the training images, as launch/evaluate.py takes it: of each image those that are
+            like it, and those that pushed its score up and down (through the classifier alone).
         faithfulness: measure for every image whether its maps are right, at the price of some 50 forward
             passes for each map and 250 for what they are held against.
         batch_size: images that go through the model together. Memory depends on it, and not on the number of
@@ -39,6 +41,7 @@ class ExplainConfig:
     out: str = ""
     data: str = ""
     num: int | None = None
+    train: str = ""
     faithfulness: bool = True
     batch_size: int = 8
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -59,3 +62,35 @@ class ExplainConfig:
             raise ValueError(
                 f"--target and --against are both {self.target!r}; name two classes, or leave one out"
             )
+
+
+@dataclass(frozen=True)
+class InfluenceConfig:
+    """Which training images are listed as likely label errors.
+
+    Args:
+        train: folder with the training images, as launch/evaluate.py takes it.
+        data: validation images whose labels are trusted: a folder, a manifest or a pattern of shards; empty
+            takes the test images of --train.
+        num: training images in each list.
+        out: folder for the page and the record; empty takes MODEL/influence.
+        batch_size: images that go through the model together.
+        dtype: of the weights: float32 or bfloat16.
+        tensor_parallel_size: ranks that share one copy of the model; must divide heads, mlp_dim and ranks.
+        quiet: print errors and the place of the page only.
+    """
+
+    train: str = ""
+    data: str = ""
+    num: int = 20
+    out: str = ""
+    batch_size: int = 64
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    tensor_parallel_size: int = 1
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_positive("--", self, "num", "batch_size", "tensor_parallel_size")
+        if not self.train:
+            raise ValueError("--train DIR must name the training images among which to look for label errors")

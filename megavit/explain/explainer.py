@@ -6,7 +6,7 @@ Letters: B images, S image side, C channels, K classes, h rows and w columns of 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -19,19 +19,19 @@ from megavit.data.photos import Photo
 from megavit.data.preprocessing import Preprocessing
 from megavit.evaluate.results import now, versions
 from megavit.explain import faithfulness as faithful
-from megavit.explain.explanation import Explanation, Judged, Shown, Sums, class_of
+from megavit.explain.explanation import Explanation, Judged, Sums, class_of
 from megavit.explain.gradient import sum_check
 from megavit.explain.methods import METHODS, check_methods, compute_maps
 from megavit.explain.path import Path as Way
 from megavit.explain.path import path
 from megavit.explain.target import Baseline, Target
+from megavit.explain.tokens import high_norms
 from megavit.fields import nearest
 from megavit.predictor import Predictor, load
 from megavit.tasks.config import Loss
 from megavit.train.checkpoint.frozen import export_digest
 from megavit.train.logging.environment import device_name
 
-_TOP_SHARE = 0.05  # of the patches: the top of a map
 _STEPS = 16  # of insertion and deletion
 _DRAWS = 5  # random maps beside every map
 
@@ -65,16 +65,11 @@ class Settings:
             )
 
 
-# Training images of each of B decisions, by kind: see `Explanation.training`.
-FindTraining = Callable[[Tensor, Target], Sequence[Mapping[str, Sequence[Shown]]]]
-
-
 class Explainer:
     """Explains what a model says of images. On a mesh the ranks of a TP group explain the same images
     together and have the same explanations. Collective over the world to make.
 
-    `facts` are added to the provenance. With `progress`, slow methods show a bar. `find_training` finds
-    training images from the images [B, C, S, S] and the target.
+    `facts` are added to the provenance. With `progress`, slow methods show a bar.
     """
 
     def __init__(
@@ -84,10 +79,8 @@ class Explainer:
         *,
         facts: Mapping[str, Any] | None = None,
         progress: bool = False,
-        find_training: FindTraining | None = None,
     ):
         self.predictor, self.settings, self.progress = predictor, settings, progress
-        self._find_training = find_training
         self._loss: Loss = "softmax" if predictor.preprocessing.link == "softmax" else "sigmoid"
         self._baseline = black(predictor.preprocessing)
         self._facts = dict(facts or {}) | self._provenance()
@@ -98,6 +91,8 @@ class Explainer:
         pixels = torch.stack([subject.pixels for subject in subjects])
         predictions = self.predictor.predict(pixels)
         images = self.predictor.as_input(pixels)
+        with torch.no_grad():
+            pooled = model.forward_head(model.forward_features(images), pre_logits=True).float().cpu()
         target = self._target(predictions.logits)
         maps = compute_maps(
             model, images, target, settings.methods, baseline=self._baseline, progress=self.progress
@@ -109,7 +104,8 @@ class Explainer:
             if METHODS[name].adds_up
         }
         ways = path(model, images, target, loss=self._loss)
-        training = self._find_training(images, target) if self._find_training else [{} for _ in subjects]
+        norms = high_norms(model, images)
+        tops = {name: norms.share_of_top(values) for name, values in maps.items()}
         maps = {name: values.float().cpu() for name, values in maps.items()}
         names, found = predictions.names, []
         for i, subject in enumerate(subjects):
@@ -118,13 +114,12 @@ class Explainer:
                 None if ids is None else class_of(int(ids[i]), names, logits, probabilities) for ids in target
             ]
             assert classes[0] is not None
-            way = Way(*(values[i] for values in ways))
-            tops = {name: on_high_norms(values[i], way.is_high) for name, values in maps.items()}
             found.append(
                 Explanation(
                     name=subject.name,
                     pixels=subject.pixels.numpy(),
                     label=subject.label,
+                    features=pooled[i],
                     logits=logits,
                     probabilities=probabilities,
                     names=names,
@@ -133,9 +128,10 @@ class Explainer:
                     maps={name: values[i] for name, values in maps.items()},
                     faithfulness={name: Judged(*_row(columns, i)) for name, columns in judged.items()},
                     sums={name: Sums(*_row(columns, i)) for name, columns in sums.items()},
-                    path=way,
-                    on_high_norms=tops,
-                    training=training[i],
+                    path=Way(*(values[i] for values in ways)),
+                    high_norms=norms.by_block[:, i].cpu(),
+                    on_high_norms={name: float(shares[i]) for name, shares in tops.items()},
+                    training={},
                     provenance={"input_sha256": subject.sha256} | self._facts,
                 )
             )
@@ -196,6 +192,7 @@ def explain(
     methods: Sequence[str] = ("located",),
     *,
     faithfulness: bool = True,
+    train: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> Explanation:
     """Why the model decides so about an image.
@@ -208,7 +205,9 @@ def explain(
         methods: names of maps, of `megavit.explain.methods.METHODS`.
         faithfulness: measure whether the maps are right for this image, at the price of some 300 forward
             passes.
-        seed: of the random maps that they are held against.
+        train: folder with the training images, as `launch/evaluate.py` takes it, for those that are like the
+            image and those that pushed its score. The first time all of them go through the model.
+        seed: of the random maps that maps are held against.
 
     Raises ValueError for an unknown class or method, and for what is no photo.
     """
@@ -218,7 +217,13 @@ def explain(
         None if word is None else class_number(predictor.names, word) for word in (target, against)
     )
     settings = Settings(tuple(methods), mine, other, faithfulness, seed)
-    return Explainer(predictor, settings).explain([subject_of(predictor, image)])[0]
+    found = Explainer(predictor, settings).explain([subject_of(predictor, image)])
+    if train is not None:
+        from megavit.explain.training import Training
+
+        run_dir = predictor.folder.parent if predictor.folder else Path()
+        found = Training(predictor, os.fspath(train), run_dir, predictor.batch_size).beside(found)
+    return found[0]
 
 
 def subject_of(predictor: Predictor, image: Photo, name: str = "image", label: str = "") -> Subject:
@@ -254,11 +259,3 @@ def black(preprocessing: Preprocessing) -> Baseline:
 
 def _row(columns: Sequence[Tensor], i: int) -> list[float]:
     return [float(column[i]) for column in columns]
-
-
-def on_high_norms(values: Tensor, is_high: Tensor) -> float:
-    """The share of the relevance at the top of a map [h, w], 5% of the patches, on those that `is_high`."""
-    flat = values.flatten().clamp(min=0)
-    top = flat.topk(max(1, round(_TOP_SHARE * flat.numel())))
-    total = float(top.values.sum())
-    return float(top.values[is_high.flatten()[top.indices]].sum()) / total if total else 0.0

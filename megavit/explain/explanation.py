@@ -1,6 +1,6 @@
 """Why a model decided so about one image: the record of all that was found out.
 
-Letters: S image side, C channels, K classes, h rows and w columns of patches.
+Letters: S image side, C channels, D width, K classes, L blocks, h rows and w columns of patches.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from torch import Tensor
 
 from megavit.explain.faithfulness import BEST_RANDOM, CENTRED, RANDOM
 from megavit.explain.methods import METHODS
-from megavit.explain.path import HIGH_NORM, Path
+from megavit.explain.path import Path
+from megavit.explain.provenance import TrainingImage
+from megavit.explain.tokens import HIGH, MOST_ON_HIGH
 
 FORMAT = 1
 TOP = 5  # classes that are named
-# Of the relevance at the top of a map on tokens of high norm: from here on the map may show the model's
-# scratch paper and not the image.
-MOST_ON_HIGH = 0.2
 
 
 class ClassOf(NamedTuple):
@@ -55,31 +54,6 @@ class Sums(NamedTuple):
         return self.difference - self.total
 
 
-@dataclass(frozen=True)
-class TrainingImage:
-    """One image of the training set, and what was found of it.
-
-    Args:
-        row: its number in the set.
-        key: its name: shard/key, or a path.
-        label: the class id; the first one of several, -1 without.
-        label_name: the names of all its classes.
-        value: what it is listed for: a similarity, or an influence.
-        shard: path or url of the shard; "" for images that lie in none.
-        index: number of the sample in the shard, -1 for images that lie in none.
-        steps: the optimizer steps that read it; None if it is not known what the run read.
-    """
-
-    row: int
-    key: str
-    label: int
-    label_name: str
-    value: float
-    shard: str = ""
-    index: int = -1
-    steps: tuple[int, ...] | None = None
-
-
 class Shown(NamedTuple):
     """A training image with its picture, uint8 [S, S, C]."""
 
@@ -95,6 +69,7 @@ class Explanation:
         name: file of the image, or what else it is called.
         pixels: the image as the model sees it, cropped and resized: uint8 [S, S, C].
         label: name of its true class; "" if nobody says.
+        features: what the classifier reads, float32 [D].
         logits: float32 [K].
         probabilities: float32 [K], by softmax or sigmoid as the model was trained.
         target: the class that is explained.
@@ -104,8 +79,9 @@ class Explanation:
             best of these, a centred Gaussian. Empty if it was not measured.
         sums: of the maps that are to add up.
         path: block by block; rows are of one image, as in `Path` without B.
-        on_high_norms: by method the share of the relevance at the map's top (5% of the patches) that lies on
-            tokens of high norm, see `Path.is_high`.
+        high_norms: before the first block and after each, the share of patches whose token has a high norm,
+            float32 [L + 1], see `tokens.HighNorms`.
+        on_high_norms: by method how many of the patches at the map's top are such ones after the last block.
         training: training images by what they are to the decision: similar, helpful, harmful.
         provenance: what one needs to know to repeat it: digests, settings, versions.
     """
@@ -113,6 +89,7 @@ class Explanation:
     name: str
     pixels: np.ndarray
     label: str
+    features: Tensor
     logits: Tensor
     probabilities: Tensor
     names: tuple[str, ...] = field(repr=False)
@@ -122,6 +99,7 @@ class Explanation:
     faithfulness: Mapping[str, Judged]
     sums: Mapping[str, Sums]
     path: Path
+    high_norms: Tensor
     on_high_norms: Mapping[str, float]
     training: Mapping[str, Sequence[Shown]]
     provenance: Mapping[str, Any]
@@ -165,7 +143,7 @@ class Explanation:
             if self.on_high_norms[method] > MOST_ON_HIGH:
                 found.append(
                     f"{self.on_high_norms[method]:.0%} of the top of the map {method} lies on tokens whose "
-                    f"norm is {HIGH_NORM:g} times the median or more: there the model may keep what it knows "
+                    f"norm is more than {HIGH:g} times the median: there the model may keep what it knows "
                     f"of the whole image."
                 )
             if not METHODS[method].is_specific:
@@ -199,6 +177,7 @@ class Explanation:
             "warnings": self.warnings,
             "methods": methods,
             "controls": controls,
+            "high_norms": self.high_norms.tolist(),
             "path": {name: values.tolist() for name, values in self.path._asdict().items()},
             "training": training,
             "provenance": dict(self.provenance),

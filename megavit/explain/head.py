@@ -51,13 +51,21 @@ class Scores(NamedTuple):
     kept: Tensor
 
     @staticmethod
-    def of(features: Tensor, by_logit: Tensor, most: int = MOST_CLASSES) -> Scores:
-        """Of images with `features` [m, D], from the scores' gradients with respect to the logits, [m, K]."""
+    def of(
+        features: Tensor, logits: Tensor, by_logit: Tensor, loss: Loss, most: int = MOST_CLASSES
+    ) -> Scores:
+        """Of images with `features` [m, D] and `logits` [m, K], from the scores' gradients with respect to
+        the logits, [m, K].
+
+        With sigmoid the classes of other gradients than 0 are followed; with softmax, whose Hessian couples
+        all classes, the likeliest ones too. All, if there are no more than `most`.
+        """
         by_logit = by_logit.double()
-        used = int((by_logit != 0).sum(1).max())
-        largest = by_logit.abs().topk(min(used, most, by_logit.shape[1]), 1)
-        classes = largest.indices.sort(1).values
-        kept = largest.values.square().sum(1) / by_logit.square().sum(1)
+        weight, used = by_logit.abs(), int((by_logit != 0).sum(1).max())
+        if loss == "softmax":
+            weight, used = weight + logits.double().softmax(1), by_logit.shape[1]
+        classes = weight.topk(min(used, most), 1).indices.sort(1).values
+        kept = by_logit.gather(1, classes).square().sum(1) / by_logit.square().sum(1)
         return Scores(
             classes,
             by_logit.gather(1, classes)[:, :, None] * with_one(features)[:, None],
@@ -97,7 +105,7 @@ class HeadInfluence:
         if not self._count:
             raise ValueError(f"{train.set.name}: none of {len(train.set)} images can be used")
 
-    def values(self, scores: Scores, measure: Measure = "influence", damping: float = 0.01) -> Values:
+    def values(self, scores: Scores, measure: Measure = "tracin", damping: float = 0.1) -> Values:
         """What each training image does to the scores. Positive: it raises them.
 
         With `influence` they are in the units of the score. `damping` is the share of the mean of the

@@ -74,8 +74,8 @@ def pushed(
     target: Target,
     k: int,
     readings: Readings | None = None,
-    measure: Measure = "influence",
-    damping: float = 0.01,
+    measure: Measure = "tracin",
+    damping: float = 0.1,
 ) -> Pushed:
     """The training images of --data that pushed the target's score of m images up and down, through the
     classifier alone; see `HeadInfluence.values`.
@@ -94,7 +94,9 @@ def pushed(
     features = features.to(train.mesh.device)
     logits = session.model.logits(features)
     head = HeadInfluence(train, session.model.logits, loss)
-    found = head.values(Scores.of(features, score_gradient(logits, target, loss)), measure, damping)
+    found = head.values(
+        Scores.of(features, logits, score_gradient(logits, target, loss), loss), measure, damping
+    )
     lists = []
     for sign in (1, -1):
         values, rows = highest(train.mesh, sign * found.values, found.rows, min(k, len(train.usable)))
@@ -120,14 +122,14 @@ def label_errors(
     validation: ImageSet,
     k: int,
     readings: Readings | None = None,
-    measure: Measure = "influence",
-    damping: float = 0.01,
+    measure: Measure = "tracin",
+    damping: float = 0.1,
 ) -> LabelErrors:
     """The training images of --data with likely wrong labels, judged by a validation set whose labels are
     trusted, and without one. Costs what `pushed` does for one image, in up to 256 classes. Collective."""
     train, loss = _train(session), _loss(session)
     trusted = session.pooled(validation)
-    _check_classes(session, validation)
+    check_classes(session, validation)
     head = HeadInfluence(train, session.model.logits, loss)
     judged = loss_of_set(HeadInfluence(trusted, session.model.logits, loss))
     found = head.values(judged, measure, damping)
@@ -158,11 +160,12 @@ def loss_of_set(head: HeadInfluence) -> Scores:
 
 def _train(session: Session) -> Features:
     images = session.open("", "train")
-    _check_classes(session, images)
+    check_classes(session, images)
     return session.pooled(images)
 
 
-def _check_classes(session: Session, images: ImageSet) -> None:
+def check_classes(session: Session, images: ImageSet) -> None:
+    """ValueError unless the set has as many classes as the model."""
     count = len(images.class_names)
     if count != session.model.num_classes:
         raise ValueError(

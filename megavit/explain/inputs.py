@@ -31,7 +31,8 @@ class _Item(NamedTuple):
 class Inputs:
     """Photos, folders of photos, and `num` images of a data set, in this order; read when they are asked for.
 
-    `miss(text)` is told what cannot be explained. ValueError if there is nothing at all, or no data.
+    `miss(text)` is told what cannot be explained, and `num_missed` counts it. ValueError if there is nothing
+    at all, or no data.
     """
 
     def __init__(
@@ -42,16 +43,16 @@ class Inputs:
         num: int | None,
         miss: Callable[[str], None],
     ):
-        self._predictor, self._miss = predictor, miss
+        self._predictor, self._tell, self.num_missed = predictor, miss, 0
         self._items: list[_Item] = []
         self.data_digest: str | None = None
         for given in photos:
             files = photos_in(given) if given.is_dir() else [given]
             if not files:
-                miss(f"{given}: this folder holds no photos")
+                self._miss(f"{given}: this folder holds no photos")
             self._items += [_Item(str(path), path.read_bytes) for path in files]
         if data:
-            images = _images(data, predictor.names).first(num or NUM)
+            images = images_of(data, predictor.names).first(num or NUM)
             self.data_digest = images.digest
             self._items += [_item(images, row) for row in range(len(images))]
         if not self._items:
@@ -62,10 +63,14 @@ class Inputs:
     def __len__(self) -> int:
         return len(self._items)
 
-    def read(self, start: int, count: int) -> list[Subject]:
-        """Those of the images number `start` to `start + count` that can be used."""
+    def _miss(self, text: str) -> None:
+        self.num_missed += 1
+        self._tell(text)
+
+    def read(self, numbers: range) -> list[Subject]:
+        """Those of the images with these numbers that can be used."""
         items, files, digests = [], [], []
-        for item in self._items[start : start + count]:
+        for item in self._items[numbers.start : numbers.stop]:
             try:
                 file = item.read()
             except (ValueError, OSError) as error:
@@ -83,7 +88,7 @@ class Inputs:
         return subjects
 
 
-def _images(data: str, names: Sequence[str]) -> ImageSet:
+def images_of(data: str, names: Sequence[str]) -> ImageSet:
     """The test images in a folder, else its training images; those of a manifest or a pattern of shards."""
     path = Path(data)
     if path.is_dir():

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from megavit.explain.charts import path_plot
 from megavit.explain.explanation import Explanation, Judged, Shown
 from megavit.explain.methods import METHODS
-from megavit.explain.path import HIGH_NORM
 from megavit.explain.pictures import overlay, picture, png
+from megavit.explain.tokens import HIGH
 
 _STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; color: #222; max-width: 1100px }
@@ -21,7 +21,7 @@ section { border-top: 2px solid #222; padding: 1em 0 }
 .row { display: flex; flex-wrap: wrap; gap: 14px; align-items: flex-start }
 figure { margin: 0; width: 200px } figure img { width: 100%; display: block }
 figcaption { font-size: .85em; color: #444; overflow-wrap: anywhere }
-figure.small { width: 92px } figure.small figcaption { font-size: .72em }
+figure.small { width: 116px } figure.small figcaption { font-size: .72em }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: 2px 10px 2px 0; text-align: right; font-weight: normal; border-bottom: 1px solid #ddd }
 th { color: #666 } td:first-child, th:first-child, td:last-child, th:last-child { text-align: left }
@@ -36,7 +36,7 @@ pre { font-size: .75em; white-space: pre-wrap; overflow-wrap: anywhere }
   body { margin: 0; max-width: none; font-size: 11px }
   body { print-color-adjust: exact; -webkit-print-color-adjust: exact }
   section + section { break-before: page } figure, table, svg, .warning { break-inside: avoid }
-  figure { width: 125px } details { display: none }
+  figure { width: 125px } figure.small { width: 84px } details { display: none }
 }
 """
 # The browser itself is told to load nothing from anywhere.
@@ -47,6 +47,7 @@ _HEAD = (
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     "<title>{title}</title>\n<style>{style}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
 )
+_THUMBNAIL = 128  # pixels of a side of a training image, at least
 FOOT = "</body>\n</html>\n"
 _LEGEND = (
     "A patch of a map has one colour: red speaks for the class, blue against it. Insertion is the mean "
@@ -59,6 +60,10 @@ _KINDS = {
     "need not have had any influence.",
     "helpful": "Training images that pushed the score up, by the influence of the classifier alone.",
     "harmful": "Training images that pushed the score down, by the influence of the classifier alone.",
+}
+_SUSPECTS = {
+    "harmful": "They raise the loss of the validation images most, by the influence of the classifier alone.",
+    "odd": "The classifier explains them least: they would lose most if it were fitted without them.",
 }
 
 
@@ -101,6 +106,15 @@ def section(number: int, found: Explanation) -> str:
         "</pre></details>\n</section>\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def suspects(title: str, lists: Mapping[str, Sequence[Shown]], says: Mapping[int, str]) -> str:
+    """A page about training images whose labels are likely wrong. `says` has the model's word by row."""
+    parts = [_HEAD.format(title=escape(title), style=_STYLE)]
+    for kind, shown in lists.items():
+        figures = "".join(_training_figure(one, says.get(one.image.row, "")) for one in shown)
+        parts.append(f'<section><h3>{escape(_SUSPECTS[kind])}</h3><div class="row">{figures}</div></section>')
+    return "\n".join([*parts, FOOT])
 
 
 def _says(found: Explanation) -> str:
@@ -155,13 +169,13 @@ def _likeliest(found: Explanation) -> str:
 
 
 def _high_norms(found: Explanation) -> str:
-    counts = [int(count) for count in found.path.high_norms[1:]]
-    total = found.path.is_high.numel()
-    where = f"block {counts.index(max(counts))}" if any(counts) else "any block"
+    after = found.high_norms[1:]
+    where = f"block {int(after.argmax())}" if after.any() else "any block"
     shares = ", ".join(f"{share:.0%} of {escape(name)}" for name, share in found.on_high_norms.items())
     return (
-        f'<p class="note">Patches whose token is {HIGH_NORM:g} times as long as the median one or longer: '
-        f"{max(counts)} of {total} after {where}. Of the top of the maps there lies on them: {shares}.</p>"
+        f'<p class="note">Patches whose token is more than {HIGH:g} times as long as the median one: '
+        f"{float(after.max()):.1%} after {where}. Of the top of the maps there lies on those that are so "
+        f"after the last block: {shares}.</p>"
     )
 
 
@@ -170,12 +184,14 @@ def _training(kind: str, shown: Sequence[Shown]) -> str:
     return f'<h3>{escape(_KINDS.get(kind, kind))}</h3><div class="row">{figures}</div>'
 
 
-def _training_figure(shown: Shown) -> str:
+def _training_figure(shown: Shown, says: str = "") -> str:
     image = shown.image
     lines = [f"<b>{escape(image.label_name)}</b> {image.value:.3g}", escape(image.key)]
+    if says:
+        lines.insert(1, f"the model says {escape(says)}")
     if image.steps is not None:
         lines.append(f"read at step {_some(image.steps)}")
-    return _figure(png(picture(shown.picture)), "<br>".join(lines), small=True)
+    return _figure(png(picture(shown.picture, _THUMBNAIL)), "<br>".join(lines), small=True)
 
 
 def _some(steps: Iterable[int], most: int = 3) -> str:

@@ -6,7 +6,7 @@ one, so the state that is read out is the input plus all writes, to rounding. Re
 of the score at the last state, each has a share of the score: its direct contribution, without what it makes
 later blocks write.
 
-Letters: B images, L blocks, N tokens, D width, h rows and w columns of patches.
+Letters: B images, L blocks, N tokens, D width.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ from megavit.explain.target import Target, check
 from megavit.model.vit import MegaVit
 from megavit.tasks.config import Loss
 
-# A token whose norm is so many times the median of its image's is a register of the model's own making.
-HIGH_NORM = 4.0
-
 
 class Path(NamedTuple):
     """Of B images, float32 on the CPU. Columns of L + 1 begin with the input of the first block.
@@ -35,8 +32,6 @@ class Path(NamedTuple):
     makes of its attention), to the score.
     `attention_norms`, `mlp_norms` [B, L]: the writes' lengths (2-norm), mean over all tokens.
     `token_norms` [B, L + 1]: the states', mean over the patches.
-    `high_norms` [B, L + 1]: how many patches have `HIGH_NORM` times the median length or more.
-    `is_high` [B, h, w]: which patches have so after some block.
     """
 
     scores: Tensor
@@ -48,8 +43,6 @@ class Path(NamedTuple):
     attention_norms: Tensor
     mlp_norms: Tensor
     token_norms: Tensor
-    high_norms: Tensor
-    is_high: Tensor
 
 
 @torch.no_grad()
@@ -61,7 +54,7 @@ def path(model: MegaVit, images: Tensor, target: Target, *, loss: Loss = "sigmoi
         model.forward_features(images)
     with model.observe(_Writes(model, target, loss, _final_gradient(model, last.state, target))) as seen:
         model.forward_features(images)
-    return seen.path(model.embed.grid(images))
+    return seen.path()
 
 
 def _final_gradient(model: MegaVit, state: Tensor, target: Target) -> Tensor:
@@ -86,7 +79,6 @@ class _Writes:
     def __init__(self, model: MegaVit, target: Target, loss: Loss, gradient: Tensor):
         self._model, self._target, self._loss, self._gradient = model, target, loss, gradient
         self._found: dict[str, list[Tensor]] = {}
-        self._is_high: Tensor | None = None
 
     def writes(self, layer: int, attention: Tensor, mlp: Tensor) -> None:
         for name, written in (("attention", attention), ("mlp", mlp)):
@@ -99,20 +91,13 @@ class _Writes:
         logits = self._model.read_out(x)
         self._keep("scores", self._target.score(logits))
         self._keep("probabilities", self._target.probability(logits, self._loss))
-        lengths = _lengths(x)[:, self._model.config.num_prefix_tokens :]
-        self._keep("token_norms", lengths.mean(1))
-        is_high = lengths >= HIGH_NORM * lengths.median(1, keepdim=True).values
-        self._keep("high_norms", is_high.sum(1))
-        if layer >= 0:  # the embedding's lengths are those of the pixels
-            self._is_high = is_high if self._is_high is None else self._is_high | is_high
+        self._keep("token_norms", _lengths(x)[:, self._model.config.num_prefix_tokens :].mean(1))
 
-    def path(self, grid: tuple[int, int]) -> Path:
-        assert self._is_high is not None
+    def path(self) -> Path:
         start = self._found.pop("start")[0]
         found = {name: torch.stack(columns, 1) for name, columns in self._found.items()}
         rest = found["scores"][:, -1] - start - found["attention"].sum(1) - found["mlp"].sum(1)
-        found |= {"start": start, "rest": rest, "is_high": self._is_high.unflatten(1, grid)}
-        return Path(**found)
+        return Path(**found, start=start, rest=rest)
 
     def _contribution(self, written: Tensor) -> Tensor:
         return (written.float() * self._gradient.float()).sum((1, 2))

@@ -10,7 +10,7 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-_LEAST_SIDE = 384  # smaller images are enlarged, pixel by pixel
+LEAST_SIDE = 384  # smaller images are enlarged, pixel by pixel
 _BAR, _GAP, _TEXT = 0.04, 0.016, 0.054  # heights in the legend, by the picture's width
 _PAPER, _INK = (255, 255, 255), (0, 0, 0)
 _MOST_ALPHA = 0.8
@@ -20,10 +20,10 @@ _FOR = np.array([(255, 225, 120), (253, 150, 50), (215, 25, 30)], np.float32)
 _AGAINST = np.array([(160, 215, 255), (70, 150, 225), (25, 60, 175)], np.float32)
 
 
-def picture(pixels: np.ndarray) -> Image.Image:
-    """uint8 [S, S, C], C 1 or 3, enlarged by a whole number if it is small."""
+def picture(pixels: np.ndarray, least_side: int = LEAST_SIDE) -> Image.Image:
+    """uint8 [S, S, C], C 1 or 3, enlarged by a whole number if it is smaller than `least_side`."""
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
-    factor = max(1, -(-_LEAST_SIDE // pixels.shape[1]))
+    factor = max(1, -(-least_side // pixels.shape[1]))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
@@ -33,15 +33,19 @@ def overlay(pixels: np.ndarray, values: np.ndarray, *, signed: bool) -> Image.Im
     A patch has one colour: from transparent (0) to red (the highest value); if `signed`, blue for values
     below 0. The image below is grey, so that all colour is the map's.
     """
-    base = picture(pixels).convert("L").convert("RGB")
-    strength, most = _scaled(values)
-    patches = Image.fromarray(strength).resize(base.size, Image.Resampling.NEAREST)
-    coloured = _blend(np.asarray(base, np.float32), np.asarray(patches))
-    legend = _legend(base.width, most, signed)
-    sheet = Image.new("RGB", (base.width, base.height + legend.height), _PAPER)
-    sheet.paste(Image.fromarray(coloured), (0, 0))
-    sheet.paste(legend, (0, base.height))
+    coloured = Image.fromarray(laid_over(pixels, values))
+    legend = _legend(coloured.width, _scaled(values)[1], signed)
+    sheet = Image.new("RGB", (coloured.width, coloured.height + legend.height), _PAPER)
+    sheet.paste(coloured, (0, 0))
+    sheet.paste(legend, (0, coloured.height))
     return sheet
+
+
+def laid_over(pixels: np.ndarray, values: np.ndarray, least_side: int = LEAST_SIDE) -> np.ndarray:
+    """The colours alone, uint8 [Y, X, 3]."""
+    base = picture(pixels, least_side).convert("L").convert("RGB")
+    patches = Image.fromarray(_scaled(values)[0]).resize(base.size, Image.Resampling.NEAREST)
+    return _blend(np.asarray(base, np.float32), np.asarray(patches))
 
 
 def png(image: Image.Image) -> bytes:

@@ -159,6 +159,9 @@ class RunConfig:
         stop_at_step: save and end after this step, leaving the schedule as it is; 0 runs to max_steps.
         log_every: steps between two log lines.
         eval_every: steps between two evaluations; 0 evaluates at the end only.
+        explain_every: in evaluations after a multiple of so many steps, and at the end, TensorBoard shows
+            where in the same eight validation images the evidence for what the model says lies (see
+            megavit/explain); 0 shows none.
         tensor_parallel_size: ranks that share one copy of each block; must divide heads, mlp_dim and the rank
             count.
         recompute: activations to recompute in backward; selective keeps the matmul inputs that are expensive
@@ -188,6 +191,7 @@ class RunConfig:
     stop_at_step: int = 0
     log_every: int = 50
     eval_every: int = 5_000
+    explain_every: int = 0
     tensor_parallel_size: int = 1
     recompute: Recompute = "none"
     compile: bool = False
@@ -211,7 +215,7 @@ class RunConfig:
         for name in ("timeout_s", "heartbeat_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("max_steps", "stop_at_step", "eval_every", "check_every", "epochs"):
+        for name in ("max_steps", "stop_at_step", "eval_every", "explain_every", "check_every", "epochs"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} cannot be negative, got {getattr(self, name)}")
         if self.epochs and self.max_steps:
@@ -226,6 +230,11 @@ class RunConfig:
         self.task.check(self.model, self.data)
         if self.eval.names and not self.data.val_sets:
             raise ValueError("eval.tasks needs validation images: give --data.val_shards or --data.val")
+        if self.explain_every and not (self.task.name == "classify" and self.data.val_sets):
+            raise ValueError(
+                "explain_every shows maps of classes of validation images: it needs the task classify and "
+                "--data.val_shards or --data.val; leave it out"
+            )
         if self.model.channels not in (1, 3):
             raise ValueError(f"images are decoded to 1 (grey) or 3 (RGB) channels, not {self.model.channels}")
         self.model.check_tensor_parallel(self.tensor_parallel_size)

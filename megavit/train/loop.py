@@ -15,6 +15,7 @@ from megavit.data.bad import BAD_SAMPLES_FILE, BadSamples, TooManyBadSamples
 from megavit.data.lanes import DataState, mix
 from megavit.data.loader import Batch, EvalLoader
 from megavit.data.manifest import DATA_FILE
+from megavit.explain.while_training import explained
 from megavit.parallel.mesh import Mesh
 from megavit.tasks.task import DeviceBatch, make_task
 from megavit.train.checkpoint.checkpoint import Checkpoint
@@ -337,6 +338,10 @@ class Trainer:
     def _show_predictions(self, name: str, samples: DeviceBatch, inputs: Any) -> None:
         shown = self.engine.call(lambda module: self.task.pictures(samples, inputs, _NUM_SHOWN, module))
         self.monitor.show_pictures(name, self.step, shown)
+        every, is_last = self.run.explain_every, self.step == self.run.max_steps
+        if shown and (_is_due(self.step, every) or (every and is_last)):
+            images = self.engine.call(explained, inputs.images[:_NUM_SHOWN])
+            self.monitor.show_pictures(f"{name}/located", self.step, shown._replace(images=images))
 
     def _refuse_if_useless(self) -> None:
         """Raise UselessRun if the weights are those of the start, or not numbers."""

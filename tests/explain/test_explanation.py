@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 import megavit
-from megavit.explain.explainer import class_number, on_high_norms, subject_of
+from megavit.explain.explainer import class_number, subject_of
 from megavit.explain.explanation import Explanation, Judged
 from megavit.explain.faithfulness import BEST_RANDOM, CENTRED, RANDOM
 from megavit.explain.methods import METHODS, compute_maps
 from megavit.explain.target import Target
+from megavit.explain.tokens import high_norms
 from megavit.predictor import Predictor
 from tests.exports import NAMES, write_export
 
@@ -58,6 +59,9 @@ def test_an_explanation_is_of_the_decision_that_the_model_makes(
         assert values.dtype == torch.float32 and values.shape == (4, 4)
         torch.testing.assert_close(values, expected[name][0])
     assert all_of_it.path.probabilities[-1].item() == pytest.approx(all_of_it.target.probability, rel=1e-4)
+    norms = high_norms(predictor.model, images)
+    assert torch.equal(all_of_it.high_norms, norms.by_block[:, 0])
+    assert all_of_it.on_high_norms == {name: float(norms.share_of_top(expected[name])) for name in METHODS}
     for name, sums in all_of_it.sums.items():
         assert METHODS[name].adds_up and sums.total == pytest.approx(float(expected[name].sum()), rel=1e-4)
     assert set(all_of_it.sums) == {"frozen", "integrated_gradients"}
@@ -110,17 +114,6 @@ def test_a_bad_map_is_called_so(all_of_it: Explanation, between: dict[str, float
     found = dataclasses.replace(all_of_it, maps=maps, faithfulness=judged(**between))
     assert verdict in found.verdict("located") and not found.verdict(RANDOM)
     assert any("no better than a random" in warning for warning in found.warnings) == (between["mine"] == 0.1)
-
-
-def test_relevance_on_registers_is_counted() -> None:
-    """Catches a share of all the map, and negative values as relevance."""
-    values = torch.zeros(8, 10)
-    values[0, :4] = torch.tensor([4.0, 3.0, 2.0, 1.0])
-    values[7] = -50.0
-    is_high = torch.zeros(8, 10, dtype=torch.bool)
-    is_high[0, 1] = is_high[7] = True
-    assert on_high_norms(values, is_high) == pytest.approx(0.3)
-    assert on_high_norms(-values.clamp(min=0), is_high) == 0.0
 
 
 def test_a_share_on_registers_is_warned_of(all_of_it: Explanation) -> None:

@@ -13,7 +13,7 @@ from megavit import MegaVit
 from megavit.explain.path import path
 from megavit.explain.target import Target
 from megavit.parallel.mesh import Mesh
-from tests.explain.test_maps import GRID, photos, target
+from tests.explain.test_maps import photos, target
 from tests.model.test_observe import VARIANTS, build
 from tests.ranks import run_ranks
 
@@ -108,18 +108,7 @@ def test_a_path_is_what_its_parts_are_by_themselves(name: str) -> None:
             expected = (gradient * tensor).sum((1, 2))
             torch.testing.assert_close(part[:, layer], expected, rtol=1e-3, atol=1e-5)
     assert found.attention_norms.shape == (2, 3) and found.token_norms.shape == (2, 4)
-    assert found.is_high.shape == (2, *GRID) and not found.scores.requires_grad
-
-
-def test_high_norms_are_patches_far_above_the_median() -> None:
-    """Catches counts over registers, medians over the batch, and a mask of another block."""
-    model = build(num_registers=2).eval()
-    images = photos(2)
-    images[1, :, :4, :] = 0.0
-    images[1, :, 4:8, 8:12] = 40.0  # patch (1, 2) of the second image
-    found = path(model, images, target(2))
-    assert found.high_norms[0].tolist() == [0] * 4 and found.high_norms[1].min() >= 1
-    assert found.is_high[1].nonzero().tolist() == [[1, 2]] and not found.is_high[0].any()
+    assert not found.scores.requires_grad
 
 
 def differences_from_single(tp_size: int) -> list[str]:

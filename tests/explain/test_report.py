@@ -17,8 +17,9 @@ from PIL import Image
 
 import megavit
 from megavit.explain.charts import path_plot
-from megavit.explain.explanation import Explanation, Shown, TrainingImage
+from megavit.explain.explanation import Explanation, Shown
 from megavit.explain.pictures import overlay, picture
+from megavit.explain.provenance import TrainingImage
 from megavit.explain.report import PAGE, Report
 from tests.explain.test_explanation import photo
 from tests.exports import write_export

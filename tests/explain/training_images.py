@@ -37,6 +37,7 @@ from megavit.parallel.mesh import Mesh
 from megavit.tasks.config import Loss
 
 SHARE = 0.05
+DAMPINGS = (0.01, 0.1, 1.0)
 Classifier = Callable[[Tensor], Tensor]
 
 
@@ -66,7 +67,7 @@ class Case(NamedTuple):
 
 def open_case(run: Path, data: Path, cache: Path) -> Case:
     model = ExportedModel(run, Mesh.single())
-    config = EvaluateConfig(tasks="knn", data=str(data), cache_dir=str(cache), quiet=True)
+    config = EvaluateConfig(tasks="knn", data=str(data), cache_dir=str(cache), workers=0, quiet=True)
     session = Session(model, config, print)
     train, test = (session.pooled(session.open("", split)) for split in ("train", "test"))
     link = model.preprocessing.link
@@ -78,7 +79,7 @@ def values_of(features: Features) -> Tensor:
     return torch.cat([piece.values for piece in features.everywhere()])
 
 
-def fit(x: np.ndarray, y: np.ndarray, loss: Loss, c: float) -> LinearProbe:
+def fit(x: np.ndarray, y: np.ndarray, loss: Loss, c: float, num_classes: int = 10) -> LinearProbe:
     """A classifier on features: logistic regression, or with sigmoid one for each class."""
 
     def regression(labels: np.ndarray) -> LogisticRegression:
@@ -88,7 +89,7 @@ def fit(x: np.ndarray, y: np.ndarray, loss: Loss, c: float) -> LinearProbe:
         found = regression(y)
         weight, bias = found.coef_, found.intercept_
     else:
-        each = [regression(y == label) for label in range(10)]
+        each = [regression(y == label) for label in range(num_classes)]
         weight = np.concatenate([one.coef_ for one in each])
         bias = np.concatenate([one.intercept_ for one in each])
     return LinearProbe(torch.from_numpy(weight), torch.from_numpy(bias))
@@ -99,7 +100,9 @@ def margins(logits: Tensor, classes: Tensor) -> Tensor:
     return mine[:, 0] - logits.scatter(1, classes[:, None], -torch.inf).amax(1)
 
 
-def orders(case: Case, queries: Tensor, classes: Tensor, fitted: Classifier, loss: Loss) -> dict[str, np.ndarray]:
+def orders(
+    case: Case, queries: Tensor, classes: Tensor, fitted: Classifier, loss: Loss
+) -> dict[str, np.ndarray]:
     """For each test image the training images, those first that a list puts first: int64 [m, n]."""
     rng = np.random.default_rng(0)
     n, labels = len(case.train.usable), case.train.labels[:, 0]
@@ -113,11 +116,11 @@ def orders(case: Case, queries: Tensor, classes: Tensor, fitted: Classifier, los
     heads = {"": (fitted, loss), ", the model's own classifier": (case.classifier, case.loss)}
     for where, (classifier, kind) in heads.items():
         head = HeadInfluence(case.train, classifier, kind)
-        scores = Scores.of(queries, score_gradient(classifier(queries), Target(classes), kind))
+        logits = classifier(queries)
+        scores = Scores.of(queries, logits, score_gradient(logits, Target(classes), kind), kind)
         result[f"tracin{where}"] = _falling(head.values(scores, "tracin").values)
-        for damping in (0.001, 0.01, 0.1, 1.0):
+        for damping in DAMPINGS:
             values = head.values(scores, "influence", damping)
-            print(where, damping, values.settings)
             result[f"influence, damping {damping}{where}"] = _falling(values.values)
     return result
 
@@ -161,12 +164,11 @@ def found_labels(case: Case, wrong: np.ndarray, validation: Features | None = No
         "influence on itself (tracin)": head.own().values[0],
         "tracin over validation": -head.values(judged, "tracin").values[0],
     }
-    for damping in (0.001, 0.01, 0.1, 1.0):
+    for damping in DAMPINGS:
         values = head.values(judged, "influence", damping)
         lists[f"influence over validation, damping {damping}"] = -values.values[0]
-    return {
-        name: float(np.isin(_falling(some[None])[0, : len(wrong)], wrong).mean()) for name, some in lists.items()
-    }
+    first = {name: _falling(some[None])[0, : len(wrong)] for name, some in lists.items()}
+    return {name: float(np.isin(rows, wrong).mean()) for name, rows in first.items()}
 
 
 def main() -> None:

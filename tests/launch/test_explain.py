@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
+import megavit
 from megavit.evaluate.sets.shards import own_data
 from megavit.launch.explain import main
-from tests.exports import write_export
+from tests.exports import NAMES, write_export
 from tests.launch.test_predict import encoded, photo
 from tests.ranks import run_ranks
 
@@ -32,7 +36,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of images by class."""
     root = tmp_path_factory.mktemp("data")
-    for part, name in (("train", "cat"), ("train", "dog"), ("test", "cat"), ("test", "dog")):
+    for part, name in itertools.product(("train", "test"), NAMES):
         (root / part / name).mkdir(parents=True)
         for path in photos.iterdir():
             (root / part / name / path.name).write_bytes(path.read_bytes())
@@ -76,6 +80,105 @@ def test_photos_and_data_are_explained_in_their_order(
         np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-5 * np.abs(theirs).max())
 
 
+def trained_on(data: Path, export: Path, *words: str) -> list[str]:
+    return [
+        str(export),
+        "--data",
+        str(data),
+        "--num",
+        "3",
+        "--faithfulness",
+        "false",
+        "--train",
+        str(data),
+        *words,
+    ]
+
+
+def test_training_images_stand_beside_the_decision(
+    export: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches training images of another image of the batch, and pictures that are not theirs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main(trained_on(data, export, "--out", str(tmp_path / "out"), "--batch_size", "2")) == 0
+    assert "the steps that read a training image are not known" in capsys.readouterr().err
+    for name, record in records(tmp_path / "out").items():
+        assert list(record["training"]) == ["similar", "helpful", "harmful"]
+        similar = record["training"]["similar"]
+        # The training images are copies of the test images.
+        assert similar[0]["value"] == pytest.approx(1.0, abs=1e-5)
+        assert Path(similar[0]["key"]).name == Path(name).name and similar[0]["steps"] is None
+        assert all(image["value"] > 0 for image in record["training"]["helpful"])
+        assert all(image["value"] < 0 for image in record["training"]["harmful"])
+        assert "classifier alone" in record["provenance"]["training"]["about"]
+    assert (tmp_path / "out" / "index.html").read_text().count("Training images that pushed") == 6
+
+
+def test_wrong_labels_are_listed(
+    export: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches a list of the best training images, and words of the model about another image."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    predictor = megavit.load(export)
+    for part, number in itertools.product(("train", "test"), range(12)):
+        image = photo(50 + 3 * number, 40).rotate(15 * number)
+        said = predictor(image).top(1)[0][0][0]
+        wrong = part == "train" and number == 7
+        name = NAMES[(NAMES.index(said) + wrong) % 3]
+        (tmp_path / "data" / part / name).mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "data" / part / name / f"{number}.png")
+    for part, name in itertools.product(("train", "test"), NAMES):  # each has every class
+        (tmp_path / "data" / part / name).mkdir(parents=True, exist_ok=True)
+    words = ["influence", str(export), "--train", str(tmp_path / "data"), "--num", "3"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out" / "influence.json").read_text())
+    for kind in ("harmful", "odd"):
+        first = record[kind][0]
+        assert Path(first["key"]).name == "7.png" and not first["model_says"].startswith(first["label_name"])
+        assert (
+            f"{first['key']}: labelled {first['label_name']}, says" in capsys.readouterr().out
+            or kind == "odd"
+        )
+    assert "the model says" in (tmp_path / "out" / "index.html").read_text()
+    assert main(["influence", str(export), "--train", str(tmp_path / "none")]) == 2
+
+
+def test_training_images_of_other_classes_are_refused(
+    export: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches influence on classes that the model does not have."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+        (tmp_path / "data" / "train" / name / "1.png").write_bytes((photos / "1.png").read_bytes())
+    assert (
+        main(
+            [
+                str(export),
+                str(photos / "1.png"),
+                "--train",
+                str(tmp_path / "data"),
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 2
+    )
+    assert "data has 2 classes, the model 3" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_read_is_named_and_the_rest_goes_on(
     export: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,6 +210,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(
         (["EXPORT", "x.jpg", "--batch_size", "0"], "--batch_size must be at least 1"),
         (["EXPORT", "x.jpg", "--tensor_parallel_size", "2"], "does not divide the 1 ranks"),
         (["EXPORT", "--data", "nowhere"], "nowhere"),
+        (["influence", "EXPORT"], "--train DIR must name the training images"),
         (["nowhere", "x.jpg"], "nowhere is not an exported model: config.json is missing"),
         (["FEATURES", "x.jpg"], "a model without a classifier"),
     ],
@@ -126,6 +230,26 @@ def test_wrong_arguments(
     shown = capsys.readouterr()
     assert status == 2 and shown.err.count("\n") == 1 and said in shown.err and shown.out == ""
     assert not (tmp_path / "out").exists()
+
+
+def main_with_cache(folder: str, words: list[str]) -> int:
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=folder):
+        return main(words)
+
+
+@pytest.mark.dist
+def test_ranks_find_the_training_images_of_a_single_process(export: Path, data: Path, tmp_path: Path) -> None:
+    """Catches training images of another rank's image, and a rank without any that others wait for."""
+    words = trained_on(data, export, "--batch_size", "1", "--out")
+    assert main_with_cache(str(tmp_path / "cache 1"), [*words, str(tmp_path / "single")]) == 0
+    sharded = [*words, str(tmp_path / "sharded"), "--tensor_parallel_size", "2"]
+    assert run_ranks(4, main_with_cache, str(tmp_path / "cache 2"), sharded) == [0] * 4
+    mine, theirs = records(tmp_path / "sharded"), records(tmp_path / "single")
+    assert list(mine) == list(theirs)
+    for name, record in mine.items():
+        for kind, images in theirs[name]["training"].items():
+            found = [image["value"] for image in record["training"][kind]]
+            assert found == pytest.approx([image["value"] for image in images], rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.dist

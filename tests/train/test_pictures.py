@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megavit.parallel.mesh import Mesh
 from megavit.tasks.config import ClassifyConfig
@@ -82,6 +84,17 @@ def test_captions_name_labels_and_predictions() -> None:
     assert captions_of(samples(), Module, names, loss="softmax")[0] == "cow 79%\nlabel: cow"
 
 
+def is_coloured(image: Any) -> bool:
+    pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB")).astype(int)
+    return bool((pixels.max(2) - pixels.min(2)).max() > 50)
+
+
+def test_maps_while_training_need_classes_and_validation_images(tmp_path: Path) -> None:
+    """Catches a run that ends in its first evaluation."""
+    with pytest.raises(ValueError, match="it needs the task classify and --data.val_shards"):
+        dataclasses.replace(DEMO, explain_every=5, data=dataclasses.replace(DEMO.data, val_shards=""))
+
+
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
@@ -89,13 +102,22 @@ def test_a_run_shows_its_samples_and_predictions(digits: Path, tmp_path: Path, t
     """Catches predictions that only some ranks take part in, and pictures of one evaluation only."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    changes = {"eval_every": 4, "max_steps": 8, "data__val_shards": f"{digits}/test-*.tar"}
+    changes = {
+        "eval_every": 2,
+        "explain_every": 4,
+        "max_steps": 6,
+        "data__val_shards": f"{digits}/test-*.tar",
+    }
     run = small_run(digits, tmp_path, tensor_parallel_size=tp, **changes)
     assert run_ranks(2, train_here, run, ds_config(3, micro_batch=48 // (2 // tp))) == [""] * 2
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     assert [image.step for image in board.Images("pictures/train")] == [0]
     evaluations = board.Images("pictures/val")
-    assert [image.step for image in evaluations] == [4, 8]
-    first, second = (image.encoded_image_string for image in evaluations)
-    assert first != second and evaluations[0].width == 4 * 134 + 6
+    assert [image.step for image in evaluations] == [2, 4, 6]
+    maps = board.Images("pictures/val/located")
+    assert [image.step for image in maps] == [4, 6]
+    pictures = {image.encoded_image_string for image in [*evaluations, *maps]}
+    assert len(pictures) == 5 and evaluations[0].width == maps[0].width == 4 * 134 + 6
+    # Grey pictures; the maps have colour.
+    assert [is_coloured(image) for image in (evaluations[-1], maps[-1])] == [False, True]
