@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import Tensor
 
 from megavit.data.lanes import DataState, Lanes, Order
@@ -29,7 +30,7 @@ from megavit.tasks.config import Loss
 from tests.evaluate.fixtures import make_shards
 from tests.evaluate.models import small_model
 from tests.evaluate.protocols.memory import features, image_set
-from tests.explain.training_images import fit
+from tests.explain.training_images import Case, fit, found_labels, removal
 from tests.ranks import run_ranks
 
 LOSSES: tuple[Loss, ...] = ("softmax", "sigmoid")
@@ -311,3 +312,36 @@ def test_a_sharded_model_names_the_same_images(tmp_path: Path) -> None:
         for mine, theirs in zip(one, found, strict=True):
             assert [row for row, _ in mine] == [row for row, _ in theirs]
             np.testing.assert_allclose([v for _, v in mine], [v for _, v in theirs], rtol=1e-4)
+
+
+def pixels(labels: np.ndarray | None = None) -> Case:
+    """The digits' pixels as features, and a classifier that is fitted to them with these labels."""
+    x, y = load_digits(return_X_y=True)
+    y = y if labels is None else labels
+    train = features(image_set(y[:1437].tolist()), x[:1437] / 16)
+    test = features(image_set(y[1437:].tolist(), split="test"), x[1437:] / 16)
+    return Case(train, test, fit(x[:1437] / 16, y[:1437], "softmax", 1.0), "softmax")
+
+
+@pytest.mark.slow
+def test_removing_what_pushed_a_score_lowers_it() -> None:
+    """Catches lists that are no better than the images of the class, or than those that look alike."""
+    lists = ["random", "random, same class", "nearest by feature", "tracin", "influence, damping 0.1"]
+    falls = {name: some.mean() for name, some in removal(pixels(), count=8, only=lists).items()}
+    assert falls["influence, damping 0.1"] > 2 * falls["random, same class"], falls
+    assert falls["tracin"] > 2 * falls["random, same class"], falls
+    assert abs(falls["random"]) < 0.3 * falls["random, same class"], falls
+
+
+def test_wrong_labels_are_found() -> None:
+    """Catches harmful images taken for helpful ones, and an influence on itself that is blind to labels: one
+    in twenty is wrong."""
+    y, rng = load_digits().target, np.random.default_rng(0)
+    wrong = rng.choice(1437, 72, replace=False)
+    labels = y.copy()
+    labels[wrong] = (labels[wrong] + rng.integers(1, 10, 72)) % 10
+    found = found_labels(pixels(labels), wrong)
+    assert found["influence on itself (tracin)"] > 0.8
+    assert found["influence over validation, damping 0.1"] > 0.4
+    assert found["tracin over validation"] > 0.2
+    assert found["random"] < 0.15
