@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -31,6 +33,7 @@ from tests.evaluate.fixtures import make_shards
 from tests.evaluate.models import small_model
 from tests.evaluate.protocols.memory import features, image_set
 from tests.explain.training_images import Case, fit, found_labels, removal
+from tests.exports import write_export
 from tests.ranks import run_ranks
 
 LOSSES: tuple[Loss, ...] = ("softmax", "sigmoid")
@@ -259,6 +262,30 @@ def test_lists_name_images_that_exist(tmp_path: Path) -> None:
     errors = label_errors(session, session.open("", "test"), 4, readings)
     assert len(errors.odd) == 4 and errors.odd[0].value >= errors.odd[-1].value > 0
     assert errors.harmful[0].value <= errors.harmful[-1].value < 0
+
+
+def test_readings_of_a_run_folder(tmp_path: Path) -> None:
+    """Catches steps after the export's, and an export of another program, whose last step nobody knows."""
+    session = session_of(tmp_path)
+    images: Any = session.open("", "train").images
+    expected = readings_of(session)
+    manifest, state = images.reader.manifest, DataState(0, 0, 0, 4, 4, 5, (), "", "", 10, 40).to_json()
+    run = tmp_path / "run"
+    write_export(run / "export")
+    (run / "checkpoints").mkdir()
+    saved = {"shards": f"{tmp_path}/data/train-*.tar", "global_batch": 8, "skips": [[2, 4]]}
+    state |= {"manifest": manifest.digest, "checksums": manifest.checksum_digest}
+    (run / "data.json").write_text(json.dumps(saved | {"state": state}))
+    with pytest.raises(ValueError, match="export it again"):
+        Readings.of_run(run)
+    weights = run / "export" / "model.safetensors"
+    save_file(load_file(weights), weights, {"step": "14"})
+    found = Readings.of_run(run)
+    assert (found.first, found.last) == (1, 14)
+    rows = range(40)
+    steps = found.steps(session.open("", "train"), rows)
+    assert steps == expected.steps(session.open("", "train"), rows)
+    assert max(step for some in steps for step in some or ()) == 14
 
 
 def test_images_of_other_data_have_no_steps(tmp_path: Path) -> None:
