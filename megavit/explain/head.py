@@ -105,13 +105,16 @@ class HeadInfluence:
         if not self._count:
             raise ValueError(f"{train.set.name}: none of {len(train.set)} images can be used")
 
-    def values(self, scores: Scores, measure: Measure = "tracin", damping: float = 0.1) -> Values:
+    def values(self, scores: Scores, measure: Measure = "tracin", damping: float = 1.0) -> Values:
         """What each training image does to the scores. Positive: it raises them.
 
         With `influence` they are in the units of the score. `damping` is the share of the mean of the
         Hessian's diagonal that is added to it. In the Hessian the rows of W outside of `scores.classes` are
         taken as fixed: with sigmoid that changes nothing, with softmax it is an approximation if there are
         more classes than rows.
+
+        On digits `tracin` ranks best with the model's own features, `influence` with raw pixels; more damping
+        brings the order of `influence` nearer to that of `tracin`.
 
         Cost: one pass over the logits, n K D products; one over the features for tracin, m n s D; for
         influence two more a step of the conjugate gradients, some 20 to 200, each with one all-reduce of

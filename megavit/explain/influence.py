@@ -75,7 +75,7 @@ def pushed(
     k: int,
     readings: Readings | None = None,
     measure: Measure = "tracin",
-    damping: float = 0.1,
+    damping: float = 1.0,
 ) -> Pushed:
     """The training images of --data that pushed the target's score of m images up and down, through the
     classifier alone; see `HeadInfluence.values`.
@@ -123,7 +123,7 @@ def label_errors(
     k: int,
     readings: Readings | None = None,
     measure: Measure = "tracin",
-    damping: float = 0.1,
+    damping: float = 1.0,
 ) -> LabelErrors:
     """The training images of --data with likely wrong labels, judged by a validation set whose labels are
     trusted, and without one. Costs what `pushed` does for one image, in up to 256 classes. Collective."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
 from torch import Tensor
 
 from megavit.data.lanes import DataState, Lanes, Order
@@ -29,7 +32,8 @@ from megavit.tasks.config import Loss
 from tests.evaluate.fixtures import make_shards
 from tests.evaluate.models import small_model
 from tests.evaluate.protocols.memory import features, image_set
-from tests.explain.training_images import fit
+from tests.explain.training_images import Case, fit, found_labels, removal
+from tests.exports import write_export
 from tests.ranks import run_ranks
 
 LOSSES: tuple[Loss, ...] = ("softmax", "sigmoid")
@@ -260,6 +264,30 @@ def test_lists_name_images_that_exist(tmp_path: Path) -> None:
     assert errors.harmful[0].value <= errors.harmful[-1].value < 0
 
 
+def test_readings_of_a_run_folder(tmp_path: Path) -> None:
+    """Catches steps after the export's, and an export of another program, whose last step nobody knows."""
+    session = session_of(tmp_path)
+    images: Any = session.open("", "train").images
+    expected = readings_of(session)
+    manifest, state = images.reader.manifest, DataState(0, 0, 0, 4, 4, 5, (), "", "", 10, 40).to_json()
+    run = tmp_path / "run"
+    write_export(run / "export")
+    (run / "checkpoints").mkdir()
+    saved = {"shards": f"{tmp_path}/data/train-*.tar", "global_batch": 8, "skips": [[2, 4]]}
+    state |= {"manifest": manifest.digest, "checksums": manifest.checksum_digest}
+    (run / "data.json").write_text(json.dumps(saved | {"state": state}))
+    with pytest.raises(ValueError, match="export it again"):
+        Readings.of_run(run)
+    weights = run / "export" / "model.safetensors"
+    save_file(load_file(weights), weights, {"step": "14"})
+    found = Readings.of_run(run)
+    assert (found.first, found.last) == (1, 14)
+    rows = range(40)
+    steps = found.steps(session.open("", "train"), rows)
+    assert steps == expected.steps(session.open("", "train"), rows)
+    assert max(step for some in steps for step in some or ()) == 14
+
+
 def test_images_of_other_data_have_no_steps(tmp_path: Path) -> None:
     """Catches the steps of a shard of the same name with other contents, and a limited set whose rows are
     taken for those of the whole."""
@@ -311,3 +339,36 @@ def test_a_sharded_model_names_the_same_images(tmp_path: Path) -> None:
         for mine, theirs in zip(one, found, strict=True):
             assert [row for row, _ in mine] == [row for row, _ in theirs]
             np.testing.assert_allclose([v for _, v in mine], [v for _, v in theirs], rtol=1e-4)
+
+
+def pixels(labels: np.ndarray | None = None) -> Case:
+    """The digits' pixels as features, and a classifier that is fitted to them with these labels."""
+    x, y = load_digits(return_X_y=True)
+    y = y if labels is None else labels
+    train = features(image_set(y[:1437].tolist()), x[:1437] / 16)
+    test = features(image_set(y[1437:].tolist(), split="test"), x[1437:] / 16)
+    return Case(train, test, fit(x[:1437] / 16, y[:1437], "softmax", 1.0), "softmax")
+
+
+@pytest.mark.slow
+def test_removing_what_pushed_a_score_lowers_it() -> None:
+    """Catches lists that are no better than the images of the class, or than those that look alike."""
+    lists = ["random", "random, same class", "nearest by feature", "tracin", "influence, damping 0.1"]
+    falls = {name: some.mean() for name, some in removal(pixels(), count=8, only=lists).items()}
+    assert falls["influence, damping 0.1"] > 2 * falls["random, same class"], falls
+    assert falls["tracin"] > 2 * falls["random, same class"], falls
+    assert abs(falls["random"]) < 0.3 * falls["random, same class"], falls
+
+
+def test_wrong_labels_are_found() -> None:
+    """Catches harmful images taken for helpful ones, and an influence on itself that is blind to labels: one
+    in twenty is wrong."""
+    y, rng = load_digits().target, np.random.default_rng(0)
+    wrong = rng.choice(1437, 72, replace=False)
+    labels = y.copy()
+    labels[wrong] = (labels[wrong] + rng.integers(1, 10, 72)) % 10
+    found = found_labels(pixels(labels), wrong)
+    assert found["influence on itself (tracin)"] > 0.8
+    assert found["influence over validation, damping 0.1"] > 0.4
+    assert found["tracin over validation"] > 0.2
+    assert found["random"] < 0.15

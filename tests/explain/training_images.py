@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ from megavit.parallel.mesh import Mesh
 from megavit.tasks.config import Loss
 
 SHARE = 0.05
-DAMPINGS = (0.01, 0.1, 1.0)
+DAMPINGS = (0.1, 1.0, 10.0)
 Classifier = Callable[[Tensor], Tensor]
 
 
@@ -112,7 +112,9 @@ def orders(
         "random, same class": noise - (labels[None] == classes.numpy()[:, None]),
     }
     result = {name: values.argsort(1) for name, values in found.items()}
-    result["nearest by feature"] = nearest(case.train, queries, n)[1].numpy()
+    near = result["nearest by feature"] = nearest(case.train, queries, n)[1].numpy()
+    others = np.take_along_axis(labels[None].repeat(len(near), 0), near, 1) != classes.numpy()[:, None]
+    result["nearest, same class"] = np.take_along_axis(near, others.argsort(1, kind="stable"), 1)
     heads = {"": (fitted, loss), ", the model's own classifier": (case.classifier, case.loss)}
     for where, (classifier, kind) in heads.items():
         head = HeadInfluence(case.train, classifier, kind)
@@ -129,8 +131,11 @@ def _falling(values: Tensor) -> np.ndarray:
     return values.argsort(1, descending=True).numpy()
 
 
-def removal(case: Case, c: float = 1.0, count: int = 24, loss: Loss = "softmax") -> dict[str, np.ndarray]:
-    """The fall of the predicted class's margin when the first 5% of each list are taken away, [m]."""
+def removal(
+    case: Case, c: float = 1.0, count: int = 24, loss: Loss = "softmax", only: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
+    """The fall of the predicted class's margin when the first 5% of each list, or of those named in `only`,
+    are taken away, [m]."""
     x, y = values_of(case.train).double().numpy(), case.train.labels[:, 0]
     tests = values_of(case.test)
     queries = tests[np.linspace(0, len(tests) - 1, count).round().astype(int)]
@@ -140,6 +145,8 @@ def removal(case: Case, c: float = 1.0, count: int = 24, loss: Loss = "softmax")
     removed = round(SHARE * len(x))
     result = {}
     for name, order in orders(case, queries, classes, fitted, loss).items():
+        if only and name not in only:
+            continue
         after = torch.empty(count, dtype=torch.float64)
         for i in range(count):
             kept = np.delete(np.arange(len(x)), order[i, :removed])
