@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    """A command that a test runs in this process joins a process group, and says so in the environment: the
+    next test must not find itself in it."""
+    environment, was_in_one = dict(os.environ), torch.distributed.is_initialized()
+    yield
+    if torch.distributed.is_initialized() and not was_in_one:
+        torch.distributed.destroy_process_group()
+    if "WORLD_SIZE" in os.environ and "WORLD_SIZE" not in environment:
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 @pytest.fixture(scope="session")

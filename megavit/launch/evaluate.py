@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = EvaluateConfig(**given)
     except ValueError as error:
         parser.error(str(error))
+    import torch.distributed as dist
+
     from megavit.evaluate.tasks import parse_tasks
     from megavit.parallel.mesh import Mesh
     from megavit.parallel.rendezvous import wait_asleep
@@ -57,13 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     wait_asleep()
     try:
         mesh = Mesh.from_environment(config.tensor_parallel_size, _TIMEOUT_S)
-        return _evaluate(name, config, tasks, mesh)
+        code = _evaluate(name, config, tasks, mesh)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr)
         return 130
+    dist.destroy_process_group()
+    return code
 
 
 def make_parser() -> Parser:

@@ -82,6 +82,8 @@ def make_parser(config: type[ExplainConfig] | type[InfluenceConfig] = ExplainCon
 
 
 def _run(name: str, photos: Sequence[Path], config: ExplainConfig | InfluenceConfig) -> int:
+    import torch.distributed as dist
+
     from megavit.explain.run import explain_all, list_label_errors
     from megavit.parallel.mesh import Mesh
     from megavit.predictor import load
@@ -90,8 +92,11 @@ def _run(name: str, photos: Sequence[Path], config: ExplainConfig | InfluenceCon
     mesh = Mesh.from_environment(config.tensor_parallel_size)
     predictor = load(name, dtype=config.dtype, mesh=mesh)
     if isinstance(config, InfluenceConfig):
-        return list_label_errors(name, config, predictor)
-    return explain_all(name, photos, config, predictor, _settings(config, methods, predictor))
+        code = list_label_errors(name, config, predictor)
+    else:
+        code = explain_all(name, photos, config, predictor, _settings(config, methods, predictor))
+    dist.destroy_process_group()
+    return code
 
 
 def _methods(text: str) -> tuple[str, ...]:
