@@ -6,11 +6,13 @@ INSTALLED := $(VENV)/.installed
 DIGITS := data/digits/baselines.json
 MASTER_PORT ?= 29500
 
-# Whole clusters, SLURM's limits in minutes, jobs killed again and again: tests for which `make test` has no time.
-LABS := tests/cluster/test_lab.py tests/cluster/test_jobs.py tests/test_faults.py
+# Whole clusters, SLURM's limits in minutes, jobs killed again and again, models trained to be explained: tests for
+# which `make test` has no time.
+MOSAICS := tests/explain/test_mosaics.py
+LABS := tests/cluster/test_lab.py tests/cluster/test_jobs.py tests/test_faults.py $(MOSAICS)
 # One job on each kind of cluster: SLURM, two hosts, mpirun, torchrun.
 SMOKE := tests/cluster/test_smoke.py tests/cluster/test_launchers.py
-TEST := python -m pytest --ignore=tests/cluster --ignore=tests/test_faults.py
+TEST := python -m pytest --ignore=tests/cluster --ignore=tests/test_faults.py --ignore=$(MOSAICS)
 
 .PHONY: train evaluate explain test test-fast test-smoke test-cluster lint data clean
 .DELETE_ON_ERROR:
