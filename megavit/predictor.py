@@ -18,6 +18,7 @@ from megavit.data.class_names import CLASSES_FILE, read_class_names
 from megavit.data.device import normalised
 from megavit.data.photos import Photo, PhotoReader, one_by_one
 from megavit.data.preprocessing import PREPROCESSING_FILE, Preprocessing
+from megavit.model.config import ModelConfig
 from megavit.model.exported import export_folder, open_export
 from megavit.model.vit import CONFIG_FILE, MegaVit
 from megavit.parallel.mesh import Mesh
@@ -143,18 +144,11 @@ def load(
     # Mistakes come before the weights, which take long to read.
     chosen_device, chosen_dtype = mesh.device if mesh else _device(device), _dtype(dtype)
     folder = export_folder(Path(folder))
-    with open_export(folder) as (config, _):
-        if not config.num_classes:
-            raise ValueError(
-                f"{folder} holds a model without a classifier (num_classes is 0): it has features and no "
-                f"probabilities; use MegaVit.from_pretrained"
-            )
-    preprocessing = Preprocessing.read(folder)
-    if (preprocessing.image_size, preprocessing.channels) != (config.image_size, config.channels):
+    config, preprocessing = read_description(folder)
+    if not config.num_classes:
         raise ValueError(
-            f"{folder / PREPROCESSING_FILE} is of another model than {CONFIG_FILE}: image_size "
-            f"{preprocessing.image_size} and {config.image_size}, channels {preprocessing.channels} and "
-            f"{config.channels}"
+            f"{folder} holds a model without a classifier (num_classes is 0): it has features and no "
+            f"probabilities; use MegaVit.from_pretrained"
         )
     if preprocessing.link == "none":
         raise ValueError(f"{folder} holds no classifier of photos: {PREPROCESSING_FILE} has the link none")
@@ -162,6 +156,20 @@ def load(
     config.check_tensor_parallel(mesh.tp_size if mesh else 1)
     model = MegaVit.from_pretrained(folder, mesh=mesh, device=chosen_device, dtype=chosen_dtype)
     return Predictor(model, preprocessing, names, batch_size, folder)
+
+
+def read_description(folder: Path) -> tuple[ModelConfig, Preprocessing]:
+    """What an export says of its model and of the model's images. ValueError, naming the file, if it is no
+    whole export, or if the two are not of one model."""
+    with open_export(folder) as (config, _):
+        preprocessing = Preprocessing.read(folder)
+    if (preprocessing.image_size, preprocessing.channels) != (config.image_size, config.channels):
+        raise ValueError(
+            f"{folder / PREPROCESSING_FILE} is of another model than {CONFIG_FILE}: image_size "
+            f"{preprocessing.image_size} and {config.image_size}, channels {preprocessing.channels} and "
+            f"{config.channels}"
+        )
+    return config, preprocessing
 
 
 def class_names_of_export(folder: Path, num_classes: int) -> list[str]:

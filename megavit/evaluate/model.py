@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from megavit.data.device import normalised
-from megavit.data.preprocessing import PREPROCESSING_FILE, Preprocessing
+from megavit.data.preprocessing import Preprocessing
 from megavit.evaluate.sets.image_set import digest_of
-from megavit.model.exported import export_folder, open_export
-from megavit.model.vit import CONFIG_FILE, MegaVit
+from megavit.model.exported import export_folder
+from megavit.model.vit import MegaVit
 from megavit.parallel.mesh import Mesh
-from megavit.predictor import class_names_of_export
+from megavit.predictor import class_names_of_export, read_description
 from megavit.train.checkpoint.frozen import export_digest
 
 POOLED, PATCHES, BLOCK = "pooled", "patches", "block."
@@ -51,32 +51,35 @@ class FrozenModel(Protocol):
 class ExportedModel:
     """The model of an export, or of a run that has ended: this rank's shard of it.
 
-    Collective over the world. `name` is that of the folder. ValueError, naming the file and the fix, for a
-    folder that is no whole export.
+    `model`, on the mesh of `model.mesh`, and the others are what the export in `folder` holds; `open` reads
+    them. Collective over the world, for the digest of the weights.
     """
 
-    def __init__(self, folder: str | Path, mesh: Mesh, dtype: torch.dtype = torch.float32):
-        self.name, self.mesh = Path(folder).resolve().name, mesh
-        folder = export_folder(Path(folder))
-        with open_export(folder) as (config, _):
-            pass
-        self.preprocessing = Preprocessing.read(folder)
-        if (self.preprocessing.image_size, self.preprocessing.channels) != (
-            config.image_size,
-            config.channels,
-        ):
-            raise ValueError(
-                f"{folder / PREPROCESSING_FILE} is of another model than {CONFIG_FILE}: image_size "
-                f"{self.preprocessing.image_size} and {config.image_size}, channels "
-                f"{self.preprocessing.channels} and {config.channels}"
-            )
+    def __init__(
+        self,
+        folder: Path,
+        model: MegaVit,
+        preprocessing: Preprocessing,
+        class_names: Sequence[str],
+        name: str = "",
+    ):
+        self.name, self.mesh = name or folder.resolve().name, model.mesh
+        self.preprocessing, self.class_names = preprocessing, tuple(class_names)
+        self.num_classes, self.depth = len(self.class_names), model.config.depth
+        self.digest = digest_of(export_digest(folder, self.mesh), model.config, model.dtype)
+        self._model = model
+
+    @staticmethod
+    def open(folder: str | Path, mesh: Mesh, dtype: torch.dtype = torch.float32) -> ExportedModel:
+        """Of an export or a run folder, whose name is the model's. A model without a classifier of photos has
+        no classes. ValueError, naming the file and the fix, for a folder that is no whole export."""
+        name, folder = Path(folder).resolve().name, export_folder(Path(folder))
+        config, preprocessing = read_description(folder)
         config.check_tensor_parallel(mesh.tp_size)
-        self.num_classes = config.num_classes if self.preprocessing.link != "none" else 0
-        names = class_names_of_export(folder, config.num_classes) if self.num_classes else []
-        self.class_names = tuple(names)
-        self.depth = config.depth
-        self.digest = digest_of(export_digest(folder, mesh), config, dtype)
-        self._model = MegaVit.from_pretrained(folder, mesh=mesh, dtype=dtype)
+        is_classifier = config.num_classes and preprocessing.link != "none"
+        names = class_names_of_export(folder, config.num_classes) if is_classifier else []
+        model = MegaVit.from_pretrained(folder, mesh=mesh, dtype=dtype)
+        return ExportedModel(folder, model, preprocessing, names, name)
 
     @torch.no_grad()
     def features(self, pixels: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ def open_model(name: str, mesh: Mesh, dtype: str) -> FrozenModel:
     """An export, the folder of a run that has ended, or timm:NAME[@FILE]. Collective."""
     found = getattr(torch, dtype)
     if not name.startswith(PREFIX):
-        return ExportedModel(name, mesh, found)
+        return ExportedModel.open(name, mesh, found)
     if mesh.tp_size > 1:
         raise ValueError(
             f"{name} cannot be shared out over --tensor_parallel_size {mesh.tp_size}; leave it out"

@@ -1,7 +1,4 @@
-"""Training images beside a decision: those that are like the image, and those that pushed its score.
-
-Letters: m images that are asked about, D width of the pooled features.
-"""
+"""Training images beside a decision: those that are like the image, and those that pushed its score."""
 
 from __future__ import annotations
 
@@ -15,38 +12,16 @@ import torch
 from torch import Tensor
 
 from megavit.evaluate.config import EvaluateConfig
-from megavit.evaluate.model import trunk_features
+from megavit.evaluate.model import ExportedModel
 from megavit.evaluate.session import Session
-from megavit.evaluate.sets.image_set import ImageSet, digest_of
+from megavit.evaluate.sets.image_set import ImageSet
 from megavit.explain.explanation import Explanation, Shown
 from megavit.explain.influence import LabelErrors, check_classes, label_errors, pushed, similar
 from megavit.explain.provenance import Readings, TrainingImage
 from megavit.explain.target import Target
 from megavit.predictor import Predictor
-from megavit.train.checkpoint.frozen import export_digest
 
 LISTED = 5  # training images of each kind
-
-
-class LoadedModel:
-    """A loaded model as evaluations ask for it (`evaluate.model.FrozenModel`): their feature cache serves
-    both. Collective over the world to make."""
-
-    def __init__(self, predictor: Predictor):
-        assert predictor.folder is not None
-        self._predictor, model = predictor, predictor.model
-        self.name, self.mesh = predictor.folder.resolve().name, model.mesh
-        self.digest = digest_of(export_digest(predictor.folder, self.mesh), model.config, model.dtype)
-        self.preprocessing, self.class_names = predictor.preprocessing, predictor.names
-        self.num_classes, self.depth = model.config.num_classes, model.config.depth
-
-    @torch.no_grad()
-    def features(self, pixels: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        return trunk_features(self._predictor.model, self._predictor.as_input(pixels), layers)
-
-    @torch.no_grad()
-    def logits(self, pooled: Tensor) -> Tensor:
-        return self._predictor.model.classify(pooled.to(self.mesh.device))
 
 
 class Training:
@@ -68,8 +43,10 @@ class Training:
         say: Callable[[str], None] = lambda text: None,
     ):
         config = EvaluateConfig(tasks="explain", data=data, batch_size=batch_size, quiet=quiet)
-        self._predictor = predictor
-        self._session = Session(LoadedModel(predictor), config, say)
+        assert predictor.folder is not None
+        # As evaluations have it: their feature cache serves both.
+        model = ExportedModel(predictor.folder, predictor.model, predictor.preprocessing, predictor.names)
+        self._predictor, self._session = predictor, Session(model, config, say)
         self._set = self._session.open("", "train")
         check_classes(self._session, self._set)
 

@@ -27,7 +27,7 @@ def small_model(folder: Path, mesh: Mesh | None = None) -> ExportedModel:
     """Of three classes, 16 pixels, one block."""
     if not (folder / "config.json").exists():
         write_export(folder)
-    return ExportedModel(folder, mesh or Mesh.single())
+    return ExportedModel.open(folder, mesh or Mesh.single())
 
 
 def run_pass(model: Any, images: ImageSet, cache: Path, *layers: str, **settings: Any) -> dict[str, Features]:

@@ -66,7 +66,7 @@ class Case(NamedTuple):
 
 
 def open_case(run: Path, data: Path, cache: Path) -> Case:
-    model = ExportedModel(run, Mesh.single())
+    model = ExportedModel.open(run, Mesh.single())
     config = EvaluateConfig(tasks="knn", data=str(data), cache_dir=str(cache), workers=0, quiet=True)
     session = Session(model, config, print)
     train, test = (session.pooled(session.open("", split)) for split in ("train", "test"))
