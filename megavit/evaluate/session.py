@@ -44,7 +44,6 @@ class Session:
         self._features: dict[tuple[str, object], dict[str, Features]] = {}
         self._transforms: dict[tuple[str, Adjust], str] = {}
         self._bad: dict[tuple[str, str, str], dict[int, str]] = {}
-        self.pass_s = 0.0  # seconds in feature passes
 
     def open(self, data: str, split: Split) -> ImageSet:
         """A split of a set: of --data if `data` is empty, else of one below --data_root, by its name. Read by
@@ -74,10 +73,9 @@ class Session:
         """The set, or with --limit so many of its images."""
         return images.first(self.config.limit) if self.config.limit else images
 
-    def features(self, images: ImageSet, layers: Sequence[str] = (POOLED,)) -> dict[str, Features]:
-        """The features of a set, with the labels that `images` has. Those of `layers` and those of the probes
-        are computed together. Collective."""
-        wanted = list(dict.fromkeys([*layers, *self.layers]))
+    def features(self, images: ImageSet, layers: Sequence[str]) -> dict[str, Features]:
+        """The features of a set, with the labels that `images` has. Collective."""
+        wanted = list(dict.fromkeys(layers))
         key = (images.digest, images.adjust)
         found = self._features.get(key, {})
         if missing := [layer for layer in wanted if layer not in found]:
@@ -85,13 +83,14 @@ class Session:
         return {layer: found[layer].labelled(images) for layer in wanted}
 
     def probe_features(self, images: ImageSet) -> dict[str, Features]:
-        """Of the layers of --layers. Collective."""
-        found = self.features(images)
+        """Of the layers of --layers; what the classifier reads is computed with them. Collective."""
+        found = self.features(images, [POOLED, *self.layers])
         return {layer: found[layer] for layer in self.layers}
 
-    def pooled(self, images: ImageSet) -> Features:
-        """What the model's classifier reads. Collective."""
-        return self.features(images)[POOLED]
+    def pooled(self, images: ImageSet, *, probed: bool = True) -> Features:
+        """What the model's classifier reads. The layers of --layers are computed with it, unless no probe
+        will ask for this set (not `probed`). Collective."""
+        return self.features(images, [POOLED, *(self.layers if probed else ())])[POOLED]
 
     def augmented(
         self, images: ImageSet, epochs: Sequence[Sequence[np.ndarray]]
@@ -118,11 +117,9 @@ class Session:
                     progress(done, total)
 
     def _compute(self, images: ImageSet, layers: Sequence[str]) -> dict[str, Features]:
-        started = time.perf_counter()
         with self._bar(f"{images.name} {images.split}") as progress:
             one = Pass(self.model, images, self._settings, self.tell, progress)
             found = one.features(layers)
-        self.pass_s += time.perf_counter() - started
         self._transforms[images.digest, images.adjust] = one.transform.text
         bad = self._bad.setdefault((images.name, images.split, images.digest), {})
         bad.update(one.bad)

@@ -187,7 +187,7 @@ def _corruption(session: Session, data: str) -> Iterator[Found]:
     for name in CORRUPTIONS:
         for severity in SEVERITIES:
             images = clean.adjusted(dataclasses.replace(clean.adjust, corruption=name, severity=severity))
-            parts[name, severity] = outcome(_score_head(session, images))
+            parts[name, severity] = outcome(_score_head(session, images, probed=False))
     for found in corrupted(parts, outcome(scores)):
         yield Found(found, clean)
 
@@ -197,7 +197,7 @@ def _imagenet_c(session: Session, data: str) -> Iterator[Found]:
     parts = {}
     for name, severity in available:
         images = in_classes_of(session.model, session.open(f"{IMAGENET_C}/{name}/{severity}", "test"))
-        parts[name, severity] = outcome(_score_head(session, images))
+        parts[name, severity] = outcome(_score_head(session, images, probed=False))
     clean = None
     try:
         clean = outcome(_scored(session, "imagenet")[1])
@@ -271,10 +271,10 @@ def _scored(session: Session, data: str) -> tuple[ImageSet, Scores]:
     return images, _score_head(session, images)
 
 
-def _score_head(session: Session, images: ImageSet) -> Scores:
+def _score_head(session: Session, images: ImageSet, *, probed: bool = True) -> Scores:
     # Softmax also for a model that was trained with sigmoids, as is the custom where models are compared.
     link: Link = "sigmoid" if images.right == "all" else "softmax"
-    return score(session.pooled(images), session.model.logits, link)
+    return score(session.pooled(images, probed=probed), session.model.logits, link)
 
 
 _IMAGENET = ("imagenet-real", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet")

@@ -14,6 +14,7 @@ from megavit.evaluate.sets.catalogue import CATALOGUE
 from megavit.evaluate.tasks import PROTOCOLS, Task, listing, parse_tasks
 from tests.evaluate.fixtures import encoded, put
 from tests.evaluate.models import small_model
+from tests.exports import NAMES
 
 SETS = (*(name for name in CATALOGUE if "/" not in name), "imagenet-c")
 
@@ -81,3 +82,19 @@ def test_bad_images_of_all_that_was_looked_at(tmp_path: Path) -> None:
         True,
     ]
     assert [len(reasons) for reasons in found.values()] == [1, 1]
+
+
+def test_corrupted_images_have_no_features_that_nobody_asks_for(tmp_path: Path) -> None:
+    """Catches 75 passes that keep every block of --layers all beside the one feature that is looked at."""
+    for split, number in itertools.product(("train", "test"), range(4)):
+        put(tmp_path / "own" / split / NAMES[number % 3] / f"{number}.png", encoded(number, "PNG"))
+    config = EvaluateConfig(
+        tasks="knn,corruption", data=str(tmp_path / "own"), cache_dir=str(tmp_path / "cache"), layers="all"
+    )
+    session = Session(small_model(tmp_path / "model"), config, lambda text: None)
+    for task in parse_tasks(config):
+        list(task.run(session))
+    folders = [
+        {path.name for path in key.iterdir() if path.is_dir()} for key in (tmp_path / "cache").iterdir()
+    ]
+    assert folders.count({"pooled"}) == 75 and folders.count({"pooled", "block.0"}) == 2
