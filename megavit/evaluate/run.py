@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megavit.data.worker import WorkerError
 from megavit.evaluate.model import ExportedModel, FrozenModel
 from megavit.evaluate.results import Failed, Result, Skipped, versions
 from megavit.evaluate.results_file import ResultsFile
@@ -46,6 +47,7 @@ def run_tasks(session: Session, tasks: Sequence[Task], out: Path) -> int:
 
     A task whose data are missing is skipped, one that fails is named, and the others go on. Returns the exit
     status: 0, 1 if some task failed, 3 with --strict if data were missing. Collective over the world.
+    WorkerError, on the rank whose decoding processes have died, if there are several ranks.
     """
     mesh, file = session.mesh, session.mesh.on_main(lambda: ResultsFile(out))
     skipped, failed = [], []
@@ -59,6 +61,8 @@ def run_tasks(session: Session, tasks: Sequence[Task], out: Path) -> int:
             skipped.append(task.name)
             session.say(f"skipped {task.name}: {error}")
         except (ValueError, OSError) as error:
+            if isinstance(error, WorkerError) and mesh.world_size > 1:
+                raise  # of this rank alone: the others wait for it, and only its end ends them
             entries.append(Failed(task.name, str(error), model=session.model.name))
             failed.append(task.name)
             session.say(f"error: {task.name}: {error}")
