@@ -59,6 +59,11 @@ _COMMON_FLAGS = (
 )
 
 
+def without_local_rank(words: Sequence[str]) -> list[str]:
+    """A command line without the flag that the deepspeed launcher puts first, before any subcommand."""
+    return [word for word in words if not word.startswith(("--local_rank=", "--local-rank="))]
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are one line with the nearest known flag. Parsers of
     subcommands are of this class too."""

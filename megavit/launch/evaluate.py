@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megavit.cli import Parser
+from megavit.cli import Parser, without_local_rank
 from megavit.evaluate.config import EvaluateConfig
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ _COMMANDS = ("ls", "table")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    words = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]  # deepspeed's
+    words = without_local_rank(sys.argv[1:] if argv is None else argv)
     if words and words[0] in _COMMANDS:
         return _side_command(words[0], words[1:])
     parser = make_parser()

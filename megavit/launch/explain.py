@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megavit.cli import Parser
+from megavit.cli import Parser, without_local_rank
 from megavit.explain.config import ExplainConfig, InfluenceConfig
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ _INFLUENCE = "influence"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    words = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]  # deepspeed's
+    words = without_local_rank(sys.argv[1:] if argv is None else argv)
     is_influence = words[:1] == [_INFLUENCE]
     parser = make_parser(InfluenceConfig if is_influence else ExplainConfig)
     given = vars(parser.parse_args(words[is_influence:]))
