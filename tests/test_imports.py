@@ -46,7 +46,7 @@ FORBIDDEN = {
     "evaluate/config.py": ("torch", "deepspeed", "numpy", "yaml", *ROOMS),
     "explain": ("deepspeed", "torch.distributed", "captum", "megavit.launch", "megavit.scale"),
     "scale": ("deepspeed", "megavit.data", "megavit.evaluate"),
-    "train": ("megavit.scale", "megavit.bench", "megavit.evaluate"),
+    "train": ("megavit.scale", "megavit.bench", "megavit.evaluate", "megavit.explain"),
     "train/config.py": ("torch", "deepspeed", "numpy", "yaml", *ROOMS),
     "train/schedule.py": ("torch", "deepspeed"),
     "train/ds_config.py": ("torch", "deepspeed"),
@@ -56,8 +56,9 @@ FORBIDDEN = {
     "train/checkpoint/folder.py": ("torch", "deepspeed", "megavit.parallel.mesh"),
     "train/checkpoint/export.py": ("torch.distributed", "deepspeed"),
 }
-# What a file may import in spite of that: the loop measures with the protocols of --eval.tasks.
-ALLOWED = {"train/loop.py": "megavit.evaluate.while_training"}
+# What a file may import in spite of that: the loop measures with the protocols of --eval.tasks, and shows the
+# maps of --explain_every.
+ALLOWED = {"train/loop.py": ("megavit.evaluate.while_training", "megavit.explain.while_training")}
 ONLY_IN = {
     "deepspeed": {"train/ds_patches.py", "train/engine.py"},
     "SummaryWriter": {"train/logging/monitor.py", "evaluate/tensorboard.py"},
@@ -96,9 +97,7 @@ def test_layers_import_downwards_only(part: str) -> None:
     files = [ROOT / part] if part.endswith(".py") else sorted((ROOT / part).rglob("*.py"))
     assert files
     for path in files:
-        allowed = [*CONFIGURATIONS]
-        if own := ALLOWED.get(str(path.relative_to(ROOT))):
-            allowed.append(own)
+        allowed = [*CONFIGURATIONS, *ALLOWED.get(str(path.relative_to(ROOT)), ())]
         found = {name for name in imports(path) if not any(is_within(name, one) for one in allowed)}
         bad = {name for name in found for package in FORBIDDEN[part] if is_within(name, package)}
         assert not bad, f"{path.relative_to(ROOT)} imports {sorted(bad)}"
