@@ -126,7 +126,13 @@ def _linear_sgd(session: Session, data: str) -> Iterator[Found]:
         seed=config.seed,
     )
     layer, probe, settings = choose(heads, train, held, RATES)
-    more = {"epochs": EPOCHS, "batch": BATCH, "crop_area": config.crop_area, "flip": config.flip}
+    more = {
+        "epochs": EPOCHS,
+        "batch": BATCH,
+        "steps": steps,
+        "crop_area": config.crop_area,
+        "flip": config.flip,
+    }
     yield from _probed(session, tests, layer, probe, {**settings, **more})
 
 

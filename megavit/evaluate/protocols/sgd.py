@@ -16,7 +16,7 @@ classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,9 +25,7 @@ from torch import Tensor
 
 from megavit.evaluate.features import Features
 from megavit.evaluate.protocols.probe import LinearProbe
-from megavit.evaluate.protocols.ranking import require_same_classes, score, tops
 from megavit.evaluate.protocols.rows import Share, single_labels
-from megavit.evaluate.results import Measurement
 from megavit.evaluate.sets.image_set import digest_of
 from megavit.parallel.collectives import sum_over_world
 from megavit.parallel.mesh import Mesh
@@ -62,39 +60,6 @@ def epoch_batches(rows: np.ndarray, batch: int, seed: int, epoch: int) -> list[n
     """
     order = np.random.default_rng([seed, epoch]).permutation(rows)
     return [order[start : start + batch] for start in range(0, max(1, len(order) - batch + 1), batch)]
-
-
-def sgd(
-    batches: Iterable[Batch],
-    steps: int,
-    batch: int,
-    train: Mapping[str, Features],
-    tests: Sequence[Mapping[str, Features]],
-    held: np.ndarray,
-    rates: Sequence[float] = RATES,
-    seed: int = 0,
-) -> Iterator[Measurement]:
-    """top1 and top5 of the best head on each test set. Collective.
-
-    Args:
-        batches, steps, batch, seed: see `train_heads`.
-        train: features of the training set without augmentation, by layer: those of the held-out rows are
-            used.
-        tests: of each test set, the same layers.
-        held: the rows that `batches` leave out, `held_out_tenth(...)[1]`.
-    """
-    for test in tests:
-        for layer in train:
-            require_same_classes(train[layer], test[layer])
-    first = next(iter(train.values()))
-    dims = {layer: features.dim for layer, features in train.items()}
-    num_classes = len(first.set.class_names)
-    heads = train_heads(batches, first.mesh, dims, num_classes, steps, batch, rates, seed)
-    layer, probe, settings = choose(heads, train, held, rates)
-    for test in tests:
-        yield from tops(
-            train[layer], test[layer], score(test[layer], [probe])[:, 0], settings | {"steps": steps}
-        )
 
 
 def train_heads(

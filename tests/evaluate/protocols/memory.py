@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from megavit.evaluate.features import MemoryFeatures, Piece
+from megavit.evaluate.features import Features, MemoryFeatures, Piece
+from megavit.evaluate.protocols.ranking import require_same_classes, score, tops
+from megavit.evaluate.protocols.sgd import RATES, Batch, choose, train_heads
+from megavit.evaluate.results import Measurement
 from megavit.evaluate.sets.image_set import ImageSet, Pixels, label_lists
 from megavit.parallel.mesh import Mesh
 
@@ -61,3 +64,28 @@ def arrays(given: MemoryFeatures) -> tuple[np.ndarray, np.ndarray]:
     rows = np.concatenate([piece.rows for piece in given.mine()])
     values = torch.cat([piece.values for piece in given.mine()]).double().numpy()
     return values[np.argsort(rows)], given.labels[:, 0]
+
+
+def sgd(
+    batches: Iterable[Batch],
+    steps: int,
+    batch: int,
+    train: Mapping[str, Features],
+    tests: Sequence[Mapping[str, Features]],
+    held: np.ndarray,
+    rates: Sequence[float] = RATES,
+    seed: int = 0,
+) -> Iterator[Measurement]:
+    """What `linear-sgd` does: train all heads, choose one, and score it on the test sets."""
+    for test in tests:
+        for layer in train:
+            require_same_classes(train[layer], test[layer])
+    first = next(iter(train.values()))
+    dims = {layer: features.dim for layer, features in train.items()}
+    num_classes = len(first.set.class_names)
+    heads = train_heads(batches, first.mesh, dims, num_classes, steps, batch, rates, seed)
+    layer, probe, settings = choose(heads, train, held, rates)
+    for test in tests:
+        yield from tops(
+            train[layer], test[layer], score(test[layer], [probe])[:, 0], settings | {"steps": steps}
+        )

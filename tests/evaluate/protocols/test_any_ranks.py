@@ -14,9 +14,9 @@ from megavit.evaluate.protocols.fewshot import fewshot
 from megavit.evaluate.protocols.knn import knn, nearest
 from megavit.evaluate.protocols.linear import fit, linear
 from megavit.evaluate.protocols.rows import held_out_tenth
-from megavit.evaluate.protocols.sgd import epoch_batches, sgd
+from megavit.evaluate.protocols.sgd import epoch_batches
 from megavit.parallel.mesh import Mesh
-from tests.evaluate.protocols.memory import digits
+from tests.evaluate.protocols.memory import digits, sgd
 from tests.ranks import run_ranks
 
 

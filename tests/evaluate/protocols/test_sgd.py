@@ -11,9 +11,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from megavit.evaluate.protocols.rows import held_out_tenth
-from megavit.evaluate.protocols.sgd import Batch, Heads, choose, epoch_batches, sgd, train_heads
+from megavit.evaluate.protocols.sgd import Batch, Heads, choose, epoch_batches, train_heads
 from megavit.parallel.mesh import Mesh
-from tests.evaluate.protocols.memory import digits, features, image_set
+from tests.evaluate.protocols.memory import digits, features, image_set, sgd
 
 RATES = (1e-3, 0.02, 0.1)
 
