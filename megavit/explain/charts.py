@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megavit.explain.path import Path
+from megavit.explain.path import BlockPath
 
 _WIDTH, _LEFT, _RIGHT = 520, 46, 10
 _TOP, _CURVE, _GAP, _BARS, _BOTTOM = 16, 90, 34, 110, 30  # heights of what lies below each other
 _ATTENTION, _MLP, _LINE = "#2b7bba", "#e08214", "#222"
 
 
-def path_plot(path: Path) -> str:
+def path_plot(path: BlockPath) -> str:
     """Above, the target's probability read out after every block; below, what attention and MLP of each
     block contributed to its score. `path` is of one image."""
     depth = len(path.attention)

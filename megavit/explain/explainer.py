@@ -22,8 +22,7 @@ from megavit.explain import faithfulness as faithful
 from megavit.explain.explanation import Explanation, Judged, Sums, class_of
 from megavit.explain.gradient import sum_check
 from megavit.explain.methods import METHODS, check_methods, compute_maps
-from megavit.explain.path import Path as Way
-from megavit.explain.path import path
+from megavit.explain.path import BlockPath, path
 from megavit.explain.target import Baseline, Target
 from megavit.explain.tokens import high_norms
 from megavit.fields import nearest
@@ -128,7 +127,7 @@ class Explainer:
                     maps={name: values[i] for name, values in maps.items()},
                     faithfulness={name: Judged(*_row(columns, i)) for name, columns in judged.items()},
                     sums={name: Sums(*_row(columns, i)) for name, columns in sums.items()},
-                    path=Way(*(values[i] for values in ways)),
+                    path=BlockPath(*(values[i] for values in ways)),
                     high_norms=norms.by_block[:, i].cpu(),
                     on_high_norms={name: float(shares[i]) for name, shares in tops.items()},
                     training={},

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megavit.explain.faithfulness import BEST_RANDOM, CENTRED, RANDOM
 from megavit.explain.methods import METHODS
-from megavit.explain.path import Path
+from megavit.explain.path import BlockPath
 from megavit.explain.provenance import TrainingImage
 from megavit.explain.tokens import HIGH, MOST_ON_HIGH
 
@@ -78,7 +78,7 @@ class Explanation:
         faithfulness: of each map by method, and beside them of what has not seen the model: random maps, the
             best of these, a centred Gaussian. Empty if it was not measured.
         sums: of the maps that are to add up.
-        path: block by block; rows are of one image, as in `Path` without B.
+        path: block by block; rows are of one image, as in `BlockPath` without B.
         high_norms: before the first block and after each, the share of patches whose token has a high norm,
             float32 [L + 1], see `tokens.HighNorms`.
         on_high_norms: by method how many of the patches at the map's top are such ones after the last block.
@@ -98,7 +98,7 @@ class Explanation:
     maps: Mapping[str, Tensor]
     faithfulness: Mapping[str, Judged]
     sums: Mapping[str, Sums]
-    path: Path
+    path: BlockPath
     high_norms: Tensor
     on_high_norms: Mapping[str, float]
     training: Mapping[str, Sequence[Shown]]

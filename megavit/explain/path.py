@@ -22,7 +22,7 @@ from megavit.model.vit import MegaVit
 from megavit.tasks.config import Loss
 
 
-class Path(NamedTuple):
+class BlockPath(NamedTuple):
     """Of B images, float32 on the CPU. Columns of L + 1 begin with the input of the first block.
 
     `scores`, `probabilities` [B, L + 1]: the target's, read out of each state by the model's own final norm,
@@ -46,7 +46,7 @@ class Path(NamedTuple):
 
 
 @torch.no_grad()
-def path(model: MegaVit, images: Tensor, target: Target, *, loss: Loss = "sigmoid") -> Path:
+def path(model: MegaVit, images: Tensor, target: Target, *, loss: Loss = "sigmoid") -> BlockPath:
     """The way of the images [B, C, H, W] through the model. Two forward passes and a read-out a block; holds
     the states of one block at a time."""
     images = check(model, images)
@@ -93,11 +93,11 @@ class _Writes:
         self._keep("probabilities", self._target.probability(logits, self._loss))
         self._keep("token_norms", _lengths(x)[:, self._model.config.num_prefix_tokens :].mean(1))
 
-    def path(self) -> Path:
+    def path(self) -> BlockPath:
         start = self._found.pop("start")[0]
         found = {name: torch.stack(columns, 1) for name, columns in self._found.items()}
         rest = found["scores"][:, -1] - start - found["attention"].sum(1) - found["mlp"].sum(1)
-        return Path(**found, start=start, rest=rest)
+        return BlockPath(**found, start=start, rest=rest)
 
     def _contribution(self, written: Tensor) -> Tensor:
         return (written.float() * self._gradient.float()).sum((1, 2))
