@@ -23,8 +23,8 @@ from megavit.data.exif import Box
 from megavit.data.fields import Field, Picture
 from megavit.data.geometry import Geometry
 from megavit.data.images import DecodeError, check_pixels
+from megavit.data.index import VIDEO_EXTENSIONS
 
-VIDEO_EXTENSIONS = ("mp4",)
 # Decoders hide damage by default: they repeat what was there.
 _STRICT = {"err_detect": "explode"}
 
