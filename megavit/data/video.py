@@ -43,13 +43,16 @@ def require_pyav() -> None:
         raise ValueError("videos need PyAV, which is not installed: pip install 'megavit[video]'")
 
 
-def check_video(data: bytes) -> VideoSize:
+def check_video(data: bytes, *, decode: bool = False) -> VideoSize:
     """The size of a video, from its packets and its first frame. DecodeError if it is broken, as far as that
-    shows without decoding the rest."""
+    shows; with `decode`, by decoding all of it."""
     with _opened(data) as (container, stream):
         times = _Times(container, stream)
-        first = _first_frame(container, stream, times)
-        return VideoSize(*_upright_size(first), len(times.frames))
+        size = VideoSize(*_upright_size(_first_frame(container, stream, times)), len(times.frames))
+        if decode:
+            for _ in _decoded(container, stream, times, times.frames, channels=1):
+                pass
+        return size
 
 
 @dataclass(frozen=True)

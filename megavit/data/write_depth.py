@@ -180,7 +180,8 @@ def _nyu_labeled(root: Path) -> DataSet:
     shapes = (images.shape[:2] + images.shape[2:], (count, 3, *depths.shape[1:]))
     if images.ndim != 4 or depths.ndim != 3 or len(depths) != count or shapes[0] != shapes[1]:
         raise ValueError(
-            f"{path}: images of shape {images.shape} with depths of shape {depths.shape} are not NYU's; {_AGAIN}"
+            f"{path}: images of shape {images.shape} with depths of shape {depths.shape} are not NYU's; "
+            f"{_AGAIN}"
         )
     if images.dtype != np.uint8 or depths.dtype.kind != "f":
         raise ValueError(f"{path}: images are {images.dtype} and depths {depths.dtype}; {_AGAIN}")

@@ -3,7 +3,6 @@ class of each pixel, 255 where it is not known."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from tqdm import tqdm
 
 from megavit.data.class_names import CLASSES_FILE, read_class_names
 from megavit.data.images import DecodeError
-from megavit.data.index import IMAGE_EXTENSIONS
 from megavit.data.plane_facts import PlaneFacts
 from megavit.data.planes import read_plane
 from megavit.data.write import DataSet
@@ -72,7 +70,7 @@ def ade20k_set(root: Path) -> DataSet:
     if (root / _ADE_FOLDER).is_dir():
         root = root / _ADE_FOLDER
     listed = root / "objectInfo150.txt"
-    names = []
+    names: list[str] = []
     for number, line in read_lines(listed, f"the list of classes of {_ADE_FOLDER}, extracted"):
         words = line.split(None, 5)
         if words[0] == str(len(names) + 1) and len(words) == 6:

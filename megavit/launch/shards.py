@@ -69,9 +69,9 @@ def _add_writers(commands: argparse._SubParsersAction[Parser]) -> None:
 
 # Those whose samples have a plane beside the picture, or a video in its place.
 _DENSE = {
-    "nyu": "NYU Depth v2: nyu_depth_v2_labeled.mat with splits.mat, or folders sync/ and official_splits/test/",
+    "nyu": "NYU Depth v2: nyu_depth_v2_labeled.mat and splits.mat, or sync/ and official_splits/test/",
     "kitti": "KITTI depth: raw DATE/DRIVE_sync/image_02/data/*.png and annotated depth",
-    "depthfolder": "pictures with depth: ROOT[/train|val|test]/rgb/*.jpg and depth/*.npy or 16-bit depth/*.png",
+    "depthfolder": "pictures with depth: ROOT[/train|val|test]/rgb/*.jpg and depth/*.npy or depth/*.png",
     "ade20k": "ADE20K's SceneParse150, ADEChallengeData2016",
     "voc": "Pascal VOC 2012's segmentation, VOCdevkit/VOC2012",
     "segfolder": "pictures with masks: ROOT[/train|val|test]/images/*.jpg and masks/*.png, ROOT/classes.txt",
@@ -124,7 +124,9 @@ def _add_tools(commands: argparse._SubParsersAction[Parser]) -> None:
         command.add_argument("--cache_gb", type=float, default=100.0, help="size of that folder in GB (100)")
     for command in (verify_command, stats_command):
         command.add_argument(
-            "--decode", action="store_true", help="also decode every image and label as training would"
+            "--decode",
+            action="store_true",
+            help="also decode every image, label, plane and video as training would",
         )
         command.add_argument("shards_spec", metavar="MANIFEST", help="NAME.manifest.json, or a pattern")
         command.add_argument(
@@ -167,7 +169,7 @@ def write(arguments: argparse.Namespace) -> int:
 
 def _data_set(arguments: argparse.Namespace) -> DataSet:
     """The data set of a writer's command."""
-    from megavit.data import write, write_depth, write_masks, write_videos
+    from megavit.data import write, write_depth, write_masks
     from megavit.data.index import IMAGE_EXTENSIONS
 
     root = getattr(arguments, "root", None) or Path()
@@ -194,6 +196,8 @@ def _data_set(arguments: argparse.Namespace) -> DataSet:
         case "segfolder":
             return write_masks.mask_set(root, arguments.workers)
         case "kinetics":
+            from megavit.data import write_videos  # imports torch, for seconds
+
             return write_videos.video_set(root, Path(arguments.out), arguments.workers)
     num_classes = int(arguments.command.removeprefix("cifar"))
     return write.DataSet(write.cifar_splits(root, num_classes), write.cifar_class_names(root, num_classes))
@@ -221,11 +225,13 @@ def index(arguments: argparse.Namespace) -> int:
 def verify(arguments: argparse.Namespace) -> int:
     from megavit.data.audit import verify
     from megavit.data.manifest import open_shards
+    from megavit.data.plane_facts import planes_beside
 
     cache = _cache(arguments)
     manifest = open_shards(arguments.shards_spec, cache, progress=True, allow_pipe=arguments.allow_pipe)
     problems = 0
-    for line in verify(manifest, cache, arguments.workers, decode=arguments.decode):
+    planes = planes_beside(arguments.shards_spec)
+    for line in verify(manifest, cache, arguments.workers, decode=arguments.decode, planes=planes):
         problems += 1
         print(line, flush=True)
     unchecked = any(isinstance(index, bytes) for index in manifest.indexes)
@@ -237,13 +243,17 @@ def verify(arguments: argparse.Namespace) -> int:
 def stats(arguments: argparse.Namespace) -> int:
     from megavit.data.audit import statistics
     from megavit.data.manifest import open_shards
+    from megavit.data.plane_facts import planes_beside
 
     if arguments.shards < 0:
         raise ValueError(f"--shards {arguments.shards} cannot be negative; 0 looks at all")
     cache = _cache(arguments)
     manifest = open_shards(arguments.shards_spec, cache, progress=True, allow_pipe=arguments.allow_pipe)
-    found = statistics(manifest, cache, arguments.workers, arguments.shards, decode=arguments.decode)
-    print("\n".join(found.lines(manifest)))
+    planes = planes_beside(arguments.shards_spec)
+    found = statistics(
+        manifest, cache, arguments.workers, arguments.shards, decode=arguments.decode, planes=planes
+    )
+    print("\n".join(found.lines(manifest, planes)))
     return 0
 
 
