@@ -248,7 +248,7 @@ def _looked_at(members: Mapping[str, Member]) -> list[str]:
     pictures = [name for name in (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS) if name in members]
     labels = [name for name in LABEL_EXTENSIONS if name in members]
     if not pictures or not (labels or plane_members(members)):
-        raise ValueError("no image or no label")
+        raise ValueError("no image, or neither label nor plane")
     return pictures[:1] + labels[:1]
 
 

@@ -18,7 +18,7 @@ from megavit.data.geometry import Geometry
 from megavit.data.index import LABEL_EXTENSIONS, VIDEO_EXTENSIONS
 from megavit.data.manifest import Manifest
 from megavit.data.plane_facts import PlaneFacts
-from megavit.data.planes import check_values, read_plane
+from megavit.data.planes import PLANE_KINDS, check_values, read_plane
 from megavit.data.samples import Samples
 from megavit.data.video import Video, check_video
 
@@ -43,14 +43,16 @@ class Trial:
         samples.load(shard, index, row, None)
 
     def _fields(self, members: Iterable[str]) -> list[Field]:
-        planes = plane_members(members)
+        found = plane_members(members)
         is_video = any(name in VIDEO_EXTENSIONS for name in members)
         fields: list[Field] = [_WholeVideo(size=1, frames=1) if is_video else Picture(size=224)]
-        if not planes or any(name in LABEL_EXTENSIONS for name in members):
+        if not (found or self._planes) or any(name in LABEL_EXTENSIONS for name in members):
             fields.append(Labels(num_classes=2**31 - 1))  # labels are int32
-        for name in planes:
-            facts = self._planes.get(name_of_plane(name), PlaneFacts())
-            fields.append(_WholePlane(name, (name,), facts=facts, counts=self.counts[name]))
+        # If it is not known what there is: an npy may be anything, such as a feature.
+        guessed = {name_of_plane(name): PlaneFacts() for name in found if name.endswith(".png")}
+        for name, facts in (self._planes or guessed).items():
+            extensions = tuple(f"{name}.{kind}" for kind in PLANE_KINDS)
+            fields.append(_WholePlane(f"plane {name}", extensions, facts=facts, counts=self.counts))
         return fields
 
 
@@ -73,10 +75,10 @@ class _WholePlane(Field):
     dtype: str = field(init=False, default="uint8")
     _: KW_ONLY
     facts: PlaneFacts
-    counts: PlaneCounts
+    counts: defaultdict[str, PlaneCounts]
 
     def decode(self, data: bytes, extension: str, geometry: Geometry, out: np.ndarray) -> None:
         kind = extension.rpartition(".")[2]
         values = read_plane(data, kind, partial(geometry.at, member=extension))
         check_values(values, self.facts.invalid, self.facts.classes, False, extension)
-        self.counts.look(values, self.facts)
+        self.counts[extension].look(values, self.facts)

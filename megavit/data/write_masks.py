@@ -130,4 +130,5 @@ def _largest(path: Path) -> int:
         values = read_plane(path.read_bytes(), "png", lambda width, height: None)
     except DecodeError:
         return -1
-    return int(values[values < UNKNOWN].max(initial=-1)) if values.dtype == np.uint8 else -1
+    known = values[values < UNKNOWN]
+    return int(known.max()) if values.dtype == np.uint8 and known.size else -1
