@@ -1,5 +1,5 @@
-"""What the numbers of dense planes mean: a file `dense.json` beside the shards. Imports the standard library
-and its like only.
+"""What the numbers of dense planes mean: a file `dense.json` beside the shards. Imports neither torch nor
+numpy.
 
     {"depth": {"scale": 0.001, "invalid": 0, "max_m": 10}}
     {"mask": {"invalid": 255, "classes": 150}}
