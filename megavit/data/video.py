@@ -25,9 +25,6 @@ from megavit.data.geometry import Geometry
 from megavit.data.images import DecodeError, check_pixels
 from megavit.data.index import VIDEO_EXTENSIONS
 
-# Decoders hide damage by default: they repeat what was there.
-_STRICT = {"err_detect": "explode"}
-
 
 class VideoSize(NamedTuple):
     """What a video is, upright."""
@@ -183,7 +180,6 @@ def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
             stream = container.streams.video[0]
             if stream.codec_context is None:
                 raise DecodeError("its codec is unknown")
-            stream.codec_context.options = _STRICT
             stream.codec_context.thread_count = 1  # the loader's parallelism is its processes
             yield container, stream
     except av.FFmpegError as error:
@@ -222,7 +218,7 @@ def _decoded(
     left = set(wanted)
     while frame is not None and left:
         if frame.pts in left:
-            if frame.is_corrupt:
+            if frame.is_corrupt:  # what could be made of a damaged one, often what was there before
                 break
             left.remove(frame.pts)
             pixels = frame.to_ndarray(format="rgb24" if channels == 3 else "gray")
