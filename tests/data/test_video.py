@@ -142,6 +142,17 @@ def test_a_broken_video_is_a_bad_sample_with_a_reason(tmp_path: Path) -> None:
         shown(whole, large)
 
 
+def test_damage_that_decoders_paper_over_is_found() -> None:
+    """Catches frames of which FFmpeg shows what was there before, without an error."""
+    whole = encode_video(COLORS)
+    start, end = whole.index(b"mdat") + 100, whole.rindex(b"moov") - 200
+    for place in range(start, end, (end - start) // 12):
+        damaged = bytearray(whole)
+        damaged[place : place + 40] = bytes(40)
+        with pytest.raises(DecodeError):
+            check_video(bytes(damaged), decode=True)
+
+
 @pytest.mark.dist
 def test_a_clip_depends_on_seed_epoch_and_position_alone(tmp_path: Path) -> None:
     """Catches clips that begin at the same place in every epoch, or elsewhere in another process."""
