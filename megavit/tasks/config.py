@@ -130,8 +130,8 @@ class DepthConfig(DenseConfig):
         loss: log1p (squared error of log(1 + metres), ViT-22B) or silog (scale-invariant log error).
         silog_lambda: share of the squared mean error that silog forgives.
         gradient: weight of the error of the gradients of the logarithm, at four scales; 0 leaves it out.
-        min_m, max_m: depth in metres that counts, in training and in evaluation, and that predictions are cut
-            to. max_m none takes what dense.json beside the training shards says, or else 10.
+        min_m: least depth in metres that counts, in training and in evaluation; predictions are cut to it.
+        max_m: largest depth; none takes what dense.json beside the training shards says, or else 10.
         scale: metres of the number 1 in the files; none takes what dense.json says, and one of the two must.
         invalid: the number in the files that means that nothing is known; none takes what dense.json says, or
             else 0.

@@ -33,7 +33,7 @@ class DenseTask(Task):
 
     def open(self, run_dir: Path, class_names: Sequence[str] | None = None) -> None:
         data, facts = self.data, self.facts()
-        for one in data.val_sets:
+        for one in data.val_sets if data.shards else ():
             theirs = planes_beside(one.shards).get(self.plane, facts)
             if (theirs.scale, theirs.invalid) != (facts.scale, facts.invalid):
                 raise ValueError(

@@ -54,14 +54,11 @@ class Depth(DenseTask):
 
     def open(self, run_dir: Path, class_names: Sequence[str] | None = None) -> None:
         super().open(run_dir, class_names)
-        if (
-            self.data.shards
-            and self.config.scale is None
-            and self.plane not in planes_beside(self.data.shards)
-        ):
+        shards = self.data.shards
+        if shards and self.config.scale is None and self.plane not in planes_beside(shards):
             raise ValueError(
-                f"nothing says how many metres a number in the depth files of {self.data.shards} is: give "
-                f"--task.scale (0.001 for millimetres, 1 for metres), or a dense.json beside the shards"
+                f"nothing says how many metres a number in the depth files of {shards} is: give --task.scale "
+                f"(0.001 for millimetres, 1 for metres), or a dense.json beside the shards"
             )
 
     def resolved(self) -> dict[str, Any]:
