@@ -28,6 +28,8 @@ class TaskConfig:
 
     # Fields that a run which goes on may have otherwise than it was saved with.
     MAY_CHANGE: ClassVar[tuple[str, ...]] = ()
+    # The field of a run that counts the classes of classes.txt beside the data; empty if none does.
+    CLASSES: ClassVar[str] = "model.num_classes"
 
     name: str = "classify"
 
@@ -142,6 +144,7 @@ class DepthConfig(DenseConfig):
     """
 
     MAY_CHANGE = ("crop", "align")
+    CLASSES = ""
 
     name: str = "depth"
     head: Literal["dpt", "linear", "bins"] = "dpt"
@@ -177,7 +180,8 @@ class SegmentConfig(DenseConfig):
     """A class of every pixel, from the samples' mask.png, in which 255 means none.
 
     Args:
-        classes: number of classes; must be given. ADE20K has 150.
+        classes: number of classes, such as ADE20K's 150; not given, as many as classes.txt beside the
+            training shards names.
         head: linear (batch norm and a 1 x 1 convolution), upernet (a pyramid of four taps) or segmenter (a
             mask transformer).
         head_layers: blocks of the mask transformer.
@@ -186,6 +190,7 @@ class SegmentConfig(DenseConfig):
     """
 
     MAY_CHANGE = ("class_iou",)
+    CLASSES = "task.classes"
 
     name: str = "segment"
     classes: int = 0

@@ -262,6 +262,29 @@ def test_built_in_tasks_have_their_flags() -> None:
     assert SegmentConfig(classes=2, layers="44").taps(48, 1) == [44]
 
 
+def test_the_trunk_decides_the_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches an export whose architecture has to be typed again, and a recipe's that is built instead."""
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(MODEL) | {"num_classes": 7}))
+    recipe = ["--config", "launch/recipes/ade20k_linear.yaml", "--data.shards", "x.tar"]
+    start = ["--deepspeed_config", "ds_configs/zero3_ade20k.json", *recipe, "--trunk", str(tmp_path)]
+    run = parse_run([*start, "--model.image_size", "32"]).run
+    assert run.model == dataclasses.replace(MODEL, image_size=32)
+    assert (run.init_from, run.freeze) == (str(tmp_path), "trunk")
+    assert parse_run(start).run.model.image_size == 504
+    with pytest.raises(SystemExit):
+        parse_run([*start[:-1], str(tmp_path / "nothing")])
+    assert "--trunk" in capsys.readouterr().err
+
+
+def test_classes_are_counted_from_their_names(tmp_path: Path) -> None:
+    """Catches names of masks' classes that are taken for those of a classifier."""
+    (tmp_path / "classes.txt").write_text("sky\nroad\ntree\n")
+    words = [*START, "--data.shards", f"{tmp_path}/x.tar"]
+    run = parse_run([*words, "--task", "segment"]).run
+    assert isinstance(run.task, SegmentConfig) and run.task.classes == 3
+    assert parse_run([*words, "--task", "depth"]).run.model.num_classes == 10  # the preset's
+
+
 @pytest.mark.dist
 def test_depth_of_unknown_unit_is_refused(tmp_path: Path) -> None:
     """Catches millimetres that are trained on as metres."""
