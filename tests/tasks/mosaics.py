@@ -1,74 +1,96 @@
 """Mosaics of real handwritten digits (scikit-learn's) with masks: what a linear head reads from a trunk that
-was trained to name single digits.
+was trained to name digits, in sliding windows.
 
-`python -m tests.tasks.mosaics TRUNK` trains the head on that export, frozen, and on a trunk of random
-weights, and prints the results on mosaics of digits that neither has seen.
+`python -m tests.tasks.mosaics TRUNK` trains the head on single digits with masks, on that export, frozen, and
+on a trunk of random weights, and prints the results on mosaics of digits that neither has seen.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 import webdataset as wds
 from sklearn.datasets import load_digits
 
+from megavit.tasks.exported import load_dense
+from megavit.tasks.metrics import confusion, segmentation_results
+from megavit.tasks.windows import sliding_window
 from tests.launch.commands import train_with
 from tests.tasks.dense_data import png
-from tests.train.runs import log_of
 
 _NUM_TRAINED = 1437  # of 1797 digits: the demo's split
 _BACKGROUND = 10
 _INK = 6  # of 16: a pixel of the digit
 
 
-def write_mosaics(folder: Path, train: int = 1500, test: int = 200) -> Path:
-    """`train-0.tar` and `test-0.tar`: 16 x 16 pixels, four digits each; masks have the digit of every pixel
-    of ink, and 10 elsewhere."""
+def _masks(ink: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """The digit of every pixel of ink, and 10 elsewhere: [..., 8, 8] of digits `classes` [...]."""
+    return np.where(ink >= _INK, classes[..., None, None], _BACKGROUND)
+
+
+def write_digits(folder: Path) -> Path:
+    """`train-0.tar` and `test-0.tar`: the digits of the demo's split, with masks."""
     found = load_digits()
-    parts = {"train": (train, 0, _NUM_TRAINED), "test": (test, _NUM_TRAINED, len(found.images))}
-    folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(0)
-    for split, (count, first, last) in parts.items():
+    folder.mkdir(parents=True)
+    for split, part in (("train", slice(0, _NUM_TRAINED)), ("test", slice(_NUM_TRAINED, None))):
+        ink = found.images[part]
         with wds.TarWriter(str(folder / f"{split}-0.tar"), encoder=False, mtime=0) as tar:
-            for number in range(count):
-                four = random.integers(first, last, 4)
-                ink = found.images[four]
-                classes = np.where(ink >= _INK, found.target[four, None, None], _BACKGROUND)
-                members = {"png": png(_joined(ink * 255 / 16)), "mask.png": png(_joined(classes))}
+            for number, (picture, mask) in enumerate(zip(ink, _masks(ink, found.target[part]), strict=True)):
+                members = {"png": png((picture * 255 / 16).astype(np.uint8))}
+                members["mask.png"] = png(mask.astype(np.uint8))
                 tar.write({"__key__": f"{number:05}", **members})
-    names = [*map(str, range(10)), "background"]
-    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names))
-    (folder / "dense.json").write_text(json.dumps({"mask": {"invalid": 255, "classes": len(names)}}))
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in [*range(10), "background"]))
     return folder
 
 
-def _joined(four: np.ndarray) -> np.ndarray:
-    """uint8 [16, 16] of four quadrants [4, 8, 8]."""
-    return np.block([[four[0], four[1]], [four[2], four[3]]]).astype(np.uint8)
+def unseen_mosaics(count: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
+    """Model inputs [n, 1, 16, 16] of four unseen digits each, and their classes [n, 16, 16]."""
+    found = load_digits()
+    four = np.random.default_rng(1).integers(_NUM_TRAINED, len(found.images), (count, 4))
+    ink = found.images[four]
+
+    def joined(parts: np.ndarray) -> torch.Tensor:
+        rows = [np.concatenate([parts[:, at], parts[:, at + 1]], 2) for at in (0, 2)]
+        return torch.from_numpy(np.concatenate(rows, 1))
+
+    images = joined((ink * 255 / 16).astype(np.uint8)).float() / 127.5 - 1
+    return images[:, None], joined(_masks(ink, found.target[four]))
 
 
-def train_head(folder: Path, data: Path, trunk: str, *flags: str) -> dict[str, float]:
-    """The evaluation of a linear head on the frozen `trunk`, an export, or if empty one of random weights."""
+def train_head(folder: Path, data: Path, trunk: str, *flags: str) -> Path:
+    """The run folder of a linear head on the frozen `trunk`, an export, or if empty one of random weights."""
     words = ["--deepspeed_config", "ds_configs/zero3_fp32.json", "--ds.train_batch_size", "64"]
     words += ["--task", "segment", "--freeze", "trunk", "--run_dir", str(folder / "run")]
     words += ["--trunk", trunk] if trunk else ["--model.name", "vit_tiny"]
-    words += ["--model.image_size", "16", "--data.workers", "0"]
     words += ["--data.shards", f"{data}/train-0.tar", "--data.val_shards", f"{data}/test-0.tar"]
     words += ["--data.augment", "none", "--data.flip", "false", "--data.eval_crop", "1.0"]
-    words += ["--max_steps", "250", "--schedule.warmup_steps", "25", "--log_every", "50", *flags]
-    found = train_with(words, folder / "command")
+    words += ["--data.workers", "0", "--max_steps", "300", "--schedule.warmup_steps", "25"]
+    folder.mkdir()
+    found = train_with([*words, "--log_every", "50", *flags], folder / "command")
     assert found.code == 0, found.output
-    (row,) = [row for row in log_of(folder / "run") if row.get("eval") == "val"]
-    return {name.rpartition("/")[2]: value for name, value in row.items() if isinstance(value, float)}
+    return folder / "run"
+
+
+@torch.no_grad()
+def on_mosaics(run_dir: Path) -> dict[str, float]:
+    """The results of a run on unseen mosaics, in windows of the trunk's size."""
+    task, module = load_dense(run_dir)
+    images, truth = unseen_mosaics()
+    size, weights = task.model.image_size, torch.ones(len(images))
+    maps = sliding_window(lambda windows: module.maps(windows, weights), images, size, size)
+    return segmentation_results(confusion(maps.argmax(1), truth, _BACKGROUND + 1))
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
-        mosaics = write_mosaics(Path(name) / "mosaics")
+        digits = write_digits(Path(name) / "digits")
         for kind, trunk in {"trained": sys.argv[1], "random": ""}.items():
-            results = train_head(Path(name) / kind, mosaics, trunk, *sys.argv[2:])
+            results = on_mosaics(train_head(Path(name) / kind, digits, trunk, *sys.argv[2:]))
             print(kind, {key: round(value, 4) for key, value in results.items()}, flush=True)
+    _, masks = unseen_mosaics()
+    background = segmentation_results(confusion(torch.full_like(masks, _BACKGROUND), masks, _BACKGROUND + 1))
+    print("background everywhere", {key: round(value, 4) for key, value in background.items()})

@@ -21,6 +21,8 @@ from megavit.cli import parse_run
 from megavit.model.config import ModelConfig
 from megavit.model.vit import MegaVit
 from megavit.tasks.config import DepthConfig, SegmentConfig, TaskConfig
+from megavit.tasks.exported import load_dense
+from megavit.tasks.metrics import confusion, segmentation_results
 from megavit.train.config import RunConfig
 from tests.ranks import run_ranks
 from tests.tasks.dense_data import SIDE, png, scene, write_dense
@@ -53,6 +55,7 @@ def dense_run(data: Path, folder: Path, task: TaskConfig, **changes: Any) -> Run
         "data__val_shards": f"{data}/test-0.tar",
     }
     flat |= {"data__workers": 0, "data__augment": "inception", "data__flip": True, "eval_every": 10}
+    flat |= {"data__eval_crop": 1.0}
     run = small_run(data, folder, **flat | changes)
     return dataclasses.replace(run, model=MODEL, task=task)
 
@@ -148,7 +151,22 @@ def test_a_killed_run_goes_on_in_another_layout_and_exports(data: Path, tmp_path
         torch.testing.assert_close(one[part], other[part], rtol=1e-3, atol=1e-4)
     assert not torch.equal(one["decoder.norm.running_var"], torch.ones(MODEL.dim))
     assert MegaVit.from_pretrained(tmp_path / "run").config.num_classes == 0
-    assert json.loads((tmp_path / "run" / "export" / "task.json").read_text())["classes"] == 3
+    task, module = load_dense(tmp_path / "run")
+    assert isinstance(task.config, SegmentConfig) and task.config.classes == 3
+    matrix = torch.zeros(3, 3, dtype=torch.long)
+    for picture, classes in scenes_of_test():
+        images = torch.from_numpy(picture).float()[None, None] / 127.5 - 1
+        with torch.no_grad():
+            found = module.maps(images, torch.ones(1)).argmax(1)
+        matrix += confusion(found[0], torch.from_numpy(classes), 3)
+    assert segmentation_results(matrix)["miou"] == pytest.approx(result(tmp_path / "run", "miou"), abs=2e-3)
+
+
+def scenes_of_test() -> list[tuple[np.ndarray, np.ndarray]]:
+    """Pictures and classes of `test-0.tar`."""
+    random = np.random.default_rng(0)
+    scenes = [scene(random) for _ in range(200 + 21)]
+    return [(picture, classes) for picture, _, classes in scenes[200:]]
 
 
 def refuse(data: Path, folder: Path) -> list[bool]:
