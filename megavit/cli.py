@@ -13,6 +13,7 @@ started.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import textwrap
@@ -218,6 +219,13 @@ def make_parser(
         "names, but not the model.* fields that it gives beside the name",
     )
     parser.add_argument(
+        "--trunk",
+        default="",
+        metavar="FOLDER",
+        help="an exported model whose weights the run starts from (--init_from), and whose architecture it "
+        "has, whatever files of --config say of model.* but image_size; flags --model.* win",
+    )
+    parser.add_argument(
         "--local_rank", "--local-rank", metavar="N", help="appended by the deepspeed launcher; not used"
     )
     try:
@@ -300,6 +308,7 @@ def _command(given: dict[str, Any], needs: Mapping[str, str], otherwise: Path | 
     del given["local_rank"]
     ds_path = _from_root(given.pop("deepspeed_config"))
     files = [_from_root(name) for name in given.pop("config")]
+    trunk = given.pop("trunk")
     flags = {name: value for name, value in given.items() if name in known or name.startswith(DS_PREFIX)}
     more = {name: value for name, value in given.items() if name not in flags}
     chosen = layered(_merged(files, task), flags, "the flags")
@@ -310,6 +319,10 @@ def _command(given: dict[str, Any], needs: Mapping[str, str], otherwise: Path | 
     if "model.name" in chosen and chosen["model.name"] != saved.get("model.name"):
         saved = {name: value for name, value in saved.items() if not name.startswith("model.")}
     values, overrides = split_overrides(layered(saved, chosen, "the flags and files"))
+    if trunk and saved:
+        values["init_from"] = trunk
+    elif trunk:
+        values = _of_trunk(trunk, values) | {name: flags[name] for name in flags if name.startswith("model.")}
     # What a recipe says of the default task is not for this one.
     values = {name: value for name, value in values.items() if name in known} | {"task.name": task}
     for name in ("data.shards", "data.val_shards", "data.class_names"):
@@ -321,7 +334,7 @@ def _command(given: dict[str, Any], needs: Mapping[str, str], otherwise: Path | 
     if missing:
         raise ValueError("; ".join(f"--{name} is required: {needs[name]}" for name in missing))
     notes = [
-        *_take_number_of_classes(values),
+        *_take_number_of_classes(values, config_class(task).CLASSES),
         *_note_validation_shards(values, flags, files),
         *(
             f"note: --{name} {value}, as in {values['run_dir']}/config.yaml"
@@ -332,6 +345,24 @@ def _command(given: dict[str, Any], needs: Mapping[str, str], otherwise: Path | 
     return Command(make_run(values), ds_path, overrides, tuple(notes), more)
 
 
+def _of_trunk(folder: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a run that starts from an export, or that of a run folder, with its architecture."""
+    places = [Path(folder) / "config.json", Path(folder) / "export" / "config.json"]
+    path = next((place for place in places if place.is_file()), places[0])
+    try:
+        found = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"--trunk {folder}: {path} is not the configuration of an exported model ({error}); "
+            f"launch/export.py writes one"
+        ) from error
+    if found.get("name") not in PRESETS:  # all that a preset fills is given
+        found["name"] = PRESETS[0]
+    trunk = {f"model.{name}": value for name, value in found.items() if name != "num_classes"}
+    kept = {name: value for name, value in values.items() if name not in trunk or name == "model.image_size"}
+    return trunk | kept | {"init_from": folder}
+
+
 def _merged(files: Sequence[str], task: str) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name in files:
@@ -339,31 +370,28 @@ def _merged(files: Sequence[str], task: str) -> dict[str, Any]:
     return merged
 
 
-def _take_number_of_classes(values: dict[str, Any]) -> Iterator[str]:
-    """Set `model.num_classes` to the number of names that are given or lie beside the training shards, if
-    there are names and it is not given; what is to be said about it. ValueError if a model has too few, or
-    more than are named in a file that is given."""
+def _take_number_of_classes(values: dict[str, Any], field: str) -> Iterator[str]:
+    """Set `field`, which counts the classes of the task, to the number of names that are given or lie beside
+    the training shards, if there are names and it is not given; what is to be said about it. ValueError if a
+    model has too few, or more than are named in a file that is given."""
     names_given = values.get("data.class_names", "")
     path = class_names_file(values.get("data.shards", ""), names_given)
-    if path is None:
+    if path is None or not field:
         return
     names = read_class_names(path)
     where = f"{len(names)} classes in {path}"
-    if "model.num_classes" not in values:
-        values["model.num_classes"] = len(names)
-        yield f"note: model.num_classes is {len(names)}: there are {where}"
-    given = values["model.num_classes"]
+    if field not in values:
+        values[field] = len(names)
+        yield f"note: {field} is {len(names)}: there are {where}"
+    given = values[field]
     if given < len(names):
         raise ValueError(
-            f"model.num_classes {given} is too small: there are {where}; leave it out, or give "
-            f"--model.num_classes {len(names)}"
+            f"{field} {given} is too small: there are {where}; leave it out, or give --{field} {len(names)}"
         )
     if given > len(names) and names_given:
-        raise ValueError(
-            f"model.num_classes is {given}, but --data.class_names names only {where}; name every class"
-        )
+        raise ValueError(f"{field} is {given}, but --data.class_names names only {where}; name every class")
     if given > len(names):
-        yield f"note: model.num_classes is {given}, but there are only {where}, which are not taken as names"
+        yield f"note: {field} is {given}, but there are only {where}, which are not taken as names"
 
 
 def _note_validation_shards(

@@ -25,7 +25,7 @@ from megavit.data.images import check_pixels
 from megavit.data.index import IMAGE_EXTENSIONS, LABEL_EXTENSIONS
 from megavit.data.json_data import kind_of, parse_json
 from megavit.data.labels import pad_labels, parse_labels
-from megavit.data.planes import PLANE_KINDS, read_plane
+from megavit.data.planes import PLANE_KINDS, check_values, known_pixels, read_plane
 
 # Those that a TP group can gather.
 _DTYPES = ("uint8", "int8", "int32", "int64", "float16", "float32", "float64", "bool")
@@ -205,6 +205,9 @@ class Plane(Field):
             what is not finite.
         scale: the unit in which the file counts; KITTI's depth in 1/256 m is `dtype="float32", invalid=0,
             scale=1 / 256`.
+        classes: of a mask: a file with a stored number outside of 0 to classes - 1, which is not `invalid`,
+            is bad.
+        allow_empty: whether a file may know nothing of any pixel.
     """
 
     is_spatial = True
@@ -219,6 +222,8 @@ class Plane(Field):
     _: KW_ONLY
     invalid: float | None = None
     scale: float = 1.0
+    classes: int | None = None
+    allow_empty: bool = True
 
     def __post_init__(self) -> None:
         channels = () if self.channels == 1 else (self.channels,)
@@ -229,10 +234,9 @@ class Plane(Field):
     def decode(self, data: bytes, extension: str, geometry: Geometry, out: np.ndarray) -> None:
         stored = read_plane(data, _kind(extension), partial(geometry.at, member=extension))
         _check_channels(stored, self.channels, extension)
+        check_values(stored, self.invalid, self.classes, self.allow_empty, extension)
         values, outside = geometry.nearest(stored, self.size)
-        unknown = ~np.isfinite(values)
-        if self.invalid is not None:
-            unknown |= values == self.invalid
+        unknown = ~known_pixels(values, self.invalid)
         if outside is not None:
             unknown |= outside[:, :, None]
         values = np.where(unknown, 0, values)

@@ -18,7 +18,7 @@ from PIL import Image
 from megavit.data.config import DataConfig
 from megavit.data.exif import Box
 
-NUM_RANDOM = 9  # uniforms that one training sample consumes
+NUM_RANDOM = 10  # uniforms that one training sample consumes
 _ASPECT = (3 / 4, 4 / 3)
 
 
@@ -60,6 +60,7 @@ class Geometry:
         affine: how that square is moved then; what comes from outside of it is filled.
         mirror: whether the device mirrors the square left to right. A field that is no square of pixels, such
             as a list of points, must do so itself.
+        time: where a clip of a video begins, of the time that there is for it; None in evaluation.
     """
 
     width: int
@@ -67,6 +68,7 @@ class Geometry:
     box: Box
     affine: Affine | None = None
     mirror: bool = False
+    time: float | None = None
 
     def at(self, width: int, height: int, member: str) -> Geometry:
         """Itself, for a member of the same size as the picture; ValueError naming both for another."""
@@ -115,7 +117,8 @@ def decide(width: int, height: int, config: DataConfig, u: np.ndarray | None) ->
     if u is None:
         return Geometry(width, height, eval_box(width, height, config.eval_crop))
     box = train_box(width, height, config, u)
-    return Geometry(width, height, box, _affine(config, u), bool(config.flip and u[7] < 0.5))
+    mirror = bool(config.flip and u[7] < 0.5)
+    return Geometry(width, height, box, _affine(config, u), mirror, float(u[9]))
 
 
 def train_box(width: int, height: int, config: DataConfig, u: np.ndarray) -> Box:

@@ -24,6 +24,7 @@ from megavit.data.sources import open_regular
 from megavit.data.tar import ShardError, open_shard, walk_tar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+VIDEO_EXTENSIONS = ("mp4",)
 LABEL_EXTENSIONS = ("cls", "json")
 SOURCE_EXTENSION = "source.txt"  # the file that a sample was made from; read when it is reported only
 INDEX_SUFFIX = ".idx"

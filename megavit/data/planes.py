@@ -29,6 +29,27 @@ def read_plane(data: bytes, kind: str, check_size: Callable[[int, int], object])
     return values.reshape(*values.shape[:2], -1)
 
 
+def known_pixels(values: np.ndarray, invalid: float | None) -> np.ndarray:
+    """bool, of the shape of `values`: which of a plane's stored numbers say something: those that are finite
+    and not `invalid`."""
+    known = np.isfinite(values)
+    return known if invalid is None else known & (values != invalid)
+
+
+def check_values(
+    stored: np.ndarray, invalid: float | None, classes: int | None, allow_empty: bool, member: str
+) -> None:
+    """ValueError, naming the member, if a plane holds numbers outside of 0 to `classes` - 1 that are not
+    `invalid`, or, without `allow_empty`, none that is known."""
+    if classes is None and allow_empty:
+        return
+    known = known_pixels(stored, invalid)
+    if not allow_empty and not known.any():
+        raise ValueError(f"its {member} has no pixel of which anything is known")
+    if classes is not None and (wrong := known & ~((stored >= 0) & (stored < classes))).any():
+        raise ValueError(f"its {member} holds class {stored[wrong][0]}, which is outside 0..{classes - 1}")
+
+
 def _read_png(data: bytes, check_size: Callable[[int, int], object]) -> np.ndarray:
     image = open_image(data, sys.maxsize)
     if image.format != "PNG":

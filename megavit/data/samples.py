@@ -21,7 +21,7 @@ from megavit.data.reader import ShardReader
 
 class Samples:
     """Decodes samples into rows of a batch. ValueError if two fields have the same name, or none is a
-    picture, which decides the geometry of the others."""
+    picture or video, which decides the geometry of the others."""
 
     def __init__(
         self, manifest: Manifest, fields: Sequence[Field], config: DataConfig, cache: ShardCache | None = None

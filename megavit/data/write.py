@@ -1,5 +1,6 @@
-"""Writing WebDataset shards from data sets in their own on-disk formats: digits, CIFAR-10/100, folders of
-images.
+"""Writing WebDataset shards, and the data sets with a class a sample in their own on-disk formats: digits,
+CIFAR-10/100, folders of images or videos. Those with depth and masks are in write_depth.py and
+write_masks.py.
 
 A shard appears under its name only when it is complete, and one that exists is not written again, so a run
 that was interrupted is continued by running it again.
@@ -12,9 +13,9 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ import webdataset as wds
 from PIL import Image
 from tqdm import tqdm
 
-from megavit.data.index import IMAGE_EXTENSIONS, INDEX_SUFFIX, SOURCE_EXTENSION
+from megavit.data.index import IMAGE_EXTENSIONS, INDEX_SUFFIX, SOURCE_EXTENSION, VIDEO_EXTENSIONS
 from megavit.data.json_data import parse_json
 from megavit.data.manifest import MANIFEST_SUFFIX, open_shards, write_index
+from megavit.data.plane_facts import PlaneFacts
 
 DIGITS_TRAIN = 1437  # of load_digits' 1,797 images; the last 360 come from other writers
 
@@ -44,6 +46,17 @@ class Split:
     def note_left_out(self) -> str:
         """A line about the files that were left out, by extension, or '' if there are none."""
         return f"note: {self.name}: left out {_by_extension(self.left_out)}" if self.left_out else ""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What is written: splits, the names of the classes where there are any, what the planes of a sample
+    mean, and lines for the user."""
+
+    splits: Sequence[Split]
+    class_names: Sequence[str] = ()
+    planes: Mapping[str, PlaneFacts] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 def digest(*parts: object) -> str:
@@ -294,11 +307,12 @@ class _CifarUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it may hold arrays only, not {module}.{name}")
 
 
-def imagefolder_splits(root: str | Path) -> list[Split]:
-    """Folders of images, one a class: `root/<class>/...`, or `root/{train,val,test}/<class>/...`.
+def folder_splits(root: str | Path, extensions: Sequence[str] = IMAGE_EXTENSIONS) -> list[Split]:
+    """Folders of images (or other files), one a class: `root/<class>/...`, or
+    `root/{train,val,test}/<class>/...`.
 
     Class ids are the sorted class names of the training split (of the root without splits), and are written
-    to `classes.txt` by the caller. Raises ValueError for no images, or a split with classes that training
+    to `classes.txt` by the caller. Raises ValueError for no such files, or a split with classes that training
     lacks.
     """
     root = Path(root)
@@ -316,16 +330,15 @@ def imagefolder_splits(root: str | Path) -> list[Split]:
         left_out = [os.path.relpath(path, root) for path in sorted(folder.iterdir()) if path.is_file()]
         for label, class_name in enumerate(classes):
             for path in sorted((folder / class_name).rglob("*")):
-                if path.suffix[1:].lower() in IMAGE_EXTENSIONS:
+                if path.suffix[1:].lower() in extensions:
                     paths.append(os.path.relpath(path, root))
                     labels.append(label)
                 elif path.is_file():
                     left_out.append(os.path.relpath(path, root))
         if not paths:
             found = f"; there are {_by_extension(left_out)}" if left_out else ""
-            raise ValueError(
-                f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}) in class folders{found}"
-            )
+            kind = "images" if extensions is IMAGE_EXTENSIONS else "files"
+            raise ValueError(f"{folder} holds no {kind} ({', '.join(extensions)}) in class folders{found}")
         # Neighbours of one class would fill whole shards: spread the classes over the shards.
         order = np.argsort(
             [hashlib.blake2b(os.fsencode(os.path.basename(p)), digest_size=8).digest() for p in paths]
@@ -343,7 +356,7 @@ def _by_extension(paths: Sequence[str], most: int = 3) -> str:
     groups: dict[str, list[str]] = {}
     for path in paths:
         kind = os.path.splitext(path)[1].lower() or "without extension"
-        if kind[1:] in IMAGE_EXTENSIONS:
+        if kind[1:] in (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS):
             kind = "outside the class folders"
         groups.setdefault(kind, []).append(path)
     return "; ".join(

@@ -1,6 +1,7 @@
 """WebDataset shards: write them from a data set, index them, check them, and see what a step reads.
 
     python launch/shards.py digits | cifar10 | cifar100 | imagefolder   [--root R] [--out O]
+    python launch/shards.py nyu | kitti | depthfolder | ade20k | voc | segfolder | kinetics   --root R --out O
     python launch/shards.py index 'data/train-{000000..000099}.tar' --out data
     python launch/shards.py verify data/train.manifest.json
     python launch/shards.py stats data/train.manifest.json
@@ -24,6 +25,7 @@ from megavit.recipe import IS_CHECKOUT, PROJECT_ROOT
 
 if TYPE_CHECKING:
     from megavit.data.cache import ShardCache
+    from megavit.data.write import DataSet
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -61,6 +63,38 @@ def _add_writers(commands: argparse._SubParsersAction[Parser]) -> None:
     add("cifar10", "CIFAR-10, python version (cifar-10-batches-py)", 1000, True, None)
     add("cifar100", "CIFAR-100, python version (cifar-100-python), fine labels", 1000, True, None)
     add("imagefolder", "folders of images: ROOT[/train|val|test]/CLASS/*.jpg", 1000, True, None)
+    for name, help in _DENSE.items():
+        _add_options(name, add(name, help, 1000 if name != "kinetics" else 200, True, None))
+
+
+# Those whose samples have a plane beside the picture, or a video in its place.
+_DENSE = {
+    "nyu": "NYU Depth v2: nyu_depth_v2_labeled.mat and splits.mat, or sync/ and official_splits/test/",
+    "kitti": "KITTI depth: raw DATE/DRIVE_sync/image_02/data/*.png and annotated depth",
+    "depthfolder": "pictures with depth: ROOT[/train|val|test]/rgb/*.jpg and depth/*.npy or depth/*.png",
+    "ade20k": "ADE20K's SceneParse150, ADEChallengeData2016",
+    "voc": "Pascal VOC 2012's segmentation, VOCdevkit/VOC2012",
+    "segfolder": "pictures with masks: ROOT[/train|val|test]/images/*.jpg and masks/*.png, ROOT/classes.txt",
+    "kinetics": "videos in folders of classes: ROOT/{train,val}/CLASS/*.mp4",
+}
+
+
+def _add_options(name: str, command: argparse.ArgumentParser) -> None:
+    if name == "kitti":
+        command.add_argument(
+            "--depth_root",
+            type=Path,
+            help="folder of the annotated depth's train/ and val/ (ROOT/data_depth_annotated, or ROOT)",
+        )
+    if name in ("kitti", "nyu"):
+        for split in ("train", "test"):
+            command.add_argument(
+                f"--{split}_list", type=Path, help=f"text file with the pictures of {split}, a line each"
+            )
+    if name == "depthfolder":
+        command.add_argument("--scale", type=float, help="metres of the stored number 1 (npy: 1)")
+        command.add_argument("--invalid", type=float, default=0.0, help="stored number of no depth (0)")
+        command.add_argument("--max_m", type=float, help="metres up to which depth is measured")
 
 
 def _add_tools(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -90,7 +124,9 @@ def _add_tools(commands: argparse._SubParsersAction[Parser]) -> None:
         command.add_argument("--cache_gb", type=float, default=100.0, help="size of that folder in GB (100)")
     for command in (verify_command, stats_command):
         command.add_argument(
-            "--decode", action="store_true", help="also decode every image and label as training would"
+            "--decode",
+            action="store_true",
+            help="also decode every image, label, plane and video as training would",
         )
         command.add_argument("shards_spec", metavar="MANIFEST", help="NAME.manifest.json, or a pattern")
         command.add_argument(
@@ -109,31 +145,62 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
 
 
 def write(arguments: argparse.Namespace) -> int:
-    from megavit.data import write
     from megavit.data.class_names import write_class_names
-    from megavit.data.index import IMAGE_EXTENSIONS
+    from megavit.data.plane_facts import claim_planes
+    from megavit.data.write import digits_baselines, write_splits
 
-    if arguments.command == "digits":
-        splits, names = write.digits_splits(arguments.holdout), list("0123456789")
-    elif arguments.command == "imagefolder":
-        splits, names = write.imagefolder_splits(arguments.root), write.class_names(arguments.root)
-    else:
-        num_classes = int(arguments.command.removeprefix("cifar"))
-        splits = write.cifar_splits(arguments.root, num_classes)
-        names = write.cifar_class_names(arguments.root, num_classes)
-    for split in splits:
-        if note := split.note_left_out():
-            print(f"{note}; samples are made of {', '.join(IMAGE_EXTENSIONS)} in class folders", flush=True)
-    write.write_splits(splits, arguments.out, arguments.shard_size, arguments.workers)
-    out = Path(arguments.out)
+    if arguments.workers < 1:
+        raise ValueError(f"--workers {arguments.workers} must be at least 1")
+    found, out = _data_set(arguments), Path(arguments.out)
+    for note in found.notes:
+        print(note, flush=True)
+    if found.planes:
+        claim_planes(out, found.planes)
+    write_splits(found.splits, out, arguments.shard_size, arguments.workers)
     if arguments.command == "digits" and not (out / "baselines.json").exists():
         (out / "baselines.json").write_text(
-            json.dumps({"split": "test", "metric": "top1", "results": write.digits_baselines()}, indent=2)
-            + "\n"
+            json.dumps({"split": "test", "metric": "top1", "results": digits_baselines()}, indent=2) + "\n"
         )
-    write_class_names(out, names)
-    print(", ".join(f"{split.name}: {split.size} samples" for split in splits), f"in {out}")
+    if found.class_names:
+        write_class_names(out, found.class_names)
+    print(", ".join(f"{split.name}: {split.size} samples" for split in found.splits), f"in {out}")
     return 0
+
+
+def _data_set(arguments: argparse.Namespace) -> DataSet:
+    """The data set of a writer's command."""
+    from megavit.data import write, write_depth, write_masks
+    from megavit.data.index import IMAGE_EXTENSIONS
+
+    root = getattr(arguments, "root", None) or Path()
+    match arguments.command:
+        case "digits":
+            return write.DataSet(write.digits_splits(arguments.holdout), list("0123456789"))
+        case "imagefolder":
+            splits = write.folder_splits(root)
+            kinds = f"samples are made of {', '.join(IMAGE_EXTENSIONS)} in class folders"
+            notes = [f"{note}; {kinds}" for split in splits if (note := split.note_left_out())]
+            return write.DataSet(splits, write.class_names(root), notes=notes)
+        case "nyu":
+            return write_depth.nyu_set(root, arguments.train_list, arguments.test_list)
+        case "kitti":
+            return write_depth.kitti_set(
+                root, arguments.depth_root, arguments.train_list, arguments.test_list
+            )
+        case "depthfolder":
+            return write_depth.depth_set(root, arguments.scale, arguments.invalid, arguments.max_m)
+        case "ade20k":
+            return write_masks.ade20k_set(root)
+        case "voc":
+            return write_masks.voc_set(root)
+        case "segfolder":
+            return write_masks.mask_set(root, arguments.workers)
+        case "kinetics":
+            from megavit.data import write_videos  # imports torch, for seconds
+
+            return write_videos.video_set(root, Path(arguments.out), arguments.workers)
+    num_classes = int(arguments.command.removeprefix("cifar"))
+    return write.DataSet(write.cifar_splits(root, num_classes), write.cifar_class_names(root, num_classes))
 
 
 def index(arguments: argparse.Namespace) -> int:
@@ -158,11 +225,13 @@ def index(arguments: argparse.Namespace) -> int:
 def verify(arguments: argparse.Namespace) -> int:
     from megavit.data.audit import verify
     from megavit.data.manifest import open_shards
+    from megavit.data.plane_facts import planes_beside
 
     cache = _cache(arguments)
     manifest = open_shards(arguments.shards_spec, cache, progress=True, allow_pipe=arguments.allow_pipe)
     problems = 0
-    for line in verify(manifest, cache, arguments.workers, decode=arguments.decode):
+    planes = planes_beside(arguments.shards_spec)
+    for line in verify(manifest, cache, arguments.workers, decode=arguments.decode, planes=planes):
         problems += 1
         print(line, flush=True)
     unchecked = any(isinstance(index, bytes) for index in manifest.indexes)
@@ -174,13 +243,17 @@ def verify(arguments: argparse.Namespace) -> int:
 def stats(arguments: argparse.Namespace) -> int:
     from megavit.data.audit import statistics
     from megavit.data.manifest import open_shards
+    from megavit.data.plane_facts import planes_beside
 
     if arguments.shards < 0:
         raise ValueError(f"--shards {arguments.shards} cannot be negative; 0 looks at all")
     cache = _cache(arguments)
     manifest = open_shards(arguments.shards_spec, cache, progress=True, allow_pipe=arguments.allow_pipe)
-    found = statistics(manifest, cache, arguments.workers, arguments.shards, decode=arguments.decode)
-    print("\n".join(found.lines(manifest)))
+    planes = planes_beside(arguments.shards_spec)
+    found = statistics(
+        manifest, cache, arguments.workers, arguments.shards, decode=arguments.decode, planes=planes
+    )
+    print("\n".join(found.lines(manifest, planes)))
     return 0
 
 

@@ -102,6 +102,17 @@ class _GatherFromTp(torch.autograd.Function):
         return _GatherFromTp.apply(mesh, local.movedim(in_dims[1], 0), dim), 0
 
 
+class _AddOverDp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mesh: Mesh, local: Tensor) -> Tensor:
+        ctx.mesh = mesh
+        return sum_over_dp(mesh, local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return None, sum_over_dp(ctx.mesh, grad)
+
+
 # torch.compile cannot trace a collective inside an autograd.Function: compiled blocks break their graph here.
 _apply_copy = torch.compiler.disable(_CopyToTp.apply)
 _apply_reduce = torch.compiler.disable(_ReduceFromTp.apply)
@@ -127,6 +138,12 @@ def gather_from_tp(mesh: Mesh, local: Tensor, dim: int = -1) -> Tensor:
     """Concatenate the ranks' equal-sized pieces along `dim` forward; take this rank's slice of the gradient
     backward."""
     return local if mesh.tp_size == 1 else _apply_gather(mesh, local, dim)
+
+
+def add_over_dp(mesh: Mesh, local: Tensor) -> Tensor:
+    """Elementwise sum over the data-parallel ranks forward, all of whose losses depend on it: the sum of
+    their gradients backward."""
+    return local if mesh.dp_size == 1 else _AddOverDp.apply(mesh, local)
 
 
 @torch.no_grad()

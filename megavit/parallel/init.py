@@ -85,6 +85,20 @@ class Initializer:
         """
         return self._make(name, layout, _fill_xavier_uniform)
 
+    def statistic(self, name: str, layout: Layout, value: float) -> torch.Tensor:
+        """What is part of the state but not trained, such as running statistics: a float32 tensor of entries
+        `value`, whole on every rank, to be registered as a buffer."""
+        assert layout.dim is None, "statistics are whole on every rank"
+        path = f"{self.path}.{name}" if self.path else name
+        # numpy's, because `deepspeed.zero.Init` makes torch's constructors return its own dtype.
+        found = torch.from_numpy(np.full(layout.shape, value, np.float32)).to(torch.empty(0).device)
+        found.logical_name = path  # type: ignore[attr-defined]
+        found.tp_layout = layout  # type: ignore[attr-defined]
+        found.initial_values = InitialValues(  # type: ignore[attr-defined]
+            layout, f"{self.seed}/{path}", _fill_constant, value
+        )
+        return found
+
     def _make(
         self,
         name: str,
@@ -128,6 +142,11 @@ def logical_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]
     return found
 
 
+def logical_statistics(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers of a module that `Initializer.statistic` made, under the names that it gave them."""
+    return {name: buffer for buffer in module.buffers() if (name := getattr(buffer, "logical_name", None))}
+
+
 @torch.no_grad()
 def initialise(parameter: torch.nn.Parameter, mesh: Mesh) -> None:
     """Fill this rank's shard with its initial values."""
@@ -136,8 +155,8 @@ def initialise(parameter: torch.nn.Parameter, mesh: Mesh) -> None:
     parameter.copy_(torch.from_numpy(flat).view(parameter.shape))
 
 
-def initial_values_of(parameter: torch.nn.Parameter) -> InitialValues:
-    """The values that `Initializer` attached to a parameter."""
+def initial_values_of(parameter: torch.Tensor) -> InitialValues:
+    """The values that `Initializer` attached to a parameter or statistic."""
     values = getattr(parameter, "initial_values", None)
     assert isinstance(values, InitialValues), "parameters are made by megavit.parallel.init.Initializer"
     return values

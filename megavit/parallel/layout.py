@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -125,8 +124,8 @@ def _cut(start: int, stop: int, width: int) -> Iterator[tuple[int, int, int, int
         at += height * columns
 
 
-def layout_of(parameter: torch.nn.Parameter) -> Layout:
-    """The layout that `Initializer` attached to a parameter."""
+def layout_of(parameter: Tensor) -> Layout:
+    """The layout that `Initializer` attached to a parameter or statistic."""
     layout = getattr(parameter, "tp_layout", None)
     assert isinstance(layout, Layout), "parameters are made by megavit.parallel.init.Initializer"
     return layout

@@ -23,11 +23,13 @@ class TaskConfig:
     """What the run learns. A task of your own adds its fields to these (megavit/tasks/README.md).
 
     Args:
-        name: a built-in task (classify), or path/to/file.py:Class for one of your own.
+        name: a built-in task (classify, depth, segment), or path/to/file.py:Class for one of your own.
     """
 
     # Fields that a run which goes on may have otherwise than it was saved with.
     MAY_CHANGE: ClassVar[tuple[str, ...]] = ()
+    # The field of a run that counts the classes of classes.txt beside the data; empty if none does.
+    CLASSES: ClassVar[str] = "model.num_classes"
 
     name: str = "classify"
 
@@ -70,9 +72,159 @@ class ClassifyConfig(TaskConfig):
             raise ValueError("classification needs model.num_classes of at least 1, got 0")
 
 
+@dataclass(frozen=True)
+class DenseConfig(TaskConfig):
+    """A decoder on the patch tokens of chosen blocks.
+
+    Args:
+        layers: the blocks whose tokens the head reads, separated by commas, in the head's order; negative
+            numbers count from the end, and a block may be named again. Empty takes the last one, or for
+            heads of four taps the ends of the four quarters.
+        norm_taps: apply the trunk's final norm to the tokens of every tap.
+        head_width: channels of the head; none takes the head's own.
+    """
+
+    layers: str = ""
+    norm_taps: bool = True
+    head_width: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head_width is not None and self.head_width < 1:
+            raise ValueError(f"task.head_width must be at least 1, got {self.head_width}")
+        self.named_layers()
+
+    def named_layers(self) -> list[int]:
+        """The numbers in `layers`. ValueError if it is anything else."""
+        try:
+            return [int(number) for number in self.layers.split(",") if self.layers]
+        except ValueError as error:
+            raise ValueError(
+                f"task.layers must be numbers of blocks, such as 5,11 or -1, got {self.layers!r}"
+            ) from error
+
+    def taps(self, depth: int, count: int) -> list[int]:
+        """The block of each of a head's `count` taps, in a trunk of `depth`. ValueError if `layers` are not
+        as many, or not in the trunk; one block may serve all taps."""
+        named = self.named_layers()
+        if not named:
+            return [max(0, depth * (number + 1) // count - 1) for number in range(count)]
+        if len(named) not in (1, count) or not all(-depth <= number < depth for number in named):
+            raise ValueError(
+                f"task.layers {self.layers}: the head reads {count} of the blocks 0 to {depth - 1}; name "
+                f"{count}, or one for all"
+            )
+        found = [number % depth for number in named]
+        return found if len(found) == count else found * count
+
+    def check(self, model: ModelConfig, data: DataConfig) -> None:
+        if data.mixup or data.cutmix:
+            raise ValueError(f"task {self.name} cannot blend pictures; leave out data.mixup and data.cutmix")
+
+
+@dataclass(frozen=True)
+class DepthConfig(DenseConfig):
+    """Depth in metres of every pixel, from the samples' depth.png or depth.npy.
+
+    Args:
+        head: dpt (four taps), linear (batch norm and a 1 x 1 convolution), or bins (the same into 256 bins of
+            depth, whose mean counts).
+        loss: log1p (squared error of log(1 + metres), ViT-22B) or silog (scale-invariant log error).
+        silog_lambda: share of the squared mean error that silog forgives.
+        gradient: weight of the error of the gradients of the logarithm, at four scales; 0 leaves it out.
+        min_m: least depth in metres that counts, in training and in evaluation; predictions are cut to it.
+        max_m: largest depth; none takes what dense.json beside the training shards says, or else 10.
+        scale: metres of the number 1 in the files; none takes what dense.json says, and one of the two must.
+        invalid: the number in the files that means that nothing is known; none takes what dense.json says, or
+            else 0.
+        crop: the part of the picture that evaluations count: none, eigen (NYUv2's) or garg (KITTI's), as
+            shares of the sides.
+        align: what a prediction is brought to the truth with before it is measured, image by image: none,
+            median (a factor), or least_squares (a factor and a shift).
+    """
+
+    MAY_CHANGE = ("crop", "align")
+    CLASSES = ""
+
+    name: str = "depth"
+    head: Literal["dpt", "linear", "bins"] = "dpt"
+    loss: Literal["log1p", "silog"] = "log1p"
+    silog_lambda: float = 0.85
+    gradient: float = 0.0
+    min_m: float = 1e-3
+    max_m: float | None = None
+    scale: float | None = None
+    invalid: float | None = None
+    crop: Literal["none", "eigen", "garg"] = "none"
+    align: Literal["none", "median", "least_squares"] = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.min_m < (self.max_m or float("inf")):
+            raise ValueError(f"task.min_m {self.min_m} must be positive and below task.max_m {self.max_m}")
+        if self.scale is not None and not self.scale > 0:
+            raise ValueError(f"task.scale must be positive, got {self.scale}")
+        if self.gradient < 0 or not 0.0 <= self.silog_lambda < 1.0:
+            raise ValueError(
+                f"task.gradient cannot be negative and task.silog_lambda must lie in [0, 1), got "
+                f"{self.gradient} and {self.silog_lambda}"
+            )
+
+    def check(self, model: ModelConfig, data: DataConfig) -> None:
+        super().check(model, data)
+        self.taps(model.depth, 4 if self.head == "dpt" else 1)
+
+
+@dataclass(frozen=True)
+class SegmentConfig(DenseConfig):
+    """A class of every pixel, from the samples' mask.png, in which 255 means none.
+
+    Args:
+        classes: number of classes, such as ADE20K's 150; not given, as many as classes.txt beside the
+            training shards names.
+        head: linear (batch norm and a 1 x 1 convolution), upernet (a pyramid of four taps) or segmenter (a
+            mask transformer).
+        head_layers: blocks of the mask transformer.
+        dice: weight of the soft dice loss beside the cross-entropy.
+        class_iou: evaluations also give the IoU of each class.
+    """
+
+    MAY_CHANGE = ("class_iou",)
+    CLASSES = "task.classes"
+
+    name: str = "segment"
+    classes: int = 0
+    head: Literal["linear", "upernet", "segmenter"] = "linear"
+    head_layers: int = 2
+    dice: float = 0.0
+    class_iou: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.classes <= 255:
+            raise ValueError(
+                f"task.classes must be at most 255, the number that means none, got {self.classes}"
+            )
+        if self.dice < 0 or self.head_layers < 1:
+            raise ValueError(
+                f"task.dice cannot be negative and task.head_layers must be at least 1, got {self.dice} and "
+                f"{self.head_layers}"
+            )
+
+    def check(self, model: ModelConfig, data: DataConfig) -> None:
+        super().check(model, data)
+        if self.classes < 2:
+            raise ValueError(
+                f"segmentation needs the number of classes, e.g. --task.classes 150, got {self.classes}"
+            )
+        self.taps(model.depth, 4 if self.head == "upernet" else 1)
+
+
 # Built-in tasks: where the class is, and its configuration.
 _BUILT_IN: dict[str, tuple[str, type[TaskConfig]]] = {
     "classify": ("megavit.tasks.classify:Classify", ClassifyConfig),
+    "depth": ("megavit.tasks.depth:Depth", DepthConfig),
+    "segment": ("megavit.tasks.segment:Segment", SegmentConfig),
 }
 
 

@@ -29,6 +29,8 @@ class ScheduleConfig:
     Args:
         name: rsqrt (ViT-22B), cosine, linear or constant, after the warm-up.
         warmup_steps: linear rise from 0 to the peak.
+        warmup_from_zero: the first update has the rate 0 and the one after the warm-up the peak, as in
+            optax; else the first has peak / warmup_steps, and the last of the warm-up the peak.
         cooldown_steps: linear fall to 0 over the last steps, on top of the shape.
         timescale_steps: rsqrt decays as 1/sqrt(1 + (step - warmup) / timescale).
         layer_decay: layer-wise decay of the rate: that of the layer k below the last is multiplied by
@@ -41,6 +43,7 @@ class ScheduleConfig:
     cooldown_steps: int = 0
     timescale_steps: int = 10_000
     layer_decay: float = 1.0
+    warmup_from_zero: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "schedule.")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megavit.model.block import ParallelBlock, SequentialBlock
 from megavit.model.vit import MegaVit
 from megavit.parallel.collectives import reduce_from_tp, sum_over_dp, sum_over_world
-from megavit.parallel.init import Initializer, logical_parameters
+from megavit.parallel.init import Initializer, logical_parameters, logical_statistics
 from megavit.parallel.layout import layout_of
 from megavit.parallel.mesh import Mesh
 from megavit.tasks.task import Sums, Task, make_task
@@ -69,7 +69,8 @@ class Engine:
             mpu=mesh,
             dist_init_required=False,
         )
-        self.state = ZeroState(self._deepspeed, self.parameters, mesh)
+        self._statistics = logical_statistics(self.module)
+        self.state = ZeroState(self._deepspeed, self.parameters, mesh, self._statistics)
         self._check_state()
         if initialise:
             self.state.initialise()
@@ -100,6 +101,7 @@ class Engine:
         total = torch.zeros((), device=self.mesh.device)
         metrics: dict[str, Tensor] = {}
         divisor = total_weight.clamp(min=1)
+        statistics = [statistic.clone() for statistic in self._statistics.values()]
         for index, inputs in enumerate(micro_batches):
             sums = Sums(*self._deepspeed(_forward, inputs))
             loss = sums.loss / divisor
@@ -115,6 +117,9 @@ class Engine:
             step.grad_norm = self._whole_grad_norm()
         self._deepspeed.step()
         result = self._agree(step)
+        if result.refused:
+            for statistic, before in zip(self._statistics.values(), statistics, strict=True):
+                statistic.copy_(before)
         self._step = None
         return result
 

@@ -11,7 +11,8 @@ def lr_at(step: int, total_steps: int, peak: float, schedule: ScheduleConfig) ->
     """Learning rate of the update number `step` (from 0) of `total_steps`.
 
     The shape starts where the warm-up ends; the cool-down multiplies it. The first and the last update are
-    not zero. rsqrt is big_vision's: peak / sqrt(1 + (step - warmup) / timescale).
+    not zero, but for the first one with `warmup_from_zero`. rsqrt is big_vision's:
+    peak / sqrt(1 + (step - warmup) / timescale).
     """
     warmup, cooldown = schedule.warmup_steps, schedule.cooldown_steps
     after_warmup = max(0, step - warmup)
@@ -24,6 +25,7 @@ def lr_at(step: int, total_steps: int, peak: float, schedule: ScheduleConfig) ->
         shape = 1.0 - progress
     else:
         shape = 1.0
-    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    risen = step if schedule.warmup_from_zero else step + 1
+    rise = min(1.0, risen / warmup) if warmup else 1.0
     fall = min(1.0, (total_steps - step) / cooldown) if cooldown else 1.0
     return peak * shape * rise * fall

@@ -39,16 +39,25 @@ class Slice:
 
 class ZeroState:
     """The training state that one rank holds inside a DeepSpeed engine, for stages 0 to 3, also offloaded to
-    the CPU."""
+    the CPU. `statistics`, which are whole on every rank, count as trained, with moments of zero."""
 
-    def __init__(self, engine: Any, parameters: Mapping[str, nn.Parameter], mesh: Mesh):
+    def __init__(
+        self,
+        engine: Any,
+        parameters: Mapping[str, nn.Parameter],
+        mesh: Mesh,
+        statistics: Mapping[str, Tensor] | None = None,
+    ):
         self._engine, self._parameters, self._mesh = engine, parameters, mesh
+        self._statistics = statistics or {}
         self._stage: int = engine.zero_optimization_stage()
 
     @property
     def layouts(self) -> dict[str, Layout]:
-        """Of the parameters that are trained, by logical name."""
-        return self._layouts(frozen=False)
+        """Of the parameters that are trained, and of the statistics, by logical name."""
+        return self._layouts(frozen=False) | {
+            name: layout_of(part) for name, part in self._statistics.items()
+        }
 
     @property
     def frozen_layouts(self) -> dict[str, Layout]:
@@ -80,17 +89,22 @@ class ZeroState:
             whole |= self._moments(flat) if moments and parameter.requires_grad else {}
             part = slice(offset, offset + stop - start)
             yield Slice(name, start, stop, {kind: t.detach().view(-1)[part] for kind, t in whole.items()})
+        for name, statistic in self._statistics.items():
+            flat = statistic.view(-1)
+            whole = {WEIGHT: flat} | {kind: torch.zeros_like(flat) for kind in MOMENTS if moments}
+            yield Slice(name, 0, flat.numel(), whole)
 
     def owned(self) -> Iterator[Slice]:
         """The slices that this rank saves: all ranks' together are every shard of what is trained once.
 
-        Stage 0 shares its whole shards out over the DP ranks; of replicated parameters TP rank 0's count.
+        What is whole on every rank (all at stage 0, statistics) is shared out over the DP ranks; of
+        replicated tensors TP rank 0's count.
         """
         layouts = self.layouts
         for part in self.slices():
             if layouts[part.name].dim is None and self._mesh.tp_rank:
                 continue
-            if self._stage == 0:
+            if self._stage == 0 or part.name in self._statistics:
                 share = -(-part.stop // self._mesh.dp_size)
                 start = min(share * self._mesh.dp_rank, part.stop)
                 stop = min(start + share, part.stop)
@@ -121,7 +135,8 @@ class ZeroState:
 
     def read_initial(self, name: str, boxes: list[Box], out: dict[str, np.ndarray]) -> None:
         """The initial weights of a parameter, drawn for the boxes only."""
-        initial_values_of(self._parameters[name]).read(boxes, out[WEIGHT])
+        part = self._statistics[name] if name in self._statistics else self._parameters[name]
+        initial_values_of(part).read(boxes, out[WEIGHT])
 
     def align_replicas(self) -> list[str]:
         """Compare the replicated parameters' weights and moments with TP rank 0's, to the bit, and take TP
@@ -159,7 +174,7 @@ class ZeroState:
 
     def optimizer_state(self) -> dict[str, Any]:
         """Type, groups' hyperparameters, and each parameter's number of updates, as JSON."""
-        steps = {}
+        steps = dict.fromkeys(self._statistics, 0)
         for name, parameter in self._trained():
             place = self._place(parameter)
             if place is not None:

@@ -94,7 +94,7 @@ def test_a_geometry_is_a_function_of_the_size_and_the_random_numbers() -> None:
 
 def test_float_pictures_move_as_pictures_do() -> None:
     """Catches channels that move apart, and a border that is not filled."""
-    u = np.array([0.5] * 4 + [0.9, 0.8, 0.3, 0.5, 0.6])
+    u = np.array([0.5] * 4 + [0.9, 0.8, 0.3, 0.5, 0.6, 0.5])
     found = geometry.decide(16, 16, DataConfig(rotate_degrees=30.0, shift=0.2, zoom=0.2), u)
     moved = picture()
     found.move(moved)

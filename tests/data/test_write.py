@@ -134,16 +134,16 @@ def folder_fixture(root: Path) -> None:
 def test_imagefolder(tmp_path: Path) -> None:
     """Catches re-encoded files, class ids that differ between splits, and shards of one class each."""
     folder_fixture(tmp_path / "in")
-    write.write_splits(write.imagefolder_splits(tmp_path / "in"), tmp_path / "out", shard_size=4, workers=1)
+    write.write_splits(write.folder_splits(tmp_path / "in"), tmp_path / "out", shard_size=4, workers=1)
     train, val = contents(f"{tmp_path}/out/train-*.tar"), contents(f"{tmp_path}/out/val-*.tar")
     originals = {path.read_bytes(): int("dog" in path.name) for path in (tmp_path / "in").rglob("*.JPEG")}
     assert dict(train + val) == originals
     assert sorted(label for _, label in train) == [0, 0, 0, 1, 1, 1]
     assert [label for _, label in val] == [1, 1, 1]
     with pytest.raises(ValueError, match=r"holds no images \(jpg.*there are 4 .json \(.*; 3 .tar"):
-        write.imagefolder_splits(tmp_path / "out")
+        write.folder_splits(tmp_path / "out")
     with pytest.raises(ValueError, match="not a folder"):
-        write.imagefolder_splits(tmp_path / "nowhere")
+        write.folder_splits(tmp_path / "nowhere")
 
 
 def test_imagefolder_says_what_it_leaves_out(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_imagefolder_says_what_it_leaves_out(tmp_path: Path) -> None:
         Image.new("L", (4, 4)).save(tmp_path / "train" / "dog" / f"d{i}.GIF")
     Image.new("L", (4, 4)).save(tmp_path / "train" / "cat" / "c.tiff")
     Image.new("L", (4, 4)).save(tmp_path / "train" / "lost.png")
-    train, val = write.imagefolder_splits(tmp_path)
+    train, val = write.folder_splits(tmp_path)
     assert train.size == 6 and len(train.left_out) == 8
     assert train.note_left_out() == (
         "note: train: left out 5 .gif (train/dog/d0.GIF, train/dog/d1.GIF, train/dog/d2.GIF, ...); "
@@ -167,7 +167,7 @@ def test_a_sample_knows_the_file_that_it_was_made_from(tmp_path: Path) -> None:
     """Catches a problem in a shard that leads to no photo, and a member that plain webdataset cannot read."""
     folder_fixture(tmp_path / "in")
     (tmp_path / "in" / "train" / "cat" / "caf\u00e9 1.jpg").write_bytes(b"\xff\xd8 no image")
-    write.write_splits(write.imagefolder_splits(tmp_path / "in"), tmp_path / "out", shard_size=9, workers=1)
+    write.write_splits(write.folder_splits(tmp_path / "in"), tmp_path / "out", shard_size=9, workers=1)
     sources = {}
     for sample in wds.WebDataset(f"{tmp_path}/out/train-000000.tar", shardshuffle=False):
         image = sample.get("jpeg", sample.get("jpg"))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from megavit.recipe import PROJECT_ROOT, RECIPES, read_recipe
 from megavit.train.config import ScheduleConfig
 from megavit.train.schedule import lr_at
 
@@ -39,3 +42,14 @@ def test_half_way_values() -> None:
     assert lr_at(50, 100, 1.0, ScheduleConfig("cosine", 0, 0)) == pytest.approx(0.5)
     assert lr_at(75, 100, 1.0, ScheduleConfig("linear", 0, 0)) == pytest.approx(0.25)
     assert lr_at(95, 100, 1.0, ScheduleConfig("constant", 0, 10)) == pytest.approx(0.5)
+
+
+def test_the_depth_recipe_has_the_points_of_the_papers_schedule() -> None:
+    """Catches a recipe whose warm-up counts from 1, or whose cosine ends elsewhere (ViT-22B, depth)."""
+    run = read_recipe(RECIPES / "depth_dpt.yaml")
+    peak = json.loads((PROJECT_ROOT / "ds_configs" / "zero3_depth.json").read_text())["optimizer"]["params"][
+        "lr"
+    ]
+    points = {0: 0.0, 1_250: 1e-4, 2_500: 2e-4, 151_250: 1e-4, 300_000: 0.0}
+    found = {step: lr_at(step, run.max_steps, peak, run.schedule) for step in points}
+    assert found == pytest.approx(points, rel=1e-12, abs=1e-18)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from megavit.data.write import Files as WrittenFiles
-from megavit.data.write import class_names, imagefolder_splits
+from megavit.data.write import class_names, folder_splits
 from megavit.evaluate.sets.image_set import Files, ImageSet, one_label
 from megavit.evaluate.sets.imagenet_classes import class_of_wnid, imagenet_names, space_of
 from megavit.evaluate.sets.origin import Origin
@@ -39,7 +39,7 @@ def image_folder(root: str | Path, split: Literal["train", "test"] = "test") -> 
         raise ORIGIN.missing(root / wanted[0])
     # Without train, the classes are those of the split; such a folder's only split is called train there.
     base, part = (root, chosen) if "train" in there else (root / (chosen or "."), "train")
-    found = next(other for other in imagefolder_splits(base) if other.name == part)
+    found = next(other for other in folder_splits(base) if other.name == part)
     assert isinstance(found.load, WrittenFiles)
     files = Files(str(base), found.load.paths)
     folders = tuple(class_names(base))

@@ -27,6 +27,7 @@ from megavit.parallel.init import Initializer, initial_values_of, logical_parame
 from megavit.parallel.layout import Box, Layout
 from megavit.parallel.mesh import Mesh
 from megavit.recipe import DEFAULT_TASK, make_run
+from megavit.tasks.exported import TASK_WEIGHTS_FILE
 from megavit.tasks.task import Task, make_task
 from megavit.train.checkpoint.checkpoint import MANIFEST_FILE, Checkpoint
 from megavit.train.checkpoint.frozen import Read, check_digest, exported_weights, frozen_reader
@@ -35,7 +36,6 @@ from megavit.train.checkpoint.tensorfile import Entry, progress_bar, write_tenso
 from megavit.train.config import RunConfig, saved_fields
 from megavit.train.zero_state import ZeroState
 
-TASK_WEIGHTS_FILE = "task.safetensors"  # what the task adds to the trunk
 _PARTIAL = "export.partial"  # a folder in the export while it is written
 
 

@@ -1,0 +1,115 @@
+"""What tasks on every pixel share: the trunk with a dense head, what planes mean, and how maps are shown.
+
+Letters: b micro-batch, S image side, K outputs of the head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megavit.data.plane_facts import PlaneFacts, planes_beside
+from megavit.model.dense import DenseHead
+from megavit.model.vit import MegaVit
+from megavit.tasks.config import DenseConfig
+from megavit.tasks.task import Task
+
+TASK_FILE = "task.json"  # in a run folder and an export: the task's configuration, with what the data say
+
+
+class DenseTask(Task):
+    """A task on a plane of the samples called `plane`."""
+
+    plane = ""
+    config: DenseConfig
+    _kept: dict[str, Any] | None = None  # on the main rank: what the run folder says
+
+    def open(self, run_dir: Path, class_names: Sequence[str] | None = None) -> None:
+        data, facts = self.data, self.facts()
+        for one in data.val_sets if data.shards else ():
+            theirs = planes_beside(one.shards).get(self.plane, facts)
+            if (theirs.scale, theirs.invalid) != (facts.scale, facts.invalid):
+                raise ValueError(
+                    f"the planes {self.plane} of {one.shards} do not count as those of {data.shards} "
+                    f"({theirs} and {facts}): write both in one unit"
+                )
+        kept = run_dir / TASK_FILE
+        if kept.is_file():
+            self._kept = json.loads(kept.read_text())
+
+    def keep(self, folder: Path) -> None:
+        found = self.resolved() if self._kept is None or self.data.shards else self._kept
+        (folder / TASK_FILE).write_text(json.dumps(found, indent=2) + "\n")
+
+    def resolved(self) -> dict[str, Any]:
+        """The configuration, with what the data say of their planes."""
+        return dataclasses.asdict(self.config)
+
+    def facts(self) -> PlaneFacts:
+        """What `dense.json` beside the training shards says of the plane; nothing if there is none."""
+        return planes_beside(self.data.shards).get(self.plane, PlaneFacts())
+
+
+class DenseModule(nn.Module):
+    """The trunk and a dense head on the tokens of the blocks `layers`."""
+
+    def __init__(self, trunk: MegaVit, decoder: DenseHead, layers: Sequence[int], norm_taps: bool):
+        super().__init__()
+        self.trunk, self.decoder = trunk, decoder
+        self.layers, self.norm_taps = tuple(layers), norm_taps
+
+    def maps(self, images: Tensor, weights: Tensor) -> Tensor:
+        """The head's output of images [b, C, S, S], float32 [b, K, S, S]; those of weight 0 (`weights` [b])
+        leave the others as they are. A trunk that is frozen keeps nothing for backward."""
+        trunk, wanted = self.trunk, sorted({*self.layers})
+        trained = any(parameter.requires_grad for parameter in trunk.parameters())
+        with nullcontext() if trained or images.requires_grad else torch.no_grad():
+            found = trunk.forward_intermediates(
+                images.to(trunk.dtype), wanted, norm=self.norm_taps, intermediates_only=True
+            )
+        taps = dict(zip(wanted, found, strict=True))
+        maps: Tensor = self.decoder([taps[layer] for layer in self.layers], weights)
+        return maps
+
+
+# Colours from low to high that differ in lightness too (points of matplotlib's viridis).
+_RAMP = (
+    (0.267, 0.005, 0.329),
+    (0.230, 0.322, 0.546),
+    (0.128, 0.567, 0.551),
+    (0.369, 0.789, 0.383),
+    (0.993, 0.906, 0.144),
+)
+
+
+def shown_values(values: Tensor, valid: Tensor, low: float, high: float) -> Tensor:
+    """Numbers [S, S] as colours [3, S, S] from `low` to `high`; black where not `valid`."""
+    ramp = torch.tensor(_RAMP, device=values.device)
+    at = ((values.float() - low) / max(high - low, 1e-9)).nan_to_num().clamp(0, 1) * (len(_RAMP) - 1)
+    below = at.floor().long().clamp(max=len(_RAMP) - 2)
+    colors = torch.lerp(ramp[below], ramp[below + 1], (at - below)[..., None])
+    return (colors * valid[..., None]).permute(2, 0, 1)
+
+
+def shown_classes(classes: Tensor, num_classes: int) -> Tensor:
+    """Class numbers [S, S] as colours [3, S, S], neighbouring numbers in unlike ones; black for others."""
+    numbers = torch.arange(num_classes, device=classes.device)
+    hue, light = numbers * 0.618034 % 1, 0.55 + 0.45 * (numbers * 0.754878 % 1)
+    shift = torch.tensor([0.0, 2 / 3, 1 / 3], device=classes.device)
+    wheel = (((hue[:, None] + shift) % 1 * 6 - 3).abs() - 1).clamp(0, 1)
+    colors = (0.15 + 0.85 * wheel) * light[:, None]
+    known = (classes >= 0) & (classes < num_classes)
+    return (colors[torch.where(known, classes, 0).long()] * known[..., None]).permute(2, 0, 1)
+
+
+def shown_picture(image: Tensor) -> Tensor:
+    """A model input [C, S, S] as a picture [3, S, S] in [0, 1]."""
+    picture = (image.float() + 1) / 2
+    return picture[:3] if len(picture) >= 3 else picture[:1].expand(3, -1, -1)
