@@ -63,12 +63,14 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, init: Initializer, *, reduce: bool):
         super().__init__()
-        dim = config.dim
+        dim, fp8 = config.dim, config.matmul == "fp8"
         self.mesh = init.mesh
         self.head_dim = config.head_dim
         self.centring, self.eps = config.norm_centring, config.norm_eps
-        self.qkv = ColumnParallelLinear(dim, (dim, dim, dim), init.scope("qkv"), bias=config.qkv_bias)
-        self.out = RowParallelLinear(dim, dim, init.scope("out"), bias=reduce, reduce=reduce)
+        self.qkv = ColumnParallelLinear(
+            dim, (dim, dim, dim), init.scope("qkv"), bias=config.qkv_bias, fp8=fp8
+        )
+        self.out = RowParallelLinear(dim, dim, init.scope("out"), bias=reduce, reduce=reduce, fp8=fp8)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_scale = init.constant("q_scale", Layout((self.head_dim,)), 1.0)
@@ -132,9 +134,10 @@ class Mlp(nn.Module):
         super().__init__()
         self.mesh = init.mesh
         self.dropout = config.dropout
-        dim, hidden = config.dim, config.mlp_dim
-        self.up = ColumnParallelLinear(dim, (hidden,), init.scope("up"), bias=True, bias_std=MLP_BIAS_STD)
-        self.down = RowParallelLinear(hidden, dim, init.scope("down"), bias=True, bias_std=MLP_BIAS_STD)
+        dim, hidden, fp8 = config.dim, config.mlp_dim, config.matmul == "fp8"
+        biases: dict[str, Any] = {"bias": True, "bias_std": MLP_BIAS_STD}
+        self.up = ColumnParallelLinear(dim, (hidden,), init.scope("up"), **biases, fp8=fp8)
+        self.down = RowParallelLinear(hidden, dim, init.scope("down"), **biases, fp8=fp8)
 
     def forward(self, hidden: Tensor, addend: Tensor | None = None, frozen: Frozen | None = None) -> Tensor:
         """From the output of `up` [B, N, F/tp]. `addend` [B, N, D] joins inside the matmul: another layer's

@@ -16,6 +16,10 @@ from megavit.fields import check_types, nearest, require_positive
 
 Pool = Literal["map", "mean", "cls"]
 Recompute = Literal["none", "full", "selective"]
+Matmul = Literal["default", "fp8"]
+
+# Sizes of 8-bit matrices are multiples of it.
+_FP8_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class ModelConfig:
         norm_eps: added to the variance inside the norms.
         layer_scale: initial value of a learned per-channel scale on each residual branch; none leaves it out.
         head_bias: initial classifier bias; log_prior is -log(num_classes), ViT-22B uses -10.
+        matmul: how the four linear layers of every block but the first and the last multiply: default is in
+            the engine's dtype, fp8 rounds both factors to 8 bits (e4m3, scaled row by row), forward and
+            backward, on GPUs from Ada and Hopper on. The weights are the same, so a saved run may go on with
+            the other, and exports know nothing of it.
     """
 
     name: str = "vit_tiny"
@@ -69,6 +77,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     layer_scale: float | None = None
     head_bias: float | Literal["log_prior"] = "log_prior"
+    matmul: Matmul = "default"
 
     def __post_init__(self) -> None:
         check_types(self, "model.")
@@ -96,6 +105,11 @@ class ModelConfig:
             )
         if not self.norm_eps > 0:
             raise ValueError(f"model.norm_eps must be positive, got {self.norm_eps}")
+        if self.matmul == "fp8" and self.depth < 3:
+            raise ValueError(
+                f"model.matmul fp8 is for the blocks between the first and the last, and model.depth is "
+                f"{self.depth}; leave it out"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -129,6 +143,13 @@ class ModelConfig:
                 raise ValueError(
                     f"tensor_parallel_size {tp_size} does not divide model.{name} {getattr(self, name)}; "
                     f"use --tensor_parallel_size {divisors[-1]} or change model.{name}"
+                )
+        for name in ("dim", "mlp_dim") if self.matmul == "fp8" else ():
+            if (local := getattr(self, name) // tp_size) % _FP8_MULTIPLE:
+                raise ValueError(
+                    f"model.matmul fp8 needs multiples of {_FP8_MULTIPLE}, and a rank's share of "
+                    f"model.{name} {getattr(self, name)} is {local}; leave model.matmul out, or change "
+                    f"--tensor_parallel_size"
                 )
 
 

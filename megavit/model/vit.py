@@ -76,11 +76,16 @@ class MegaVit(nn.Module):
             if config.num_prefix_tokens
             else None
         )
+        # The first and the last block and the head lose most by 8 bits, and are a small part of the work.
+        plain = dataclasses.replace(config, matmul="default")
         self.blocks = nn.ModuleList(
-            make_block(config, init.scope("blocks").scope(i), recompute) for i in range(config.depth)
+            make_block(
+                config if 0 < i < config.depth - 1 else plain, init.scope("blocks").scope(i), recompute
+            )
+            for i in range(config.depth)
         )
         self.norm = Norm(config, init.scope("norm"))
-        self.pool = MapHead(config, init.scope("pool")) if config.pool == "map" else None
+        self.pool = MapHead(plain, init.scope("pool")) if config.pool == "map" else None
         self.head = Classifier(config, init.scope("head")) if config.num_classes else None
 
     @classmethod

@@ -16,6 +16,7 @@ from megavit.data.lanes import DataState, mix
 from megavit.data.loader import Batch, EvalLoader
 from megavit.data.manifest import DATA_FILE
 from megavit.explain.while_training import explained
+from megavit.parallel.fp8 import check_device
 from megavit.parallel.mesh import Mesh
 from megavit.tasks.task import DeviceBatch, make_task
 from megavit.train.checkpoint.checkpoint import Checkpoint
@@ -27,7 +28,7 @@ from megavit.train.checkpoint.run_lock import RunLock
 from megavit.train.checkpoint.saver import SaveError, Saver, open_latest, restore
 from megavit.train.checkpoint.shared_io import run_together
 from megavit.train.config import RunConfig, plain_config, with_max_steps
-from megavit.train.ds_config import batch_advice, has_cuda_compiler, resolve_ds_config, slow_parts
+from megavit.train.ds_config import batch_advice, has_cuda_compiler, resolve_ds_config, slow_parts, uses_bf16
 from megavit.train.engine import Engine, StepResult
 from megavit.train.evaluation import evaluate
 from megavit.train.guard import Guard, TooManySkipped
@@ -109,6 +110,8 @@ class Trainer:
         self.ds_config = resolve_ds_config(
             raw_ds_config, mesh.dp_size, mesh.device.type, has_compiler=has_compiler
         )
+        if run.model.matmul == "fp8":
+            check_device(mesh.device, bf16=uses_bf16(self.ds_config))
         if advice := batch_advice(self.ds_config, raw_ds_config):
             self._say(f"warning: {advice}")
         self.global_batch: int = self.ds_config["train_batch_size"]

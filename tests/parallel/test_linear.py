@@ -22,7 +22,7 @@ def test_linear_is_torchs(dtype: torch.dtype, extra: str) -> None:
 
     def ours(x: Tensor, weight: Tensor, *added: Tensor) -> Tensor:
         slots = (None, *added) if extra == "addend" else (*added, None, None)
-        return _Linear.apply(x, weight, *slots[:2])
+        return _Linear.apply(x, weight, *slots[:2], False)
 
     def plain(x: Tensor, weight: Tensor, *added: Tensor) -> Tensor:
         return x @ weight.t() + sum(added)

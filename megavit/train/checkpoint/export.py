@@ -83,7 +83,8 @@ def export_weights(
             frozen_reader(source.frozen, folder, config, _initial(source)) as read,
         ):
             _write_weights(source, partial, layouts, {*logical_shapes(config)}, read, count)
-        (partial / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        written = dataclasses.replace(config, matmul="default")  # for any device
+        (partial / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(written), indent=2) + "\n")
         preprocessing.write(partial / PREPROCESSING_FILE)
         task.keep(partial)
         for file in (CLASSES_FILE, TASK_WEIGHTS_FILE):

@@ -25,6 +25,7 @@ def check_resumable(saved: Checkpoint, run: RunConfig) -> None:
     CheckpointError when the saved state is none that a run can go on from."""
     before, after = _saved_fields(saved), flat_config(plain_config(run))
     fixed = ["seed", "freeze", *(f"model.{field.name}" for field in dataclasses.fields(ModelConfig))]
+    fixed.remove("model.matmul")  # how products are rounded, not what the weights are
     task = run.task
     fixed += [f"task.{field.name}" for field in dataclasses.fields(task) if field.name not in task.MAY_CHANGE]
     changed = [
