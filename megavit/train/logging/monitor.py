@@ -404,13 +404,15 @@ def reference_results(shards: str, metric: str, result: float) -> str:
     """The final result beside those recorded with the validation shards (`baselines.json`), best first."""
     path = Path(shards).parent / BASELINES_FILE
     known: dict[str, float] = {}
+    sign = -1
     if path.is_file():
         recorded = json.loads(path.read_text())
         same = recorded.get("metric", metric) == metric and Path(shards).name.startswith(
             f"{recorded['split']}-"
         )
         known = recorded["results"] if same else {}
-    rows = sorted([*known.items(), ("this run", result)], key=lambda row: -row[1])
+        sign = -1 if recorded.get("higher_is_better", True) else 1
+    rows = sorted([*known.items(), ("this run", result)], key=lambda row: sign * row[1])
     return "\n".join(
         [
             f"final {metric} on the validation shards:",

@@ -1,0 +1,162 @@
+"""Small real data sets with a plane beside each picture, out of packages that are installed: depth in a photo
+(scikit-image's motorcycle, of the Middlebury stereo benchmark) and mosaics of handwritten digits with masks
+(scikit-learn's). Nothing is downloaded.
+
+Letters: H and W the sides of a picture.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megavit.data.plane_facts import PlaneFacts
+from megavit.data.write import DataSet, Split, digest, digits_arrays
+from megavit.data.write_pairs import encode_png
+
+# Calibration of the photo as scikit-image ships it, from the docstring of `skimage.data.stereo_motorcycle`.
+# A pixel of disparity d is FOCAL * BASELINE / (d + OFFSET) away.
+_FOCAL_PX, _BASELINE_M, _OFFSET_PX = 994.978, 0.193001, 31.086
+_TRAINED = 0.7  # of the photo's width, from the left
+_WINDOW = 222  # side of the squares that are cut out: the width of what is left for test
+_STRIDE = 32  # between those of training
+_TEST_ROWS = 3
+
+BACKGROUND = 10  # the class beside the ten digits
+_INK = 96  # of 255: a pixel of the digit
+_NUM_TRAIN, _NUM_TEST = 800, 200  # mosaics
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Pictures uint8 [n][H, W] or [n][H, W, 3] with planes [n][H, W] called `name`, stored as PNG."""
+
+    name: str
+    pictures: Sequence[np.ndarray]
+    planes: Sequence[np.ndarray]
+
+    def __call__(self, i: int) -> dict[str, bytes]:
+        return {"png": encode_png(self.pictures[i]), f"{self.name}.png": encode_png(self.planes[i])}
+
+    def split(self, name: str) -> Split:
+        content = [part[i].tobytes() for part in (self.pictures, self.planes) for i in range(len(part))]
+        return Split(name, len(self.pictures), self, digest(content))
+
+
+# Depth
+
+
+def motorcycle() -> tuple[np.ndarray, np.ndarray]:
+    """The left photo, uint8 [500, 741, 3], and its depth in millimetres, uint16 [500, 741], 0 where it is not
+    known (7% of the pixels). ValueError without scikit-image."""
+    try:
+        from skimage.data import stereo_motorcycle
+    except ImportError as error:
+        raise ValueError("motorcycle needs scikit-image: pip install 'megavit[demo]'") from error
+    photo, _, disparity = stereo_motorcycle()
+    known = np.isfinite(disparity)
+    metres = _FOCAL_PX * _BASELINE_M / (np.where(known, disparity, 0) + _OFFSET_PX)
+    return photo, np.where(known, np.round(metres * 1000), 0).astype(np.uint16)
+
+
+def motorcycle_set() -> DataSet:
+    """Overlapping squares of 222 pixels: training ones from the left 70% of the photo, and three of the rest,
+    which cover it."""
+    photo, depth = motorcycle()
+    height, width = depth.shape
+    middle = round(width * _TRAINED)
+    last = height - _WINDOW
+    train = [
+        (top, left)
+        for top in sorted({*range(0, last, _STRIDE), last})
+        for left in sorted({*range(0, middle - _WINDOW, _STRIDE), middle - _WINDOW})
+    ]
+    test = [(last * row // (_TEST_ROWS - 1), middle) for row in range(_TEST_ROWS)]
+
+    def squares(corners: list[tuple[int, int]]) -> Arrays:
+        places = [np.s_[top : top + _WINDOW, left : left + _WINDOW] for top, left in corners]
+        return Arrays("depth", [photo[place] for place in places], [depth[place] for place in places])
+
+    tested = squares(test)
+    splits = [squares(train).split("train"), tested.split("test")]
+
+    def baselines() -> dict[str, Any]:
+        return _depth_baselines(depth[:, :middle], tested.planes, [top for top, _ in test])
+
+    return DataSet(
+        splits, planes={"depth": PlaneFacts(scale=0.001, invalid=0, max_m=6)}, baselines=baselines
+    )
+
+
+def _depth_baselines(
+    trained: np.ndarray, tested: Sequence[np.ndarray], tops: Sequence[int]
+) -> dict[str, Any]:
+    """Mean relative errors without looking at the picture: the median of all training pixels everywhere, and
+    for each row that of its training pixels."""
+    rows = np.array([np.median(row[row > 0]) for row in trained])[:, None]
+    guesses = {
+        "median": [np.median(trained[trained > 0])] * len(tested),
+        "median of each row": [rows[top : top + _WINDOW] for top in tops],
+    }
+    results = {
+        name: float(np.mean([_abs_rel(*pair) for pair in zip(guess, tested, strict=True)]))
+        for name, guess in guesses.items()
+    }
+    return {"split": "test", "metric": "abs_rel", "higher_is_better": False, "results": results}
+
+
+def _abs_rel(guess: np.ndarray, depth: np.ndarray) -> float:
+    known = depth > 0
+    return float(np.abs(np.broadcast_to(guess, depth.shape)[known] / depth[known] - 1).mean())
+
+
+# Segmentation
+
+
+def mosaics_set() -> DataSet:
+    """2 x 2 mosaics of digits: 16 x 16 pixels, grey; classes are the digits, and 10 where there is no ink.
+    Those of test are made of digits that neither training mosaics nor the demo's model have seen."""
+    train, test = digits_arrays()
+    rng = np.random.default_rng(0)
+    parts = {
+        name: _mosaics(found.images, found.labels, rng.integers(0, len(found.labels), (count, 4)))
+        for name, found, count in (("train", train, _NUM_TRAIN), ("test", test, _NUM_TEST))
+    }
+    return DataSet(
+        [part.split(name) for name, part in parts.items()],
+        [*map(str, range(10)), "background"],
+        planes={"mask": PlaneFacts(invalid=255, classes=BACKGROUND + 1)},
+        baselines=lambda: _mask_baselines(np.stack(parts["test"].planes)),
+    )
+
+
+def _mosaics(images: np.ndarray, labels: np.ndarray, chosen: np.ndarray) -> Arrays:
+    """Mosaics of the digits `chosen` [n, 4], row by row."""
+    masks = np.where(images >= _INK, labels[:, None, None], BACKGROUND).astype(np.uint8)
+
+    def joined(tiles: np.ndarray) -> np.ndarray:
+        count, side = len(chosen), tiles.shape[1]
+        parts = tiles[chosen].reshape(count, 2, 2, side, side)
+        return np.ascontiguousarray(parts.transpose(0, 1, 3, 2, 4).reshape(count, 2 * side, 2 * side))
+
+    return Arrays("mask", joined(images), joined(masks))
+
+
+def _mask_baselines(masks: np.ndarray) -> dict[str, Any]:
+    """Mean IoU without looking at the picture: background everywhere, and any class with equal chances."""
+    anything = np.random.default_rng(0).integers(0, BACKGROUND + 1, masks.shape)
+    guesses = {"background": np.full_like(masks, BACKGROUND), "any class": anything}
+    results = {name: _mean_iou(guess, masks) for name, guess in guesses.items()}
+    return {"split": "test", "metric": "miou", "results": results}
+
+
+def _mean_iou(guess: np.ndarray, masks: np.ndarray) -> float:
+    ious = []
+    for number in range(BACKGROUND + 1):
+        mine, true = guess == number, masks == number
+        ious.append((mine & true).sum() / max(1, (mine | true).sum()))
+    return float(np.mean(ious))
