@@ -8,11 +8,12 @@ Letters: H and W the sides of a picture.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from megavit.data.plane_facts import PlaneFacts
 from megavit.data.write import DataSet, Split, digest, digits_arrays
@@ -22,9 +23,8 @@ from megavit.data.write_pairs import encode_png
 # A pixel of disparity d is FOCAL * BASELINE / (d + OFFSET) away.
 _FOCAL_PX, _BASELINE_M, _OFFSET_PX = 994.978, 0.193001, 31.086
 _TRAINED = 0.7  # of the photo's width, from the left
-_WINDOW = 222  # side of the squares that are cut out: the width of what is left for test
-_STRIDE = 32  # between those of training
-_TEST_ROWS = 3
+_STRIDE = 3  # columns between strips of training
+_SIDE = 128  # of the squares that strips are squeezed to
 
 BACKGROUND = 10  # the class beside the ten digits
 _INK = 96  # of 255: a pixel of the digit
@@ -64,54 +64,51 @@ def motorcycle() -> tuple[np.ndarray, np.ndarray]:
 
 
 def motorcycle_set() -> DataSet:
-    """Overlapping squares of 222 pixels: training ones from the left 70% of the photo, and three of the rest,
-    which cover it."""
+    """Upright strips of the photo, squeezed to squares: for training overlapping ones from the left 70%, and
+    for test the rest, of the same width. A strip is as high as the photo, as how far the floor is can only be
+    told from where it is."""
     photo, depth = motorcycle()
-    height, width = depth.shape
-    middle = round(width * _TRAINED)
-    last = height - _WINDOW
-    train = [
-        (top, left)
-        for top in sorted({*range(0, last, _STRIDE), last})
-        for left in sorted({*range(0, middle - _WINDOW, _STRIDE), middle - _WINDOW})
-    ]
-    test = [(last * row // (_TEST_ROWS - 1), middle) for row in range(_TEST_ROWS)]
-
-    def squares(corners: list[tuple[int, int]]) -> Arrays:
-        places = [np.s_[top : top + _WINDOW, left : left + _WINDOW] for top, left in corners]
-        return Arrays("depth", [photo[place] for place in places], [depth[place] for place in places])
-
-    tested = squares(test)
-    splits = [squares(train).split("train"), tested.split("test")]
-
-    def baselines() -> dict[str, Any]:
-        return _depth_baselines(depth[:, :middle], tested.planes, [top for top, _ in test])
-
+    middle = round(depth.shape[1] * _TRAINED)
+    width = depth.shape[1] - middle
+    train = _strips(photo, depth, range(0, middle - width + 1, _STRIDE), width)
+    test = _strips(photo, depth, [middle], width)
+    trained = _strips(photo, depth, [0], middle).planes[0]
     return DataSet(
-        splits, planes={"depth": PlaneFacts(scale=0.001, invalid=0, max_m=6)}, baselines=baselines
+        [train.split("train"), test.split("test")],
+        planes={"depth": PlaneFacts(scale=0.001, invalid=0, max_m=6)},
+        baselines=lambda: _depth_baselines(trained, test.planes[0]),
     )
 
 
-def _depth_baselines(
-    trained: np.ndarray, tested: Sequence[np.ndarray], tops: Sequence[int]
-) -> dict[str, Any]:
+def _strips(photo: np.ndarray, depth: np.ndarray, lefts: Iterable[int], width: int) -> Arrays:
+    """The columns from `lefts` on, pictures averaged and depth of the nearest pixel."""
+    rows = _centres(depth.shape[0])
+    pictures, planes = [], []
+    for left in lefts:
+        strip = Image.fromarray(photo[:, left : left + width])
+        pictures.append(np.asarray(strip.resize((_SIDE, _SIDE), Image.Resampling.BOX)))
+        planes.append(depth[rows][:, left + _centres(width)])
+    return Arrays("depth", pictures, planes)
+
+
+def _centres(side: int) -> np.ndarray:
+    """The pixels, of `side`, in which the centres of `_SIDE` equal parts are."""
+    return ((np.arange(_SIDE) + 0.5) * side / _SIDE).astype(np.int64)
+
+
+def _depth_baselines(trained: np.ndarray, tested: np.ndarray) -> dict[str, Any]:
     """Mean relative errors without looking at the picture: the median of all training pixels everywhere, and
     for each row that of its training pixels."""
-    rows = np.array([np.median(row[row > 0]) for row in trained])[:, None]
     guesses = {
-        "median": [np.median(trained[trained > 0])] * len(tested),
-        "median of each row": [rows[top : top + _WINDOW] for top in tops],
+        "median": np.median(trained[trained > 0]),
+        "median of each row": np.array([np.median(row[row > 0]) for row in trained])[:, None],
     }
-    results = {
-        name: float(np.mean([_abs_rel(*pair) for pair in zip(guess, tested, strict=True)]))
-        for name, guess in guesses.items()
-    }
+    known = tested > 0
+    results = {}
+    for name, guess in guesses.items():
+        guess = np.broadcast_to(guess, tested.shape)
+        results[name] = float(np.abs(guess[known] / tested[known] - 1).mean())
     return {"split": "test", "metric": "abs_rel", "higher_is_better": False, "results": results}
-
-
-def _abs_rel(guess: np.ndarray, depth: np.ndarray) -> float:
-    known = depth > 0
-    return float(np.abs(np.broadcast_to(guess, depth.shape)[known] / depth[known] - 1).mean())
 
 
 # Segmentation

@@ -64,7 +64,7 @@ def _add_writers(commands: argparse._SubParsersAction[Parser]) -> None:
     add("cifar10", "CIFAR-10, python version (cifar-10-batches-py)", 1000, True, None)
     add("cifar100", "CIFAR-100, python version (cifar-100-python), fine labels", 1000, True, None)
     add("imagefolder", "folders of images: ROOT[/train|val|test]/CLASS/*.jpg", 1000, True, None)
-    add("motorcycle", "depth: squares of scikit-image's stereo_motorcycle", 100, False, None)
+    add("motorcycle", "depth: strips of scikit-image's stereo_motorcycle", 100, False, None)
     add("mosaics", "masks: mosaics of scikit-learn's digits", 100, False, None)
     for name, help in _DENSE.items():
         _add_options(name, add(name, help, 1000 if name != "kinetics" else 200, True, None))
