@@ -34,15 +34,17 @@ explain: $(DIGITS)
 	. $(BIN)/activate && run=$$(ls -td runs/vit_tiny-*/export | head -n 1) && OMP_NUM_THREADS=1 python launch/explain.py \
 		$${run%/export} --data data/digits --num 8 --train data/digits --methods located,frozen,relevance,occlusion_3x3
 
-# Decoders on real pictures, a minute or two each: depth in a photo, then the digits in mosaics on the trunk of the
-# newest run of the demo and on one of random weights. What they see is in runs/dense/*/pictures.
+# Decoders on real pictures, a minute or two each: depth in a photo; the digits of mosaics, on a trunk of random weights and
+# on that of the demo's newest run. What they see and say is in runs/dense-*/*/pictures.
+DENSE_RUNS := runs/dense-$(shell date +%Y%m%d-%H%M%S)
+DENSE_TRAIN := . $(BIN)/activate && OMP_NUM_THREADS=1 python launch/train.py --deepspeed_config ds_configs/zero3_fp32.json
 dense: $(DIGITS) $(DENSE)
 	@ls -d runs/vit_tiny-*/export >/dev/null 2>&1 || $(MAKE) train
-	. $(BIN)/activate && run=$$(ls -td runs/vit_tiny-*/export | head -n 1) && rm -rf runs/dense && \
-		export OMP_NUM_THREADS=1 && train="python launch/train.py --deepspeed_config ds_configs/zero3_fp32.json" && \
-		$$train --ds.train_batch_size 16 --config launch/recipes/motorcycle.yaml --run_dir runs/dense/depth && \
-		$$train --ds.train_batch_size 64 --config launch/recipes/mosaics.yaml --run_dir runs/dense/segment-random && \
-		$$train --ds.train_batch_size 64 --config launch/recipes/mosaics.yaml --run_dir runs/dense/segment --trunk $$run
+	$(DENSE_TRAIN) --config launch/recipes/motorcycle.yaml --ds.train_batch_size 16 --run_dir $(DENSE_RUNS)/depth
+	$(DENSE_TRAIN) --config launch/recipes/mosaics.yaml --ds.train_batch_size 64 --run_dir $(DENSE_RUNS)/segment-random
+	$(DENSE_TRAIN) --config launch/recipes/mosaics.yaml --ds.train_batch_size 64 --run_dir $(DENSE_RUNS)/segment \
+		--trunk "$$(ls -td runs/vit_tiny-*/export | head -n 1)"
+# the clips of moving digits come here
 
 data: $(DIGITS)
 
