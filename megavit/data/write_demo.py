@@ -7,7 +7,6 @@ Letters: H and W the sides of a picture.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any

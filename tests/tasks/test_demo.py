@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 from skimage.data import stereo_motorcycle
+from sklearn.datasets import load_digits
 
 from megavit.cli import parse_run
 from megavit.data import write_demo
@@ -44,7 +44,7 @@ def test_the_photo_is_cut_where_it_should_be_and_its_depth_is_in_millimetres() -
     train, test = samples(found, "train"), samples(found, "test")
     photo, _, disparity = stereo_motorcycle()
     rows, columns = (((np.arange(128) + 0.5) * side / 128).astype(int) for side in (500, 222))
-    assert len(test) == 1 and 519 == round(0.7 * 741) and 519 + 222 == 741
+    assert len(test) == 1 and round(0.7 * 741) == 519 and 519 + 222 == 741
     for one, left in ((train[0], 0), (train[-1], 297), (test[0], 519)):
         # Pictures are averaged, so that only their colours' sums are the photo's.
         strip = photo[:, left : left + 222]
@@ -92,7 +92,7 @@ def test_mosaics_show_the_digits_of_their_masks() -> None:
 
 
 def commands(trunk: str) -> list[list[str]]:
-    """The words after `python launch/` of the commands of `make dense`, with `trunk` for the newest export."""
+    """The words after `python launch/` in `make dense`, with `trunk` for the newest export."""
     told = subprocess.run(["make", "-n", "dense"], cwd=ROOT, text=True, capture_output=True, check=True)
     lines = told.stdout.replace("\\\n", " ").splitlines()
     found = [re.search(r"\bpython launch/(.*)", re.sub(r'"\$\(ls .*?\)"', trunk, line)) for line in lines]
