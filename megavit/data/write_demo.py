@@ -27,7 +27,7 @@ _SIDE = 128  # of the squares that strips are squeezed to
 
 BACKGROUND = 10  # the class beside the ten digits
 _INK = 96  # of 255: a pixel of the digit
-_NUM_TRAIN, _NUM_TEST = 800, 200  # mosaics
+_NUM_MOSAICS = 200
 
 
 @dataclass(frozen=True)
@@ -114,32 +114,30 @@ def _depth_baselines(trained: np.ndarray, tested: np.ndarray) -> dict[str, Any]:
 
 
 def mosaics_set() -> DataSet:
-    """2 x 2 mosaics of digits: 16 x 16 pixels, grey; classes are the digits, and 10 where there is no ink.
-    Those of test are made of digits that neither training mosaics nor the demo's model have seen."""
-    train, test = digits_arrays()
-    rng = np.random.default_rng(0)
-    parts = {
-        name: _mosaics(found.images, found.labels, rng.integers(0, len(found.labels), (count, 4)))
-        for name, found, count in (("train", train, _NUM_TRAIN), ("test", test, _NUM_TEST))
-    }
+    """Digits of 8 x 8 pixels, grey, with masks: their classes, and 10 where there is no ink. The splits train
+    and test are the demo's; mosaics are 2 x 2 digits of test, for a model of single ones to be moved over."""
+    splits = {}
+    for name, found in zip(("train", "test"), digits_arrays(), strict=True):
+        masks = np.where(found.images >= _INK, found.labels[:, None, None], BACKGROUND).astype(np.uint8)
+        splits[name] = Arrays("mask", found.images, masks)
+    test = splits["test"]
+    chosen = np.random.default_rng(1).integers(0, len(test.pictures), (_NUM_MOSAICS, 4))
+    splits["mosaics"] = Arrays(
+        "mask", *(_joined(np.stack(part)[chosen]) for part in (test.pictures, test.planes))
+    )
     return DataSet(
-        [part.split(name) for name, part in parts.items()],
+        [part.split(name) for name, part in splits.items()],
         [*map(str, range(10)), "background"],
         planes={"mask": PlaneFacts(invalid=255, classes=BACKGROUND + 1)},
-        baselines=lambda: _mask_baselines(np.stack(parts["test"].planes)),
+        baselines=lambda: _mask_baselines(np.stack(test.planes)),
     )
 
 
-def _mosaics(images: np.ndarray, labels: np.ndarray, chosen: np.ndarray) -> Arrays:
-    """Mosaics of the digits `chosen` [n, 4], row by row."""
-    masks = np.where(images >= _INK, labels[:, None, None], BACKGROUND).astype(np.uint8)
-
-    def joined(tiles: np.ndarray) -> np.ndarray:
-        count, side = len(chosen), tiles.shape[1]
-        parts = tiles[chosen].reshape(count, 2, 2, side, side)
-        return np.ascontiguousarray(parts.transpose(0, 1, 3, 2, 4).reshape(count, 2 * side, 2 * side))
-
-    return Arrays("mask", joined(images), joined(masks))
+def _joined(tiles: np.ndarray) -> np.ndarray:
+    """Squares [n, 4, S, S] as mosaics [n, 2S, 2S], row by row."""
+    count, _, side, _ = tiles.shape
+    rows = tiles.reshape(count, 2, 2, side, side).transpose(0, 1, 3, 2, 4)
+    return np.ascontiguousarray(rows.reshape(count, 2 * side, 2 * side))
 
 
 def _mask_baselines(masks: np.ndarray) -> dict[str, Any]:

@@ -73,21 +73,25 @@ def test_the_baselines_of_depth_are_measured_as_a_run_is() -> None:
 
 
 def test_mosaics_show_the_digits_of_their_masks() -> None:
-    """Catches masks of another quadrant, and digits in test that were trained on."""
+    """Catches masks of another digit or quadrant, and mosaics of digits that were trained on."""
     found, digits = write_demo.mosaics_set(), load_digits()
     pictures = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    masks = np.where(digits.images >= 6, digits.target[:, None, None], 10)
     for split, part in (("train", slice(0, 1437)), ("test", slice(1437, None))):
-        for one in samples(found, split)[::40]:
-            assert one["png"].shape == one["mask.png"].shape == (16, 16)
-            for row, column in np.ndindex(2, 2):
-                place = np.s_[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
-                (mine, *_) = np.nonzero((pictures[part] == one["png"][place]).all((1, 2)))[0]
-                ink = digits.images[part][mine] >= 6
-                expected = np.where(ink, digits.target[part][mine], 10)
-                assert np.array_equal(one["mask.png"][place], expected)
+        ours = samples(found, split)
+        assert np.array_equal([one["png"] for one in ours], pictures[part])
+        assert np.array_equal([one["mask.png"] for one in ours], masks[part])
+    mosaics = samples(found, "mosaics")
+    assert len(mosaics) == 200
+    for one in mosaics[::20]:
+        assert one["png"].shape == one["mask.png"].shape == (16, 16)
+        for row, column in np.ndindex(2, 2):
+            place = np.s_[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            same = (pictures[1437:] == one["png"][place]).all((1, 2))
+            assert np.array_equal(masks[1437:][same][0], one["mask.png"][place])
     assert found.baselines
-    truth = torch.from_numpy(np.stack([one["mask.png"] for one in samples(found, "test")]))
-    alone = segmentation_results(confusion(torch.full_like(truth, 10).long(), truth.long(), 11))
+    truth = torch.from_numpy(masks[1437:])
+    alone = segmentation_results(confusion(torch.full_like(truth, 10), truth, 11))
     assert found.baselines()["results"]["background"] == pytest.approx(alone["miou"], abs=1e-6)
 
 
