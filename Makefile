@@ -1,20 +1,22 @@
-# make train | evaluate | explain | test | test-fast | test-smoke | test-cluster | lint | data | clean; the first target that needs it makes .venv.
+# make train | evaluate | explain | dense | test | test-fast | test-smoke | test-cluster | lint | data | clean; the first target that needs it makes .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DIGITS := data/digits/baselines.json
+DENSE := data/motorcycle/baselines.json data/mosaics/baselines.json
 MASTER_PORT ?= 29500
 
 # Whole clusters, SLURM's limits in minutes, jobs killed again and again, models trained to be explained: tests for
 # which `make test` has no time.
 MOSAICS := tests/explain/test_mosaics.py
-LABS := tests/cluster/test_lab.py tests/cluster/test_jobs.py tests/test_faults.py $(MOSAICS)
+REAL := tests/tasks/test_real.py
+LABS := tests/cluster/test_lab.py tests/cluster/test_jobs.py tests/test_faults.py $(MOSAICS) $(REAL)
 # One job on each kind of cluster: SLURM, two hosts, mpirun, torchrun.
 SMOKE := tests/cluster/test_smoke.py tests/cluster/test_launchers.py
-TEST := python -m pytest --ignore=tests/cluster --ignore=tests/test_faults.py --ignore=$(MOSAICS)
+TEST := python -m pytest --ignore=tests/cluster --ignore=tests/test_faults.py --ignore=$(MOSAICS) --ignore=$(REAL)
 
-.PHONY: train evaluate explain test test-fast test-smoke test-cluster lint data clean
+.PHONY: train evaluate explain dense test test-fast test-smoke test-cluster lint data clean
 .DELETE_ON_ERROR:
 
 train: $(DIGITS)
@@ -31,6 +33,18 @@ explain: $(DIGITS)
 	@ls -d runs/vit_tiny-*/export >/dev/null 2>&1 || $(MAKE) train
 	. $(BIN)/activate && run=$$(ls -td runs/vit_tiny-*/export | head -n 1) && OMP_NUM_THREADS=1 python launch/explain.py \
 		$${run%/export} --data data/digits --num 8 --train data/digits --methods located,frozen,relevance,occlusion_3x3
+
+# Decoders on real pictures, a minute or two each: depth in a photo; the digits of mosaics, on a trunk of random weights and
+# on that of the demo's newest run. What they see and say is in runs/dense-*/*/pictures.
+DENSE_RUNS := runs/dense-$(shell date +%Y%m%d-%H%M%S)
+DENSE_TRAIN := . $(BIN)/activate && OMP_NUM_THREADS=1 python launch/train.py --deepspeed_config ds_configs/zero3_fp32.json
+dense: $(DIGITS) $(DENSE)
+	@ls -d runs/vit_tiny-*/export >/dev/null 2>&1 || $(MAKE) train
+	$(DENSE_TRAIN) --config launch/recipes/motorcycle.yaml --ds.train_batch_size 16 --run_dir $(DENSE_RUNS)/depth
+	$(DENSE_TRAIN) --config launch/recipes/mosaics.yaml --ds.train_batch_size 64 --run_dir $(DENSE_RUNS)/segment-random
+	$(DENSE_TRAIN) --config launch/recipes/mosaics.yaml --ds.train_batch_size 64 --run_dir $(DENSE_RUNS)/segment \
+		--trunk "$$(ls -td runs/vit_tiny-*/export | head -n 1)"
+# the clips of moving digits come here
 
 data: $(DIGITS)
 
@@ -58,6 +72,9 @@ lint: $(INSTALLED)
 $(DIGITS): $(INSTALLED)
 	. $(BIN)/activate && python launch/shards.py digits
 
+$(DENSE): data/%/baselines.json: $(INSTALLED)
+	. $(BIN)/activate && python launch/shards.py $* --out $(@D)
+
 $(INSTALLED): requirements.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is missing; install Python 3.11 or newer"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -72,4 +89,4 @@ $(INSTALLED): requirements.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) data/digits
+	rm -rf $(VENV) data/digits $(dir $(DENSE))

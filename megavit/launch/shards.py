@@ -1,6 +1,7 @@
 """WebDataset shards: write them from a data set, index them, check them, and see what a step reads.
 
     python launch/shards.py digits | cifar10 | cifar100 | imagefolder   [--root R] [--out O]
+    python launch/shards.py motorcycle | mosaics   --out O
     python launch/shards.py nyu | kitti | depthfolder | ade20k | voc | segfolder | kinetics   --root R --out O
     python launch/shards.py index 'data/train-{000000..000099}.tar' --out data
     python launch/shards.py verify data/train.manifest.json
@@ -63,6 +64,8 @@ def _add_writers(commands: argparse._SubParsersAction[Parser]) -> None:
     add("cifar10", "CIFAR-10, python version (cifar-10-batches-py)", 1000, True, None)
     add("cifar100", "CIFAR-100, python version (cifar-100-python), fine labels", 1000, True, None)
     add("imagefolder", "folders of images: ROOT[/train|val|test]/CLASS/*.jpg", 1000, True, None)
+    add("motorcycle", "depth: strips of scikit-image's stereo_motorcycle", 100, False, None)
+    add("mosaics", "masks: mosaics of scikit-learn's digits", 100, False, None)
     for name, help in _DENSE.items():
         _add_options(name, add(name, help, 1000 if name != "kinetics" else 200, True, None))
 
@@ -147,7 +150,7 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
 def write(arguments: argparse.Namespace) -> int:
     from megavit.data.class_names import write_class_names
     from megavit.data.plane_facts import claim_planes
-    from megavit.data.write import digits_baselines, write_splits
+    from megavit.data.write import write_splits
 
     if arguments.workers < 1:
         raise ValueError(f"--workers {arguments.workers} must be at least 1")
@@ -157,10 +160,8 @@ def write(arguments: argparse.Namespace) -> int:
     if found.planes:
         claim_planes(out, found.planes)
     write_splits(found.splits, out, arguments.shard_size, arguments.workers)
-    if arguments.command == "digits" and not (out / "baselines.json").exists():
-        (out / "baselines.json").write_text(
-            json.dumps({"split": "test", "metric": "top1", "results": digits_baselines()}, indent=2) + "\n"
-        )
+    if found.baselines and not (out / "baselines.json").exists():
+        (out / "baselines.json").write_text(json.dumps(found.baselines(), indent=2) + "\n")
     if found.class_names:
         write_class_names(out, found.class_names)
     print(", ".join(f"{split.name}: {split.size} samples" for split in found.splits), f"in {out}")
@@ -169,13 +170,18 @@ def write(arguments: argparse.Namespace) -> int:
 
 def _data_set(arguments: argparse.Namespace) -> DataSet:
     """The data set of a writer's command."""
-    from megavit.data import write, write_depth, write_masks
+    from megavit.data import write, write_demo, write_depth, write_masks
     from megavit.data.index import IMAGE_EXTENSIONS
 
     root = getattr(arguments, "root", None) or Path()
     match arguments.command:
         case "digits":
-            return write.DataSet(write.digits_splits(arguments.holdout), list("0123456789"))
+            splits = write.digits_splits(arguments.holdout)
+            return write.DataSet(splits, list("0123456789"), baselines=write.digits_baselines)
+        case "motorcycle":
+            return write_demo.motorcycle_set()
+        case "mosaics":
+            return write_demo.mosaics_set()
         case "imagefolder":
             splits = write.folder_splits(root)
             kinds = f"samples are made of {', '.join(IMAGE_EXTENSIONS)} in class folders"

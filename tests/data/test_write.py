@@ -60,7 +60,7 @@ def test_holdout_comes_from_the_training_part() -> None:
 
 def test_baselines_are_those_of_the_split() -> None:
     """Catches baselines measured on other data; 1-NN is deterministic."""
-    found = write.digits_baselines()
+    found = write.digits_baselines()["results"]
     assert found["1-nearest neighbour"] == pytest.approx(344 / 360)
     assert set(found) == {"logistic regression", "1-nearest neighbour", "SVC, RBF kernel"}
 

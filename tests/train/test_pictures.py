@@ -99,7 +99,8 @@ def test_maps_while_training_need_classes_and_validation_images(tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_run_shows_its_samples_and_predictions(digits: Path, tmp_path: Path, tp: int) -> None:
-    """Catches predictions that only some ranks take part in, and pictures of one evaluation only."""
+    """Catches predictions that only some ranks take part in, pictures of one evaluation only, and files of
+    another set or step than their names say."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     changes = {
@@ -119,5 +120,13 @@ def test_a_run_shows_its_samples_and_predictions(digits: Path, tmp_path: Path, t
     assert [image.step for image in maps] == [4, 6]
     pictures = {image.encoded_image_string for image in [*evaluations, *maps]}
     assert len(pictures) == 5 and evaluations[0].width == maps[0].width == 4 * 134 + 6
+    files = {"step_00000000_train.png", *(f"step_{step:08}_val.png" for step in (2, 4, 6))}
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == files | {
+        f"step_{step:08}_val_located.png" for step in (4, 6)
+    }
+    assert np.array_equal(
+        np.asarray(Image.open(tmp_path / "pictures" / "step_00000004_val.png")),
+        np.asarray(Image.open(io.BytesIO(evaluations[1].encoded_image_string))),
+    )
     # Grey pictures; the maps have colour.
     assert [is_coloured(image) for image in (evaluations[-1], maps[-1])] == [False, True]

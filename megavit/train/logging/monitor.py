@@ -30,7 +30,7 @@ from megavit.train.ds_config import uses_bf16
 from megavit.train.logging.environment import environment
 from megavit.train.logging.log_file import LogFile, discard_rows, read_rows
 from megavit.train.logging.meters import memory_gib, rank_peak_flops
-from megavit.train.logging.pictures import draw_pictures
+from megavit.train.logging.pictures import draw_pictures, save_pictures
 from megavit.train.schedule import lr_at
 
 if TYPE_CHECKING:
@@ -116,10 +116,14 @@ class Monitor:
         say(self.mesh, text)
 
     def show_pictures(self, name: str, step: int, shown: Pictures | None) -> None:
-        """Captioned pictures of a micro-batch, for TensorBoard."""
+        """Captioned pictures of a micro-batch, for TensorBoard and as a PNG in the run folder."""
         if self._enabled and shown:
             sheet = draw_pictures(*shown)
             self._on_board(lambda board: board.add_image(f"pictures/{name}", sheet, step, dataformats="HWC"))
+            try:
+                save_pictures(sheet, self._run_dir, name, step)
+            except OSError as error:
+                self.say(f"note: pictures cannot be written: {error}")
 
     def begin_step(self, step: int) -> None:
         """Update number `step` (from 0) begins. A line if the first of this start takes long."""
@@ -404,13 +408,15 @@ def reference_results(shards: str, metric: str, result: float) -> str:
     """The final result beside those recorded with the validation shards (`baselines.json`), best first."""
     path = Path(shards).parent / BASELINES_FILE
     known: dict[str, float] = {}
+    sign = -1
     if path.is_file():
         recorded = json.loads(path.read_text())
         same = recorded.get("metric", metric) == metric and Path(shards).name.startswith(
             f"{recorded['split']}-"
         )
         known = recorded["results"] if same else {}
-    rows = sorted([*known.items(), ("this run", result)], key=lambda row: -row[1])
+        sign = -1 if recorded.get("higher_is_better", True) else 1
+    rows = sorted([*known.items(), ("this run", result)], key=lambda row: sign * row[1])
     return "\n".join(
         [
             f"final {metric} on the validation shards:",

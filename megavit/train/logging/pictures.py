@@ -1,14 +1,16 @@
-"""Pictures of a micro-batch with a caption under each, in one image for TensorBoard."""
+"""Pictures of a micro-batch with a caption under each, in one image: for TensorBoard and the run folder."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+PICTURES_FOLDER = "pictures"  # in a run folder
 _COLUMNS = 4
 _LEAST_SIDE = 128  # smaller pictures are enlarged
 _GAP = 6
@@ -44,6 +46,13 @@ def draw_pictures(images: Tensor, captions: Sequence[str]) -> np.ndarray:
             fitting = _fit(text, side, font)
             draw.text((left, top + side + line * line_height), fitting, fill=(_INK,) * 3, font=font)
     return np.asarray(sheet)
+
+
+def save_pictures(sheet: np.ndarray, run_dir: Path, name: str, step: int) -> None:
+    """Write a sheet of `draw_pictures` as `pictures/step_00000100_NAME.png`. OSError if the disk is full."""
+    folder = run_dir / PICTURES_FOLDER
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(sheet).save(folder / f"step_{step:08}_{name.replace('/', '_')}.png")
 
 
 def _fit(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
