@@ -1,5 +1,5 @@
-"""What tasks with a decoder share: the trunk with a head on the tokens of its blocks; and those on every pixel:
-what planes mean, and how maps are shown.
+"""What tasks with a decoder share, the trunk and a head on the tokens of its blocks, and what those on every
+pixel do: what planes mean, and how maps are shown.
 
 Letters: b micro-batch, S image side, K outputs of the head.
 """

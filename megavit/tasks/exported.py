@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -24,10 +23,6 @@ from megavit.tasks.video import VideoModule, VideoTask
 TASK_WEIGHTS_FILE = "task.safetensors"  # what the task adds to the trunk
 
 
-_Task = TypeVar("_Task", bound=DecoderTask)
-_Module = TypeVar("_Module", bound=DecoderModule)
-
-
 def load_dense(
     folder: str | Path, mesh: Mesh | None = None, *, image_size: int | None = None
 ) -> tuple[DenseTask, DenseModule]:
@@ -36,7 +31,10 @@ def load_dense(
 
     ValueError, naming the file, if it is no export of a dense task.
     """
-    return _load(folder, mesh, image_size, "dense task", DenseTask, DenseModule)
+    task, module = _load(folder, mesh, image_size)
+    if not (isinstance(task, DenseTask) and isinstance(module, DenseModule)):
+        raise ValueError(f"{folder} is an export of the task {task.config.name}, which is no dense task")
+    return task, module
 
 
 def load_video(
@@ -44,33 +42,29 @@ def load_video(
 ) -> tuple[VideoTask, VideoModule]:
     """As `load_dense`, for the task video: `task.read` makes views of a file's bytes, of which
     `module.probabilities` finds the class."""
-    return _load(folder, mesh, image_size, "video task", VideoTask, VideoModule)
+    task, module = _load(folder, mesh, image_size)
+    if not (isinstance(task, VideoTask) and isinstance(module, VideoModule)):
+        raise ValueError(f"{folder} is an export of the task {task.config.name}, not of videos")
+    return task, module
 
 
 @torch.no_grad()
-def _load(
-    folder: str | Path,
-    mesh: Mesh | None,
-    image_size: int | None,
-    what: str,
-    task_class: type[_Task],
-    module_class: type[_Module],
-) -> tuple[_Task, _Module]:
+def _load(folder: str | Path, mesh: Mesh | None, image_size: int | None) -> tuple[DecoderTask, DecoderModule]:
     mesh, path = mesh or Mesh.single(), export_folder(Path(folder))
     try:
         fields = json.loads((path / TASK_FILE).read_text())
         config = config_class(fields["name"])(**fields)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / TASK_FILE} does not describe a {what}: {error}") from error
+        raise ValueError(f"{path / TASK_FILE} does not describe a task with a decoder: {error}") from error
     overrides = {} if image_size is None else {"image_size": image_size}
     with open_export(path, **overrides) as (model, trunk):
         used = Preprocessing.read(path)
         task = make_task(config, model, DataConfig(eval_crop=used.crop, antialias=used.antialias))
-        if not isinstance(task, task_class):
-            raise ValueError(f"{path / TASK_FILE}: {config.name} is no {what}")
+        if not isinstance(task, DecoderTask):
+            raise ValueError(f"{path / TASK_FILE}: {config.name} is no task with a decoder")
         with mesh.device:
             module = task.build(Initializer(0, mesh, deferred=True), "none")
-        assert isinstance(module, module_class)
+        assert isinstance(module, DecoderModule)
         module.trunk.load_logical(trunk.get_tensor)
     with safe_open(path / TASK_WEIGHTS_FILE, "pt") as weights:
         for name, part in (logical_parameters(module.decoder) | logical_statistics(module.decoder)).items():
