@@ -1,12 +1,12 @@
-"""Videos of real handwritten digits (scikit-learn's) that move left, right, up or down: what heads for videos find
-out that no single frame tells.
+"""Videos of real handwritten digits (scikit-learn's) that move left, right, up or down: what heads for videos
+find out that no single frame tells.
 
-A digit moves on a square whose opposite edges meet, from anywhere, at one speed. So every frame is as likely in
-one direction as in another (chance is a quarter), and the frames without their order tell the axis, but not the
-direction (a half).
+A digit moves on a square whose opposite edges meet, from anywhere, at one speed. So every frame is as likely
+in one direction as in another (chance is a quarter), and frames without their order tell the axis, but not
+the direction (a half).
 
-`python -m tests.tasks.moving_digits TRUNK [PICTURE.png]` trains four heads on that export, frozen, prints their
-results on digits that none has seen, a row of a Markdown table each, and draws some clips.
+`python -m tests.tasks.moving_digits TRUNK [PICTURE.png]` trains four heads on that export, frozen, prints
+their results on digits that none has seen, a row of a Markdown table each, and draws some clips.
 """
 
 from __future__ import annotations
