@@ -1,9 +1,8 @@
 """Videos of real handwritten digits (scikit-learn's) that move left, right, up or down: what heads for videos
 find out that no single frame tells.
 
-A digit moves on a square whose opposite edges meet, from anywhere, at one speed. So every frame is as likely
-in one direction as in another (chance is a quarter), and frames without their order tell the axis, but not
-the direction (a half).
+A frame that is drawn from a video at random shows the digit in the same places whatever the direction is, so
+one frame is at chance (a quarter). Frames without their order tell the axis, but not the direction (a half).
 
 `python -m tests.tasks.moving_digits TRUNK [PICTURE.png]` trains four heads on that export, frozen, prints
 their results on digits that none has seen, a row of a Markdown table each, and draws some clips.
@@ -13,6 +12,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from megavit.train.logging.pictures import draw_pictures
 from tests.launch.commands import train_with
 
 _NUM_TRAINED = 1437  # of 1797 digits: the demo's split
-_SIDE, _LENGTH, _FRAMES, _SPEED = 16, 6, 4, 3  # pixels, frames of a video and of a clip, pixels a frame
+_SIDE, _LENGTH, _FRAMES, _SPEED = 16, 6, 4, 2  # pixels, frames of a video and of a clip, pixels a frame
 DIRECTIONS = {"down": (1, 0), "left": (0, -1), "right": (0, 1), "up": (-1, 0)}
 HEADS = {
     "attentive, one frame": ["--task.head", "attentive", "--task.frames", "1"],
@@ -38,17 +38,27 @@ HEADS = {
 }
 
 
-def moving(ink: np.ndarray, direction: str, start: tuple[int, int]) -> np.ndarray:
-    """The frames uint8 [T, 16, 16] of a digit `ink` [8, 8]."""
-    square = np.zeros((_SIDE, _SIDE), np.uint8)
-    square[: len(ink), : len(ink)] = ink * 255 / 16
+def places(direction: str, middle: tuple[int, int], time: int) -> list[tuple[int, int]]:
+    """Row and column of a digit in each frame. It passes the `middle` of its way, and beside its way it stays
+    where another one is at a `time`, so that frames do not tell the axis either."""
+    way = [_SPEED * number - _SPEED * (_LENGTH - 1) // 2 for number in range(_LENGTH)]
     rows, columns = DIRECTIONS[direction]
-    return np.stack(
-        [
-            np.roll(square, (start[0] + rows * _SPEED * time, start[1] + columns * _SPEED * time), (0, 1))
-            for time in range(_LENGTH)
-        ]
-    )
+    return [
+        (
+            middle[0] + (rows * along if rows else way[time]),
+            middle[1] + (columns * along if columns else way[time]),
+        )
+        for along in way
+    ]
+
+
+def moving(ink: np.ndarray, where: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Frames uint8 [T, 16, 16] of a digit `ink` [8, 8] in several places, perhaps partly outside."""
+    border = len(ink)
+    frames = np.zeros((len(where), _SIDE + 2 * border, _SIDE + 2 * border), np.uint8)
+    for frame, (row, column) in zip(frames, where, strict=True):
+        frame[border + row :, border + column :][: len(ink), : len(ink)] = ink * 255 / 16
+    return frames[:, border:-border, border:-border]
 
 
 def write_mp4(path: Path, frames: np.ndarray) -> None:
@@ -70,8 +80,9 @@ def write_videos(folder: Path, train: int = _NUM_TRAINED, test: int = 360) -> Pa
             direction = list(DIRECTIONS)[number % len(DIRECTIONS)]
             path = folder / "videos" / split / direction / f"{number:05}.mp4"
             path.parent.mkdir(parents=True, exist_ok=True)
-            row, column = random.integers(0, _SIDE, 2).tolist()
-            write_mp4(path, moving(ink, direction, (row, column)))
+            row, column = random.integers(2, 7, 2).tolist()
+            way = places(direction, (row, column), int(random.integers(_LENGTH)))
+            write_mp4(path, moving(ink, way))
     assert shards(["kinetics", "--root", str(folder / "videos"), "--out", str(folder)]) == 0
     return folder
 
