@@ -111,12 +111,13 @@ class VideoTask(DecoderTask):
     def _head(self) -> ModelConfig:
         """The head's architecture: ViT-22B's blocks and pooling, of the trunk's width unless it is given."""
         width = self.config.head_width or self.model.dim
+        own_heads = width != self.model.dim and width % _HEAD_DIM == 0
         return ModelConfig(
             name="custom",
             num_classes=self.config.classes,
             dim=width,
             depth=self.config.head_layers,
-            num_heads=max(1, width // _HEAD_DIM) if width % _HEAD_DIM == 0 else self.model.num_heads,
+            num_heads=width // _HEAD_DIM if own_heads else self.model.num_heads,
             mlp_dim=4 * width,
         )
 

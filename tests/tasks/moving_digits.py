@@ -89,12 +89,13 @@ def write_videos(folder: Path, train: int = _NUM_TRAINED, test: int = 360) -> Pa
 
 def train_head(folder: Path, data: Path, trunk: str, *flags: str) -> dict[str, Any]:
     """The last evaluation of a head on the frozen `trunk`, an export; its run is `folder/run`."""
-    words = ["--deepspeed_config", "ds_configs/zero3_fp32.json", "--ds.train_batch_size", "32"]
+    words = ["--deepspeed_config", "ds_configs/zero2.json", "--ds.train_batch_size", "32"]
+    words += ["--ds.optimizer.params.lr", "3e-3"]
     words += ["--task", "video", "--task.frames", str(_FRAMES), "--freeze", "trunk", "--trunk", trunk]
     words += ["--model.image_size", str(_SIDE), "--run_dir", str(folder / "run")]
     words += ["--data.shards", f"{data}/train-*.tar", "--data.val_shards", f"{data}/val-*.tar"]
     words += ["--data.augment", "none", "--data.flip", "false", "--data.eval_crop", "1.0"]
-    words += ["--max_steps", "300", "--schedule.warmup_steps", "25", "--data.workers", "1"]
+    words += ["--max_steps", "200", "--schedule.warmup_steps", "25", "--data.workers", "1"]
     folder.mkdir(parents=True)
     found = train_with([*words, *flags], folder / "run")
     assert found.code == 0, found.output
