@@ -130,9 +130,15 @@ def results(trunk: str, folder: Path, *flags: str, picture: Path | None = None) 
     return found
 
 
+def rows(found: dict[str, dict[str, Any]]) -> list[str]:
+    """`results` as a Markdown table."""
+    lines = ["| head on four frames | top-1 | loss |", "|---|---|---|"]
+    for name, row in found.items():
+        lines.append(f"| {name} | {row['eval/val/top1']:.3f} | {row['eval/val/loss']:.3f} |")
+    return lines
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         png = Path(sys.argv[2]) if len(sys.argv) > 2 else None
-        print("| head | top-1 | loss |\n|---|---|---|")
-        for name, found in results(sys.argv[1], Path(place), picture=png).items():
-            print(f"| {name} | {found['eval/val/top1']:.3f} | {found['eval/val/loss']:.3f} |")
+        print("\n".join(rows(results(sys.argv[1], Path(place), picture=png))))
