@@ -65,6 +65,8 @@ class Video(Picture):
         size, channels, antialias, max_pixels: as for `Picture`.
         frames: T.
         stride: frames of the video between two of the clip, plus 1.
+        interval_s: seconds between two frames of the clip, whatever the video's frame rate is, in place of
+            `stride`; the frame that is shown at a time is taken.
         clips: of a video.
         crops: of a clip: 1, or 3, of which the first and last are moved to the ends of the longer side. Views
             are in the order of the clips, and for each clip of its crops.
@@ -78,6 +80,7 @@ class Video(Picture):
     _: KW_ONLY
     frames: int
     stride: int = 1
+    interval_s: float | None = None
     clips: int = 1
     crops: int = 1
 
@@ -85,6 +88,8 @@ class Video(Picture):
         for name in ("frames", "stride", "clips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"field {self.name!r} has {name} {getattr(self, name)}; it must be positive")
+        if self.interval_s is not None and not 0 < self.interval_s < float("inf"):
+            raise ValueError(f"field {self.name!r} has interval_s {self.interval_s}; it must be positive")
         if self.crops not in (1, 3):
             raise ValueError(f"field {self.name!r} has {self.crops} crops, not 1 or 3")
         if self.channels not in (1, 3):
@@ -106,7 +111,7 @@ class Video(Picture):
             geometry = decide(width, height)
             boxes = _boxes(geometry, self.crops)
             for number, clip in enumerate(views):
-                wanted = [times.frames[at] for at in self._chosen(len(times.frames), number, geometry.time)]
+                wanted = self._chosen(times, number, geometry.time)
                 for time, pixels in _decoded(container, stream, times, wanted, self.channels):
                     if pixels.shape[:2] != (height, width):
                         raise DecodeError(
@@ -119,12 +124,20 @@ class Video(Picture):
                         crop[places[1:]] = crop[places[0]]
         return geometry
 
-    def _chosen(self, available: int, clip: int, time: float | None) -> np.ndarray:
-        """Numbers of the frames [T] that make a clip."""
-        room = max(0, available - ((self.frames - 1) * self.stride + 1))
+    def _chosen(self, times: _Times, clip: int, time: float | None) -> list[int]:
+        """When the frames [T] that make a clip are shown, in the stream's unit."""
         share = (clip + (0.5 if time is None else time)) / self.clips
-        start = min(room, int((room + 1) * share))
-        return np.minimum(start + np.arange(self.frames) * self.stride, available - 1)
+        shown, steps = times.frames, np.arange(self.frames)
+        if self.interval_s is None:
+            room = max(0, len(shown) - ((self.frames - 1) * self.stride + 1))
+            numbers = min(room, int((room + 1) * share)) + steps * self.stride
+        else:
+            interval = self.interval_s / times.unit_s
+            start = max(0.0, shown[-1] - shown[0] - (self.frames - 1) * interval) * share
+            # Rounded: a frame's own time, less what floating point loses, would be the frame before.
+            moments = np.rint(shown[0] + start + steps * interval)
+            numbers = np.searchsorted(shown, moments, side="right") - 1
+        return [shown[number] for number in np.minimum(numbers, len(shown) - 1)]
 
     def _place(self, crop: np.ndarray, geometry: Geometry, out: np.ndarray) -> None:
         """Write a frame's crop [H, W, C] into `out` [S, S, C]."""
@@ -158,6 +171,7 @@ class _Times:
         if any(packet.pts is None for packet in packets):
             raise DecodeError("its frames have no time stamps")
         self.frames: list[int] = sorted({packet.pts for packet in packets})
+        self.unit_s = float(stream.time_base)
         keys = sorted((packet.pts, packet.dts) for packet in packets if packet.is_keyframe)
         self._keys = [pts for pts, _ in keys]
         self._seeks = [pts if dts is None else dts for pts, dts in keys]

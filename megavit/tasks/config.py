@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, ClassVar, Literal
 
 from megavit.data.config import DataConfig
-from megavit.fields import check_types, nearest
+from megavit.fields import check_types, nearest, require_positive
 from megavit.model.config import ModelConfig
 
 Loss = Literal["sigmoid", "softmax"]
@@ -23,7 +23,7 @@ class TaskConfig:
     """What the run learns. A task of your own adds its fields to these (megavit/tasks/README.md).
 
     Args:
-        name: a built-in task (classify, depth, segment), or path/to/file.py:Class for one of your own.
+        name: a built-in task (classify, depth, segment, video), or path/to/file.py:Class for one of your own.
     """
 
     # Fields that a run which goes on may have otherwise than it was saved with.
@@ -220,11 +220,78 @@ class SegmentConfig(DenseConfig):
         self.taps(model.depth, 4 if self.head == "upernet" else 1)
 
 
+@dataclass(frozen=True)
+class VideoConfig(DenseConfig):
+    """The class of a video, from the frames of its clips, each of which the trunk sees as an image.
+
+    Args:
+        classes: number of classes, such as Kinetics' 400; not given, as many as classes.txt beside the
+            training shards names.
+        head: attentive (a learned query attends to the tokens of all frames) or temporal (each frame is
+            pooled, transformer blocks join the frames, and they are pooled in turn).
+        head_layers: transformer blocks of the temporal head.
+        time_embedding: add a learned embedding of its place in the clip to each frame; without it the head
+            does not know their order.
+        frames: of a clip.
+        stride: frames of the video from one frame of the clip to the next.
+        interval_s: seconds from one frame of the clip to the next, whatever the video's frame rate is; none
+            goes by stride.
+        views: in evaluations, clips of a video times crops of a clip (1 or 3), such as 4x3, whose
+            probabilities are averaged.
+        label_smoothing: share of the target that is spread evenly over all classes.
+    """
+
+    MAY_CHANGE = ("views", "label_smoothing")
+    CLASSES = "task.classes"
+
+    name: str = "video"
+    classes: int = 0
+    head: Literal["attentive", "temporal"] = "attentive"
+    head_layers: int = 4
+    time_embedding: bool = True
+    frames: int = 16
+    stride: int = 1
+    interval_s: float | None = None
+    views: str = "1x1"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive("task.", self, "head_layers", "frames", "stride")
+        if self.interval_s is not None and not 0 < self.interval_s < float("inf"):
+            raise ValueError(f"task.interval_s must be a positive number of seconds, got {self.interval_s}")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"task.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        if self.classes < 0:
+            raise ValueError(f"task.classes cannot be negative, got {self.classes}")
+        self.clips_and_crops()
+
+    def clips_and_crops(self) -> tuple[int, int]:
+        """The two numbers in `views`. ValueError if it is anything else."""
+        clips, _, crops = self.views.partition("x")
+        if not (clips.isdecimal() and int(clips) and crops in ("1", "3")):
+            raise ValueError(
+                f"task.views must be clips of a video times 1 or 3 crops, such as 4x3, got {self.views!r}"
+            )
+        return int(clips), int(crops)
+
+    def check(self, model: ModelConfig, data: DataConfig) -> None:
+        super().check(model, data)
+        if self.classes < 2:
+            raise ValueError(
+                f"videos need the number of classes, e.g. --task.classes 400, got {self.classes}"
+            )
+        if model.channels not in (1, 3):
+            raise ValueError(f"videos have 1 or 3 channels; model.channels is {model.channels}")
+        self.taps(model.depth, 1)
+
+
 # Built-in tasks: where the class is, and its configuration.
 _BUILT_IN: dict[str, tuple[str, type[TaskConfig]]] = {
     "classify": ("megavit.tasks.classify:Classify", ClassifyConfig),
     "depth": ("megavit.tasks.depth:Depth", DepthConfig),
     "segment": ("megavit.tasks.segment:Segment", SegmentConfig),
+    "video": ("megavit.tasks.video:VideoTask", VideoConfig),
 }
 
 

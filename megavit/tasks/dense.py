@@ -1,4 +1,5 @@
-"""What tasks on every pixel share: the trunk with a dense head, what planes mean, and how maps are shown.
+"""What tasks with a decoder share, the trunk and a head on the tokens of its blocks, and what those on every
+pixel do: what planes mean, and how maps are shown.
 
 Letters: b micro-batch, S image side, K outputs of the head.
 """
@@ -10,7 +11,7 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,30 @@ from megavit.tasks.task import Task
 TASK_FILE = "task.json"  # in a run folder and an export: the task's configuration, with what the data say
 
 
-class DenseTask(Task):
+class DecoderTask(Task):
+    """A task whose run folder and export say what it is, in `task.json`."""
+
+    config: DenseConfig
+    _kept: dict[str, Any] | None = None  # on the main rank: what the run folder says
+
+    def open(self, run_dir: Path, class_names: Sequence[str] | None = None) -> None:
+        kept = run_dir / TASK_FILE
+        if kept.is_file():
+            self._kept = json.loads(kept.read_text())
+
+    def keep(self, folder: Path) -> None:
+        found = self.resolved() if self._kept is None or self.data.shards else self._kept
+        (folder / TASK_FILE).write_text(json.dumps(found, indent=2) + "\n")
+
+    def resolved(self) -> dict[str, Any]:
+        """The configuration, with what the data say."""
+        return dataclasses.asdict(self.config)
+
+
+class DenseTask(DecoderTask):
     """A task on a plane of the samples called `plane`."""
 
     plane = ""
-    config: DenseConfig
-    _kept: dict[str, Any] | None = None  # on the main rank: what the run folder says
 
     def open(self, run_dir: Path, class_names: Sequence[str] | None = None) -> None:
         data, facts = self.data, self.facts()
@@ -40,42 +59,47 @@ class DenseTask(Task):
                     f"the planes {self.plane} of {one.shards} do not count as those of {data.shards} "
                     f"({theirs} and {facts}): write both in one unit"
                 )
-        kept = run_dir / TASK_FILE
-        if kept.is_file():
-            self._kept = json.loads(kept.read_text())
-
-    def keep(self, folder: Path) -> None:
-        found = self.resolved() if self._kept is None or self.data.shards else self._kept
-        (folder / TASK_FILE).write_text(json.dumps(found, indent=2) + "\n")
-
-    def resolved(self) -> dict[str, Any]:
-        """The configuration, with what the data say of their planes."""
-        return dataclasses.asdict(self.config)
+        super().open(run_dir, class_names)
 
     def facts(self) -> PlaneFacts:
         """What `dense.json` beside the training shards says of the plane; nothing if there is none."""
         return planes_beside(self.data.shards).get(self.plane, PlaneFacts())
 
 
-class DenseModule(nn.Module):
-    """The trunk and a dense head on the tokens of the blocks `layers`."""
+class DecoderModule(nn.Module):
+    """The trunk and a head (`decoder`) on the tokens of the blocks `layers`."""
 
-    def __init__(self, trunk: MegaVit, decoder: DenseHead, layers: Sequence[int], norm_taps: bool):
+    def __init__(self, trunk: MegaVit, decoder: nn.Module, layers: Sequence[int], norm_taps: bool):
         super().__init__()
         self.trunk, self.decoder = trunk, decoder
         self.layers, self.norm_taps = tuple(layers), norm_taps
 
-    def maps(self, images: Tensor, weights: Tensor) -> Tensor:
-        """The head's output of images [b, C, S, S], float32 [b, K, S, S]; those of weight 0 (`weights` [b])
-        leave the others as they are. A trunk that is frozen keeps nothing for backward."""
+    def taps(self, images: Tensor, output_fmt: Literal["NCHW", "NLC"] = "NCHW") -> list[Tensor]:
+        """The patch tokens of images [b, C, S, S] after each of `layers`. A frozen trunk keeps nothing for
+        backward."""
         trunk, wanted = self.trunk, sorted({*self.layers})
         trained = any(parameter.requires_grad for parameter in trunk.parameters())
         with nullcontext() if trained or images.requires_grad else torch.no_grad():
             found = trunk.forward_intermediates(
-                images.to(trunk.dtype), wanted, norm=self.norm_taps, intermediates_only=True
+                images.to(trunk.dtype),
+                wanted,
+                norm=self.norm_taps,
+                output_fmt=output_fmt,
+                intermediates_only=True,
             )
         taps = dict(zip(wanted, found, strict=True))
-        maps: Tensor = self.decoder([taps[layer] for layer in self.layers], weights)
+        return [taps[layer] for layer in self.layers]
+
+
+class DenseModule(DecoderModule):
+    """The trunk and a dense head."""
+
+    decoder: DenseHead
+
+    def maps(self, images: Tensor, weights: Tensor) -> Tensor:
+        """The head's output of images [b, C, S, S], float32 [b, K, S, S]; those of weight 0 (`weights` [b])
+        leave the others as they are."""
+        maps: Tensor = self.decoder(self.taps(images), weights)
         return maps
 
 

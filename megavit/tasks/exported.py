@@ -1,4 +1,5 @@
-"""A dense task's export as a module that predicts: the trunk and its head, on one process or a mesh."""
+"""The export of a task with a decoder as a module that predicts: the trunk and its head, on one process or a
+mesh."""
 
 from __future__ import annotations
 
@@ -9,18 +10,19 @@ import torch
 from safetensors import safe_open
 
 from megavit.data.config import DataConfig
+from megavit.data.preprocessing import Preprocessing
 from megavit.model.exported import export_folder, open_export
 from megavit.parallel.init import Initializer, logical_parameters, logical_statistics
 from megavit.parallel.layout import layout_of
 from megavit.parallel.mesh import Mesh
 from megavit.tasks.config import config_class
-from megavit.tasks.dense import TASK_FILE, DenseModule, DenseTask
+from megavit.tasks.dense import TASK_FILE, DecoderModule, DecoderTask, DenseModule, DenseTask
 from megavit.tasks.task import make_task
+from megavit.tasks.video import VideoModule, VideoTask
 
 TASK_WEIGHTS_FILE = "task.safetensors"  # what the task adds to the trunk
 
 
-@torch.no_grad()
 def load_dense(
     folder: str | Path, mesh: Mesh | None = None, *, image_size: int | None = None
 ) -> tuple[DenseTask, DenseModule]:
@@ -29,20 +31,40 @@ def load_dense(
 
     ValueError, naming the file, if it is no export of a dense task.
     """
+    task, module = _load(folder, mesh, image_size)
+    if not (isinstance(task, DenseTask) and isinstance(module, DenseModule)):
+        raise ValueError(f"{folder} is an export of the task {task.config.name}, which is no dense task")
+    return task, module
+
+
+def load_video(
+    folder: str | Path, mesh: Mesh | None = None, *, image_size: int | None = None
+) -> tuple[VideoTask, VideoModule]:
+    """As `load_dense`, for the task video: `task.read` makes views of a file's bytes, of which
+    `module.probabilities` finds the class."""
+    task, module = _load(folder, mesh, image_size)
+    if not (isinstance(task, VideoTask) and isinstance(module, VideoModule)):
+        raise ValueError(f"{folder} is an export of the task {task.config.name}, not of videos")
+    return task, module
+
+
+@torch.no_grad()
+def _load(folder: str | Path, mesh: Mesh | None, image_size: int | None) -> tuple[DecoderTask, DecoderModule]:
     mesh, path = mesh or Mesh.single(), export_folder(Path(folder))
     try:
         fields = json.loads((path / TASK_FILE).read_text())
         config = config_class(fields["name"])(**fields)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / TASK_FILE} does not describe a dense task: {error}") from error
+        raise ValueError(f"{path / TASK_FILE} does not describe a task with a decoder: {error}") from error
     overrides = {} if image_size is None else {"image_size": image_size}
     with open_export(path, **overrides) as (model, trunk):
-        task = make_task(config, model, DataConfig())
-        if not isinstance(task, DenseTask):
-            raise ValueError(f"{path / TASK_FILE}: {config.name} is no dense task")
+        used = Preprocessing.read(path)
+        task = make_task(config, model, DataConfig(eval_crop=used.crop, antialias=used.antialias))
+        if not isinstance(task, DecoderTask):
+            raise ValueError(f"{path / TASK_FILE}: {config.name} is no task with a decoder")
         with mesh.device:
             module = task.build(Initializer(0, mesh, deferred=True), "none")
-        assert isinstance(module, DenseModule)
+        assert isinstance(module, DecoderModule)
         module.trunk.load_logical(trunk.get_tensor)
     with safe_open(path / TASK_WEIGHTS_FILE, "pt") as weights:
         for name, part in (logical_parameters(module.decoder) | logical_statistics(module.decoder)).items():

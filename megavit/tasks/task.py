@@ -96,6 +96,10 @@ class Task(ABC):
         """What is decoded of each sample. The first picture decides how the others are cropped."""
         return [self.picture()]
 
+    def eval_fields(self) -> Sequence[Field]:
+        """What is decoded of each sample for evaluations: fields of the same names. Here, the same fields."""
+        return self.fields()
+
     def picture(self) -> Picture:
         """The field "image": uint8 [S, S, C] of the model's size and channels."""
         data = self.data

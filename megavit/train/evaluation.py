@@ -39,7 +39,7 @@ def evaluate(
     done, and `show` the first batch and its inputs.
     """
     task, data, mesh = engine.task, engine.run.data, engine.mesh
-    fields, sums = task.fields(), _Sums()
+    fields, sums = task.eval_fields(), _Sums()
     bad: list[BadSample] = []
     for number, batch in enumerate(loader):
         watchdog.at(f"evaluating batch {number} after step {step}")

@@ -68,7 +68,7 @@ def eval_loader(
     """This rank's share of a validation set. Collective over the world."""
     return EvalLoader(
         open_data(shards, data, mesh),
-        task.fields(),
+        task.eval_fields(),
         data,
         batch=ds_config["train_micro_batch_size_per_gpu"],
         share=share_of(data, mesh),

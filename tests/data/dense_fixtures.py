@@ -175,14 +175,21 @@ def make_segfolder(root: Path, names: str = "road\ncar\nsky\n") -> Planes:
 
 
 def encode_video(
-    colors: list[int], width: int = 64, height: int = 48, *, gop: int = 6, codec: str = "mpeg4", turn: int = 0
+    colors: list[int],
+    width: int = 64,
+    height: int = 48,
+    *,
+    gop: int = 6,
+    codec: str = "mpeg4",
+    turn: int = 0,
+    rate: int = 25,
 ) -> bytes:
     """An mp4 of grey frames, one of each brightness, with a bright upper left quarter and B-frames."""
     import av
 
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream(codec, rate=25)
+        stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.gop_size, stream.max_b_frames = gop, 2
         stream.bit_rate = 4_000_000

@@ -62,6 +62,18 @@ def test_a_short_video_repeats_its_last_frame() -> None:
     assert frames(shown(encode_video(COLORS[:1]), Video(size=8, frames=2, stride=4))) == [0, 0]
 
 
+@pytest.mark.parametrize("time", [0.0, None, 0.8, 0.999])
+def test_an_interval_in_seconds_does_not_depend_on_the_frame_rate(time: float | None) -> None:
+    """Catches intervals in frames, and frames that rounding makes the ones before."""
+    slow, fast = encode_video(COLORS[::2], rate=15), encode_video(COLORS[:-1], rate=30)
+    video = Video(size=8, frames=4, interval_s=2 / 15)
+    one, two = frames(shown(slow, video, time=time)), frames(shown(fast, video, time=time))
+    assert np.ptp(np.diff(one)) == 0 and np.diff(one)[0] == 4 == np.diff(two)[0]
+    assert 0 <= two[0] - one[0] <= 1
+    assert frames(shown(fast, Video(size=8, frames=43, interval_s=1 / 30), time=time)) == list(range(43))
+    assert frames(shown(slow, Video(size=8, frames=3, interval_s=10.0), time=time)) == [0, 42, 42]
+
+
 def test_views_are_spread_over_the_video_and_its_longer_side() -> None:
     """Catches clips that crowd at one end, and crops that leave the frame or are in another order."""
     data = encode_video(COLORS)
@@ -175,6 +187,7 @@ def test_videos_that_make_no_sense_are_refused(monkeypatch: pytest.MonkeyPatch) 
     for arguments, words in (
         ({"frames": 0}, "frames 0"),
         ({"frames": 2, "crops": 2}, "2 crops, not 1 or 3"),
+        ({"frames": 2, "interval_s": 0.0}, "interval_s 0.0"),
         ({"frames": 2, "channels": 4}, "channels is 4"),
         ({"frames": 2, "size": 0}, "every side"),
     ):
