@@ -220,6 +220,32 @@ class SegmentConfig(DenseConfig):
         self.taps(model.depth, 4 if self.head == "upernet" else 1)
 
 
+@dataclass(frozen=True)
+class InferenceConfig:
+    """How a dense model sees a picture of any size.
+
+    Args:
+        inference: whole (all of the picture at once, filled up with grey to whole patches) or slide (squares
+            of the model's size, whose maps are averaged).
+        stride: of slide, pixels from one square to the next; 0 takes two thirds of a square.
+        mirror: average with the map of the mirrored picture (test-time augmentation).
+        short_side: pixels to which the picture's short side is brought first; 0 takes the scale at which the
+            run saw its validation images.
+    """
+
+    inference: Literal["whole", "slide"] = "whole"
+    stride: int = 0
+    mirror: bool = False
+    short_side: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.stride < 0 or self.short_side < 0:
+            raise ValueError(
+                f"--stride and --short_side cannot be negative, got {self.stride} and {self.short_side}"
+            )
+
+
 # Built-in tasks: where the class is, and its configuration.
 _BUILT_IN: dict[str, tuple[str, type[TaskConfig]]] = {
     "classify": ("megavit.tasks.classify:Classify", ClassifyConfig),
