@@ -259,9 +259,7 @@ _EXAMPLES = {
     "depth": '{"depth": {"scale": 0.001, "invalid": 0, "max_m": 10}}',
     "mask": '{"mask": {"invalid": 255, "classes": 150}}',
 }
-_SHARDS = (
-    f"{{test,val}}.manifest.json or {{test,val}}-*.tar with {PLANES_FILE} (launch/shards.py writes them)"
-)
+_SHARDS = f"{{test,val}}.manifest.json or {{test,val}}-*.tar with {PLANES_FILE} (see launch/shards.py)"
 OWN_LAYOUTS: dict[Plane, str] = {
     "depth": f"{_SHARDS}, or [test/ or val/]rgb/*.jpg and depth/*.npy or *.png with {PLANES_FILE}",
     "mask": f"{_SHARDS}, or [test/ or val/]images/*.jpg and masks/*.png, with classes.txt",
