@@ -49,18 +49,15 @@ def _targets(photos: list[tuple[Path, Path]], out: Path | None) -> list[tuple[Pa
         raise ValueError("this model writes maps: say where with --out map.png, map.npy, or a folder")
     is_file = out.suffix.lower() in _KINDS and not out.is_dir()
     if out.suffix and not is_file and not out.is_dir():
-        raise ValueError(
-            f"--out {out}: maps are written as .png or .npy, or as PNGs in a folder without a dot"
-        )
+        raise ValueError(f"--out {out}: a map is written as .png or .npy; a new folder must have no dot")
     if is_file and len(photos) > 1:
         raise ValueError(f"--out {out} is one file for {len(photos)} photos; name a folder")
     found = [(photo, out if is_file else (out / name).with_suffix(".png")) for photo, name in photos]
     owners: dict[Path, Path] = {}
     inputs = {photo.resolve() for photo, _ in photos}
     for photo, target in found:
-        if other := owners.setdefault(target, photo) if owners.get(target, photo) != photo else None:
+        if (other := owners.setdefault(target, photo)) != photo:
             raise ValueError(f"{other} and {photo} would both be written to {target}; predict them apart")
-        owners[target] = photo
         if target.resolve() in inputs:
             raise ValueError(f"--out {out} would write over the photo {target}; choose another")
     return found
@@ -120,15 +117,9 @@ def _write_classes(classes: Tensor, target: Path, names: tuple[str, ...], top: i
         image.putpalette(palette.tobytes())
         _save_png(image, target, {"classes": json.dumps(names)})
     counts = classes.flatten().long().bincount(minlength=len(names))
-    most = [number for number in counts.argsort(descending=True, stable=True).tolist() if counts[number]][
-        :top
-    ]
-    return {
-        "classes": [
-            {"class": n, "name": names[n], "share": round(float(counts[n]) / classes.numel(), 4)}
-            for n in most
-        ]
-    }
+    shares = (counts / classes.numel()).tolist()
+    most = [n for n in counts.argsort(descending=True, stable=True).tolist() if shares[n]][:top]
+    return {"classes": [{"class": n, "name": names[n], "share": round(shares[n], 4)} for n in most]}
 
 
 def _in_words(row: dict[str, Any]) -> str:
