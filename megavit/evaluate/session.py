@@ -79,6 +79,8 @@ class Session:
             return own_dense(self.config.data, plane)
 
         images = self.mesh.on_main(read)
+        for note in images.notes:
+            self.tell(note)
         return images.first(self.config.limit) if self.config.limit else images
 
     @contextmanager

@@ -54,6 +54,7 @@ class DenseSet:
         class_names: of masks, by class number.
         digest: of the samples, in their order.
         images: which pictures they are, in words, where there is a choice.
+        notes: lines for the user, about files that no sample is made of.
     """
 
     name: str
@@ -64,6 +65,7 @@ class DenseSet:
     class_names: tuple[str, ...]
     digest: str
     images: str = ""
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -194,10 +196,15 @@ def voc(root: str | Path) -> DenseSet:
 
 def _of(found: DataSet, name: str, plane: Plane, split: str) -> DenseSet:
     part = next(one for one in found.splits if one.name == split)
-    facts = found.planes[plane]
-    numbers = tuple(range(part.size))
     return DenseSet(
-        name, plane, part.load, numbers, facts, tuple(found.class_names), digest_of(part.fingerprint)
+        name,
+        plane,
+        part.load,
+        tuple(range(part.size)),
+        found.planes[plane],
+        tuple(found.class_names),
+        digest_of(part.fingerprint),
+        notes=tuple(found.notes),
     )
 
 
