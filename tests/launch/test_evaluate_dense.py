@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from megavit.evaluate.tasks import listing
 from megavit.launch.predict import main as predict
@@ -24,11 +25,13 @@ from tests.data.dense_fixtures import (
     make_voc,
     save_png,
 )
-from tests.dense_exports import SEGMENT, write_dense_export
+from tests.dense_exports import DEPTH, SEGMENT, write_dense_export
 from tests.exports import write_export
 from tests.launch.evaluations import Evaluation, evaluate, read_recorded, run_main
 from tests.ranks import run_ranks
-from tests.tasks.dense_data import write_dense
+from tests.tasks.dense_data import SIDE, scene, write_dense
+from tests.tasks.test_dense import dense_run
+from tests.train.runs import ds_config, log_of, train_here
 
 DELTAS = {"delta1.1": 1.1, "delta1": 1.25, "delta2": 1.25**2, "delta3": 1.25**3}
 EIGEN = (45 / 480, 471 / 480, 41 / 640, 601 / 640)
@@ -150,7 +153,7 @@ def test_nyu_in_both_forms_and_kitti(depth: Path, tmp_path: Path) -> None:
             GARG,
         ),
     ):
-        maps = maps_of(depth, files, tmp_path / name / "maps" if name == "kitti" else tmp_path / "more maps")
+        maps = maps_of(depth, files, tmp_path / f"{name} maps")
         pairs = [(one, value / scale) for one, value in zip(maps, values, strict=True)]
         reference = depth_reference(pairs, limit, crop, "least_squares")
         check(found, name, name, reference, (len(maps), len(maps), 0))
@@ -214,6 +217,27 @@ def test_segmentation_data_sets(segment: Path, tmp_path: Path) -> None:
         check(found, name, name, segmentation_reference(pairs, classes), (3, 3, 0))
 
 
+@pytest.mark.dist
+@pytest.mark.slow
+def test_trained_runs_are_evaluated_and_used(tmp_path: Path) -> None:
+    """Catches an evaluation or a prediction that does not see what the run's own evaluation saw: pictures of
+    the model's size, whole."""
+    data = write_dense(tmp_path / "data", 60, 21)
+    for name, task in (("depth", DEPTH), ("segment", SEGMENT)):
+        run, folder = dense_run(data, tmp_path / name, task), tmp_path / name
+        assert run_ranks(1, train_here, run, ds_config(3)) == [""]
+        found = evaluate(folder, folder / "evaluation", "--tasks", f"{name},knn", "--data", data)
+        assert found.code == 1 and {one.task for one in found.recorded.failed} == {"knn"}  # without classes
+        rows = [row for row in log_of(folder) if row.get("eval") == "val"]
+        for one in ("abs_rel", "rmse", "delta1") if name == "depth" else ("miou", "class_accuracy"):
+            assert found.value(name, "data", one) == pytest.approx(rows[-1][f"eval/val/{one}"], rel=1e-4), one
+        save_png(tmp_path / "scene.png", scene(np.random.default_rng(3))[0])
+        words = [str(folder), str(tmp_path / "scene.png"), "--out", str(tmp_path / f"{name}.png")]
+        assert predict(words) == 0
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.size == (SIDE, SIDE) and image.mode == ("I;16" if name == "depth" else "P")
+
+
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven pictures with depth, of which one is cut off, one has no depth that counts, and one a plane of
@@ -234,7 +258,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pictures_that_cannot_be_used(depth: Path, damaged: Path, tmp_path: Path) -> None:
     """Catches a picture that ends the task, or is left out in silence, and one without a pixel that counts
     which is called bad or counts as 0."""
-    found = evaluate(depth, tmp_path / "out", "--tasks", "depth", "--data", damaged, "--workers", "1")
+    found = evaluate(depth, tmp_path / "out", "--tasks", "depth", "--data", damaged)
     assert found.code == 0, found.output
     assert {one.count for one in found.recorded.results} == {(7, 4, 2)}
     assert "left out: 2" in found.output
@@ -244,7 +268,7 @@ def test_pictures_that_cannot_be_used(depth: Path, damaged: Path, tmp_path: Path
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("ranks", "tp_size"), [(2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(("ranks", "tp_size"), [(2, 1), (2, 2)])
 def test_all_layouts_measure_the_same(
     ranks: int, tp_size: int, depth: Path, segment: Path, damaged: Path, tmp_path: Path
 ) -> None:
