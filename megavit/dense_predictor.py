@@ -122,7 +122,9 @@ class DensePredictor:
             else:
                 maps = filled_up(predict, images, self.task.model.patch_size)
             size = (fitted.height, fitted.width)
-            return resize_map(maps, size)[0, 0] if self.kind == "depth" else largest(maps, size)[0]
+            if self.limits is None:
+                return largest(maps, size)[0]
+            return resize_map(maps, size)[0, 0].clamp(*self.limits)  # which rounding may have left
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"the device has no memory for a picture of {fitted.width}x{fitted.height} pixels at a short "
