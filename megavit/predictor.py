@@ -1,4 +1,4 @@
-"""A trained model to be used: `megavit.load(folder)(photos)` gives probabilities with names.
+"""A trained model to be used: `megavit.load(folder)(photos)` gives probabilities with names, or maps.
 
 Letters: B photos, C classes of the model, S image side.
 """
@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ from megavit.model.config import ModelConfig
 from megavit.model.exported import export_folder, open_export
 from megavit.model.vit import CONFIG_FILE, MegaVit
 from megavit.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from megavit.dense_predictor import DensePredictor
+    from megavit.tasks.config import InferenceConfig
 
 BATCH_SIZE = 32
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -130,8 +134,31 @@ def load(
     dtype: str | torch.dtype | None = None,
     batch_size: int = BATCH_SIZE,
     mesh: Mesh | None = None,
+    inference: InferenceConfig | None = None,
+) -> Predictor | DensePredictor:
+    """The model in an export, or in the folder of a run that has ended, ready for photos: a `Predictor` of
+    classes, or, if its task was depth or segmentation, a `DensePredictor` of maps, which goes about a photo
+    as `inference` says and takes one at a time. The rest is as of `load_classifier`."""
+    from megavit.dense_predictor import open_dense
+    from megavit.tasks.config import DenseConfig, InferenceConfig
+    from megavit.tasks.exported import task_of_export
+
+    if not isinstance(task_of_export(Path(folder)), DenseConfig):
+        if inference is not None:
+            raise ValueError(f"{folder} holds no model of depth or segmentation: inference is for these")
+        return load_classifier(folder, device, dtype, batch_size, mesh)
+    mesh = mesh or Mesh.single(device_called(device))
+    return open_dense(folder, mesh, dtype_called(dtype), inference or InferenceConfig())
+
+
+def load_classifier(
+    folder: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    batch_size: int = BATCH_SIZE,
+    mesh: Mesh | None = None,
 ) -> Predictor:
-    """The model in an export, or in the folder of a run that has ended, ready for photos.
+    """The classifier in an export, or in the folder of a run that has ended, ready for photos.
 
     `device` is the first GPU where there is one, and else the CPU. `dtype` is float32, or bfloat16 ("bf16"),
     which is faster on GPUs and less exact; a run whose DeepSpeed JSON enables it evaluates in it too. Where
@@ -142,7 +169,7 @@ def load(
     lacks preprocessing.json), for a model without classes, and for a device that is not here.
     """
     # Mistakes come before the weights, which take long to read.
-    chosen_device, chosen_dtype = mesh.device if mesh else _device(device), _dtype(dtype)
+    chosen_device, chosen_dtype = mesh.device if mesh else device_called(device), dtype_called(dtype)
     folder = export_folder(Path(folder))
     config, preprocessing = read_description(folder)
     if not config.num_classes:
@@ -184,7 +211,8 @@ def class_names_of_export(folder: Path, num_classes: int) -> list[str]:
     return names
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def device_called(device: str | torch.device | None) -> torch.device:
+    """The device that is meant; none is the first GPU where there is one. ValueError if it is not here."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -196,7 +224,8 @@ def _device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+def dtype_called(dtype: str | torch.dtype | None) -> torch.dtype:
+    """The type of weights that is meant; none is float32. ValueError for any but it and bfloat16."""
     name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
     found = _DTYPES.get(_SHORT.get(name, name))
     if found is None:

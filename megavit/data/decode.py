@@ -130,8 +130,8 @@ class Decoder:
 
 
 def resize(pixels: np.ndarray, antialias: bool, out: np.ndarray) -> None:
-    """uint8 or float32 [H, W, C] into `out` [S, S, C] of the same type, bilinear; a copy if the sizes are
-    equal."""
+    """uint8 or float32 [H, W, C] into `out` of the same type, [S, S, C] or of other sides, bilinear; a copy
+    if the sizes are equal."""
     if pixels.shape == out.shape:
         out[:] = pixels
     elif antialias:
@@ -141,7 +141,7 @@ def resize(pixels: np.ndarray, antialias: bool, out: np.ndarray) -> None:
             _planes(pixels), out.shape[:2], False, None, None, out=_planes(out)
         )
     else:
-        _opencv().resize(pixels, out.shape[:2], dst=out)  # INTER_LINEAR
+        _opencv().resize(pixels, out.shape[1::-1], dst=out)  # INTER_LINEAR
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:

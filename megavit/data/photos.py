@@ -53,17 +53,7 @@ class PhotoReader:
     def load(self, photo: Photo, choose_box: Callable[[int, int], Box] | None = None) -> Tensor:
         """uint8 [S, S, C]; with `choose_box(width, height)`, of this part of the photo. ValueError, naming
         the file if there is one, for what is no photo; OSError for a file that cannot be read."""
-        box = choose_box or self._box
-        if isinstance(photo, bytes):
-            crop = self._decoder.crop(photo, box)
-        elif isinstance(photo, str | os.PathLike):
-            path = Path(photo)
-            try:
-                crop = self._decoder.crop(path.read_bytes(), box)
-            except DecodeError as error:
-                raise DecodeError(f"{path}: {error}") from error
-        else:
-            crop = self._decoder.crop_image(_image(photo), box)
+        crop = self._crop_of(photo, choose_box or self._box)
         size, channels = self._decoder.size, self._decoder.channels
         if self._bicubic:
             resized = bicubic(crop, size) if choose_box else bicubic_centre(crop, size, self._crop)
@@ -71,6 +61,21 @@ class PhotoReader:
         row = np.empty((size, size, channels), np.uint8)
         resize(crop, self._decoder.antialias, row)
         return torch.from_numpy(row)
+
+    def whole(self, photo: Photo) -> np.ndarray:
+        """All pixels of a photo, uint8 [H, W, C], upright. Errors as of `load`."""
+        return self._crop_of(photo, lambda width, height: (0, 0, width, height))
+
+    def _crop_of(self, photo: Photo, box: Callable[[int, int], Box]) -> np.ndarray:
+        if isinstance(photo, bytes):
+            return self._decoder.crop(photo, box)
+        if not isinstance(photo, str | os.PathLike):
+            return self._decoder.crop_image(_image(photo), box)
+        path = Path(photo)
+        try:
+            return self._decoder.crop(path.read_bytes(), box)
+        except DecodeError as error:
+            raise DecodeError(f"{path}: {error}") from error
 
     def _box(self, width: int, height: int) -> Box:
         border = min(self._border, (min(width, height) - 1) // 2)

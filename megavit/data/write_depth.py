@@ -5,6 +5,7 @@ Files of depth are stored as they are, whatever their unit: `dense.json` beside 
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import re
@@ -16,9 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megavit.data.index import IMAGE_EXTENSIONS
-from megavit.data.plane_facts import PlaneFacts
+from megavit.data.plane_facts import PLANES_FILE, PlaneFacts, planes_beside
 from megavit.data.write import DataSet, Split, digest
 from megavit.data.write_pairs import (
+    SPLITS,
     Pair,
     PairFiles,
     encode_png,
@@ -58,7 +60,11 @@ class Depth:
 
 def depth_set(root: Path, scale: float | None, invalid: float, max_m: float | None) -> DataSet:
     """`root/[train|val|test/]rgb/*.jpg` and `depth/*.npy` or 16-bit `depth/*.png`, of the same names; metres
-    are `scale` (of npy: 1) times the stored numbers."""
+    are `scale` (of npy: 1) times the stored numbers. What is not given is that of `root/dense.json`, if there
+    is one."""
+    if (beside := planes_beside(str(root / PLANES_FILE)).get("depth")) and scale is None:
+        scale, invalid = beside.scale, invalid if beside.invalid is None else beside.invalid
+        max_m = max_m or beside.max_m
     if (scale is not None and not 0 < scale < float("inf")) or (max_m is not None and not max_m > 0):
         raise ValueError(f"--scale {scale} and --max_m {max_m} must be positive numbers")
     notes, found = {}, {}
@@ -69,7 +75,8 @@ def depth_set(root: Path, scale: float | None, invalid: float, max_m: float | No
         raise ValueError(f"{root} has depth as {' and as '.join(kinds)}, whose units may differ; keep one")
     if scale is None and kinds == ["png"]:
         raise ValueError(
-            f"{root} has depth as png: --scale must say how many metres the number 1 is, e.g. 0.001"
+            f"{root} has depth as png: --scale must say how many metres the number 1 is, e.g. 0.001, or "
+            f'{root / PLANES_FILE}: {{"depth": {{"scale": 0.001}}}}'
         )
     facts = PlaneFacts(scale=1.0 if scale is None else scale, invalid=invalid, max_m=max_m)
     return _of_files(root, found, facts, notes_of(notes))
@@ -84,10 +91,13 @@ def _of_files(root: Path, pairs: dict[str, tuple[Pair, ...]], facts: PlaneFacts,
 # NYU Depth v2
 
 
-def nyu_set(root: Path, train_list: Path | None, test_list: Path | None) -> DataSet:
+def nyu_set(
+    root: Path, train_list: Path | None, test_list: Path | None, wanted: Sequence[str] = SPLITS
+) -> DataSet:
     """NYU Depth v2: the labeled file (`nyu_depth_v2_labeled.mat` and `splits.mat`, 795 and 654 pictures), or
     folders of `rgb_*.jpg` and `sync_depth_*.png` in millimetres: `sync` or `official_splits/train`, and
-    `official_splits/test`. Lists have lines `PICTURE DEPTH [FOCAL]`, relative to such a folder."""
+    `official_splits/test`. Lists have lines `PICTURE DEPTH [FOCAL]`, relative to such a folder. Only the
+    splits that are `wanted` are looked at."""
     if not root.is_dir():
         raise ValueError(f"--root {root} is not a folder")
     folders = _nyu_folders(root)
@@ -97,11 +107,12 @@ def nyu_set(root: Path, train_list: Path | None, test_list: Path | None) -> Data
                 f"{root} holds {NYU_FILE}, and there are folders or lists of the other form, which has more "
                 f"pictures; give each form a folder of its own as --root"
             )
-        return _nyu_labeled(root)
+        return _nyu_labeled(root, wanted)
     if not folders:
         raise ValueError(f"{root} holds neither {NYU_FILE} nor sync/ nor official_splits/")
     found = {}
-    for name, listed in (("train", train_list), ("test", test_list)):
+    lists = {"train": train_list, "test": test_list}
+    for name, listed in ((name, lists[name]) for name in lists if name in wanted):
         if name in folders:
             found[name] = _nyu_listed(root, folders[name], listed) if listed else _nyu(root, folders[name])
         elif listed:
@@ -145,14 +156,13 @@ class _Labeled(NamedTuple):
     """Chosen pictures of NYU's HDF5 file; MATLAB's arrays have their axes in the opposite order there."""
 
     path: Path
-    images: Any  # uint8 [n, 3, W, H]
-    depths: Any  # float32 [n, W, H], metres
     chosen: tuple[int, ...]
 
     def load(self, i: int) -> dict[str, bytes]:
         at = self.chosen[i]
+        images, depths = _kept_open(self.path)
         try:
-            image, depth = self.images[at], self.depths[at]
+            image, depth = images[at], depths[at]
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{self.path}: picture {at + 1} cannot be read: {error}; {_AGAIN}") from error
         buffer = io.BytesIO()
@@ -163,8 +173,8 @@ class _Labeled(NamedTuple):
 _AGAIN = "download it again"
 
 
-def _nyu_labeled(root: Path) -> DataSet:
-    path, facts = root / NYU_FILE, PlaneFacts(invalid=0, max_m=_NYU_MAX_M)
+def _open_labeled(path: Path) -> tuple[Any, Any]:
+    """The images, uint8 [n, 3, W, H], and depths, float32 [n, W, H], metres, of the file."""
     try:
         import h5py
     except ImportError as error:
@@ -185,10 +195,20 @@ def _nyu_labeled(root: Path) -> DataSet:
         )
     if images.dtype != np.uint8 or depths.dtype.kind != "f":
         raise ValueError(f"{path}: images are {images.dtype} and depths {depths.dtype}; {_AGAIN}")
+    return images, depths
+
+
+_kept_open = functools.cache(_open_labeled)  # in each process that reads pictures
+
+
+def _nyu_labeled(root: Path, wanted: Sequence[str]) -> DataSet:
+    path, facts = root / NYU_FILE, PlaneFacts(invalid=0, max_m=_NYU_MAX_M)
+    images, _ = _open_labeled(path)
     splits = []
-    for name, chosen in _nyu_numbers(root / NYU_SPLITS, count).items():
-        part = _Labeled(path, images, depths, chosen)
-        splits.append(Split(name, len(chosen), part.load, digest(path.stat().st_size, chosen, facts)))
+    for name, chosen in _nyu_numbers(root / NYU_SPLITS, len(images)).items():
+        if name in wanted:
+            part = _Labeled(path, chosen)
+            splits.append(Split(name, len(chosen), part.load, digest(path.stat().st_size, chosen, facts)))
     return DataSet(splits, planes={"depth": facts})
 
 
@@ -237,12 +257,16 @@ _NUMBERED = re.compile(r"(?:.*/)?(\d{4}_\d\d_\d\d_drive_\d{4}_sync) (\d+) ([lr])
 
 
 def kitti_set(
-    root: Path, depth_root: Path | None, train_list: Path | None, test_list: Path | None
+    root: Path,
+    depth_root: Path | None,
+    train_list: Path | None,
+    test_list: Path | None,
+    wanted: Sequence[str] = SPLITS,
 ) -> DataSet:
     """KITTI: raw pictures `DATE/DRIVE_sync/image_02/data/*.png` below `root`, and annotated depth
     `{train,val}/DRIVE_sync/proj_depth/groundtruth/image_02/*.png` below `depth_root` (or
     `root/data_depth_annotated`, or `root`). Lists such as Eigen's choose pictures; without them the left
-    camera's are taken, by the annotated depth's own train and val."""
+    camera's are taken, by the annotated depth's own train and val, those that are `wanted`."""
     annotated = root / "data_depth_annotated"
     depth_root = depth_root or (annotated if annotated.is_dir() else root)
     for option, folder in (("--root", root), ("--depth_root", depth_root)):
@@ -252,7 +276,7 @@ def kitti_set(
         lists = {name: path for name, path in (("train", train_list), ("test", test_list)) if path}
         found = {name: _kitti_listed(root, depth_root, path) for name, path in lists.items()}
     else:
-        found = {name: _kitti(root, depth_root, name) for name in ("train", "val")}
+        found = {name: _kitti(root, depth_root, name) for name in ("train", "val") if name in wanted}
         found = {name: (pairs, note) for name, (pairs, note) in found.items() if pairs}
         if not found:
             raise ValueError(

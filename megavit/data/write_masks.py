@@ -16,7 +16,15 @@ from megavit.data.images import DecodeError
 from megavit.data.plane_facts import PlaneFacts
 from megavit.data.planes import read_plane
 from megavit.data.write import DataSet
-from megavit.data.write_pairs import Pair, PairFiles, notes_of, pairs_of_folders, read_lines, split_folders
+from megavit.data.write_pairs import (
+    SPLITS,
+    Pair,
+    PairFiles,
+    notes_of,
+    pairs_of_folders,
+    read_lines,
+    split_folders,
+)
 
 UNKNOWN = 255
 _ADE_FOLDER, _ADE_CLASSES = "ADEChallengeData2016", 150
@@ -64,9 +72,9 @@ def _of_files(
     return DataSet(splits, names, {"mask": facts}, notes_of(notes or {}))
 
 
-def ade20k_set(root: Path) -> DataSet:
+def ade20k_set(root: Path, wanted: Sequence[str] = SPLITS) -> DataSet:
     """ADE20K's SceneParse150 (`ADEChallengeData2016`, or a folder with it): masks count from 1, and their 0,
-    other, becomes 255."""
+    other, becomes 255. Only the splits that are `wanted` are looked at."""
     if (root / _ADE_FOLDER).is_dir():
         root = root / _ADE_FOLDER
     listed = root / "objectInfo150.txt"
@@ -81,18 +89,19 @@ def ade20k_set(root: Path) -> DataSet:
         raise ValueError(f"{listed} has {len(names)} classes, not {_ADE_CLASSES}")
     pairs, notes = {}, {}
     for name, part in (("train", "training"), ("val", "validation")):
-        images, masks = root / "images" / part, root / "annotations" / part
-        pairs[name], notes[name] = pairs_of_folders(root, images, masks, ("png",))
+        if name in wanted:
+            images, masks = root / "images" / part, root / "annotations" / part
+            pairs[name], notes[name] = pairs_of_folders(root, images, masks, ("png",))
     return _of_files(root, pairs, Classes(_ADE_CLASSES, str(listed), first=1, unknown=0), names, notes)
 
 
-def voc_set(root: Path) -> DataSet:
+def voc_set(root: Path, wanted: Sequence[str] = SPLITS) -> DataSet:
     """Pascal VOC 2012 (`VOCdevkit/VOC2012`, or a folder above it): the lists of `ImageSets/Segmentation`;
-    objects' borders are 255."""
+    objects' borders are 255. Only the splits that are `wanted` are looked at."""
     places = [root / "VOCdevkit" / "VOC2012", root / "VOC2012", root]
     root = next((place for place in places if place.is_dir()), root)
     pairs = {}
-    for name in ("train", "val"):
+    for name in (one for one in ("train", "val") if one in wanted):
         listed, found = root / "ImageSets" / "Segmentation" / f"{name}.txt", []
         for number, line in read_lines(listed, "a list of VOC2012, extracted"):
             pair = Pair(f"JPEGImages/{line}.jpg", f"SegmentationClass/{line}.png")

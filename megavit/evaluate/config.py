@@ -6,11 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megavit.fields import check_types, require_positive
+from megavit.fields import require_positive
+from megavit.tasks.config import InferenceConfig
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(InferenceConfig):
     """What is measured, on which data, and how features are computed.
 
     Args:
@@ -18,7 +19,8 @@ class EvaluateConfig:
             --data_root by its usual protocol (imagenet-a), or PROTOCOL:SET (knn:imagenet); see
             launch/evaluate.py ls.
         data: data set of your own: a folder with train and test (or val) shards or manifests, or
-            train|test|val/CLASS/*.jpg.
+            train|test|val/CLASS/*.jpg; for depth and segment with planes, or test|val/rgb and depth, or
+            images and masks.
         data_root: folder with the public data sets in the form in which they are downloaded.
         ood: data that the model should not know, for the task ood: shards, a folder of images, a set below
             --data_root, or sklearn-photos (patches of two photos that scikit-learn comes with).
@@ -32,7 +34,8 @@ class EvaluateConfig:
             or from the end if negative), all (every block and pooled: accuracy against depth).
         limit: look at so many images of each set only, spread evenly over it, for a trial; results say so. 0
             looks at all.
-        batch_size: images that go through the model together, on each rank or TP group.
+        batch_size: images that go through the model together, on each rank or TP group; for depth and
+            segment it is one.
         workers: decoding processes a rank. Not given, there is one for each core of the rank, at most 4, and
             none for a small set.
         dtype: of the weights in the forward pass: float32 or bfloat16.
@@ -43,6 +46,12 @@ class EvaluateConfig:
         flip: whether linear-sgd mirrors half of the images.
         attribute: the attribute that the task celeba predicts.
         human: file or folder with the decisions of people (model-vs-human's csv) for the task shape-bias.
+        crop: the part of the picture that depth is measured on: usual is Eigen's for nyu, Garg's for kitti
+            and else all of it; none, eigen and garg choose it.
+        align: what predicted depth is brought to the truth with, picture by picture: none, median (a factor),
+            or least_squares (a factor and a shift).
+        kitti_list: the test pictures of kitti, a line each, such as Eigen's list; empty takes the val part of
+            the annotated depth.
         quiet: print results and errors only.
     """
 
@@ -65,10 +74,13 @@ class EvaluateConfig:
     flip: bool = True
     attribute: Literal["Smiling", "Attractive"] = "Smiling"
     human: str = ""
+    crop: Literal["usual", "none", "eigen", "garg"] = "usual"
+    align: Literal["none", "median", "least_squares"] = "none"
+    kitti_list: str = ""
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         require_positive("--", self, "batch_size", "tensor_parallel_size")
         if self.limit < 0 or self.seed < 0:
             raise ValueError(f"--limit and --seed cannot be negative, got {self.limit} and {self.seed}")

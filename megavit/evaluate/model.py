@@ -6,6 +6,7 @@ Letters: b images, S image side, C channels, N tokens, D width of a feature, K c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import file_digest
 from pathlib import Path
 from typing import Protocol
 
@@ -14,11 +15,15 @@ from torch import Tensor
 
 from megavit.data.device import normalised
 from megavit.data.preprocessing import Preprocessing
+from megavit.dense_predictor import DensePredictor, open_dense
 from megavit.evaluate.sets.image_set import digest_of
 from megavit.model.exported import export_folder
 from megavit.model.vit import MegaVit
 from megavit.parallel.mesh import Mesh
 from megavit.predictor import class_names_of_export, read_description
+from megavit.tasks.config import DenseConfig, InferenceConfig
+from megavit.tasks.dense import TASK_FILE
+from megavit.tasks.exported import TASK_WEIGHTS_FILE, task_of_export
 from megavit.train.checkpoint.frozen import export_digest
 
 POOLED, PATCHES, BLOCK = "pooled", "patches", "block."
@@ -52,7 +57,8 @@ class ExportedModel:
     """The model of an export, or of a run that has ended: this rank's shard of it.
 
     `model`, on the mesh of `model.mesh`, and the others are what the export in `folder` holds; `open` reads
-    them. Collective over the world, for the digest of the weights.
+    them. If its task was depth or segmentation, `model` is the trunk of `dense`. Collective over the world,
+    for the digest of the weights.
     """
 
     def __init__(
@@ -62,18 +68,32 @@ class ExportedModel:
         preprocessing: Preprocessing,
         class_names: Sequence[str],
         name: str = "",
+        dense: DensePredictor | None = None,
     ):
         self.name, self.mesh = name or folder.resolve().name, model.mesh
         self.preprocessing, self.class_names = preprocessing, tuple(class_names)
         self.num_classes, self.depth = len(self.class_names), model.config.depth
         self.digest = digest_of(export_digest(folder, self.mesh), model.config, model.dtype)
-        self._model = model
+        self._model, self.dense = model, dense
+        if dense:
+            parts = self.mesh.on_main(lambda: [_digest(folder / f) for f in (TASK_FILE, TASK_WEIGHTS_FILE)])
+            self.digest = digest_of(self.digest, *parts)
 
     @staticmethod
-    def open(folder: str | Path, mesh: Mesh, dtype: torch.dtype = torch.float32) -> ExportedModel:
+    def open(
+        folder: str | Path,
+        mesh: Mesh,
+        dtype: torch.dtype = torch.float32,
+        inference: InferenceConfig | None = None,
+    ) -> ExportedModel:
         """Of an export or a run folder, whose name is the model's. A model without a classifier of photos has
-        no classes. ValueError, naming the file and the fix, for a folder that is no whole export."""
+        no classes; one of depth or segmentation goes about pictures as `inference` says. ValueError, naming
+        the file and the fix, for a folder that is no whole export."""
         name, folder = Path(folder).resolve().name, export_folder(Path(folder))
+        if isinstance(task_of_export(folder), DenseConfig):
+            dense = open_dense(folder, mesh, dtype, inference or InferenceConfig())
+            trunk, preprocessing = dense.module.trunk, dense.preprocessing
+            return ExportedModel(folder, trunk, preprocessing, (), name, dense)
         config, preprocessing = read_description(folder)
         config.check_tensor_parallel(mesh.tp_size)
         is_classifier = config.num_classes and preprocessing.link != "none"
@@ -90,6 +110,11 @@ class ExportedModel:
     @torch.no_grad()
     def logits(self, pooled: Tensor) -> Tensor:
         return self._model.classify(pooled.to(self.mesh.device))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "blake2b").hexdigest()
 
 
 def trunk_features(model: MegaVit, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ _BENCHMARK = "model-vs-human's README"
 
 
 def _depth(mse: float, abs_rel: float, *within: float) -> dict[str | tuple[str, str], float]:
-    metrics = ("mse", "abs_rel", "delta_1.1", "delta_1.25", "delta_1.25^2")
+    metrics = ("mse", "abs_rel", "delta1.1", "delta1", "delta2")
     return {("waymo", name): value for name, value in zip(metrics, (mse, abs_rel, *within), strict=True)}
 
 

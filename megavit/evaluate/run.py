@@ -20,16 +20,31 @@ from megavit.evaluate.tasks import Task
 from megavit.evaluate.tensorboard import write_scalars
 from megavit.evaluate.timm_model import PREFIX, TimmModel
 from megavit.parallel.mesh import Mesh
+from megavit.tasks.config import InferenceConfig
+from megavit.tasks.exported import task_of_export
 from megavit.train.logging.environment import device_name
 
 _MOST_BAD_SHOWN = 3
 
 
-def open_model(name: str, mesh: Mesh, dtype: str) -> FrozenModel:
-    """An export, the folder of a run that has ended, or timm:NAME[@FILE]. Collective."""
+def check_kind(name: str, tasks: Sequence[Task]) -> None:
+    """ValueError if a task measures maps of a kind that the model does not give. Reads no weights."""
+    found = None if name.startswith(PREFIX) else task_of_export(name)
+    kind = found.name if found else ""
+    for task in tasks:
+        if task.protocol.maps not in ("", kind):
+            raise ValueError(
+                f"--tasks: {task.name} measures exports of --task {task.protocol.maps}, and {name} is "
+                f"{f'one of --task {kind}' if kind else 'none of depth or segmentation'}"
+            )
+
+
+def open_model(name: str, mesh: Mesh, dtype: str, inference: InferenceConfig | None = None) -> FrozenModel:
+    """An export, the folder of a run that has ended, or timm:NAME[@FILE]; a model of depth or segmentation
+    goes about pictures as `inference` says. Collective."""
     found = getattr(torch, dtype)
     if not name.startswith(PREFIX):
-        return ExportedModel.open(name, mesh, found)
+        return ExportedModel.open(name, mesh, found, inference)
     if mesh.tp_size > 1:
         raise ValueError(
             f"{name} cannot be shared out over --tensor_parallel_size {mesh.tp_size}; leave it out"

@@ -16,11 +16,13 @@ from tqdm import tqdm
 from megavit.data.loader import Share
 from megavit.evaluate.cache import Pass, PassSettings, default_folder
 from megavit.evaluate.config import EvaluateConfig
+from megavit.evaluate.dense import DensePass
 from megavit.evaluate.features import Features
 from megavit.evaluate.images import Augment, Transform, load_batches
-from megavit.evaluate.model import POOLED, FrozenModel, chosen_layers
-from megavit.evaluate.sets.catalogue import CATALOGUE, Split
+from megavit.evaluate.model import POOLED, ExportedModel, FrozenModel, chosen_layers
+from megavit.evaluate.sets.catalogue import CATALOGUE, DENSE_SETS, Split
 from megavit.evaluate.sets.celeba import celeba
+from megavit.evaluate.sets.dense import DenseSet, Plane, kitti, own_dense
 from megavit.evaluate.sets.image_set import Adjust, ImageSet, MissingData
 from megavit.evaluate.sets.photo_patches import PHOTO_PATCHES, photo_patches
 from megavit.evaluate.sets.shards import OWN_LAYOUT, own_data
@@ -37,12 +39,13 @@ class Session:
 
     def __init__(self, model: FrozenModel, config: EvaluateConfig, say: Callable[[str], None]):
         self.model, self.config, self.mesh, self.say = model, config, model.mesh, say
+        self.dense = model.dense if isinstance(model, ExportedModel) else None
         self.layers = chosen_layers(config.layers, model.depth)
         folder = Path(config.cache_dir) if config.cache_dir else default_folder()
         self._settings = PassSettings(folder, config.cache_dtype, config.batch_size, config.workers)
         self._sets: dict[tuple[str, str], ImageSet] = {}
         self._features: dict[tuple[str, object], dict[str, Features]] = {}
-        self._transforms: dict[tuple[str, Adjust], str] = {}
+        self._transforms: dict[tuple[str, Adjust | None], str] = {}
         self._bad: dict[tuple[str, str, str], dict[int, str]] = {}
 
     def open(self, data: str, split: Split) -> ImageSet:
@@ -64,6 +67,31 @@ class Session:
                 f"{self.config.data} has no {split} images; it has {' and '.join(found)}: {OWN_LAYOUT}"
             )
         return found[split]
+
+    def open_dense(self, data: str, plane: Plane) -> DenseSet:
+        """The test pictures of a set with planes, named as for `open`. Collective."""
+
+        def read() -> DenseSet:
+            if data == "kitti":
+                return kitti(self.config.data_root, self.config.kitti_list)
+            if data:
+                return DENSE_SETS[data].open(self.config.data_root)
+            return own_dense(self.config.data, plane)
+
+        images = self.mesh.on_main(read)
+        for note in images.notes:
+            self.tell(note)
+        return images.first(self.config.limit) if self.config.limit else images
+
+    @contextmanager
+    def maps(self, images: DenseSet) -> Iterator[DensePass]:
+        """What gives the maps of a set's pictures, while a protocol looks at them."""
+        assert self.dense, self.model.name  # which `check_kind` saw to
+        with self._bar(images.name) as progress:
+            found = DensePass(self.dense, images, self.config.workers, progress)
+            yield found
+        self._transforms[images.digest, None] = self.dense.as_text()
+        self._bad[images.name, "test", images.digest] = dict(found.bad)
 
     def outside(self) -> ImageSet:
         """The data of --ood, which the model should not know. Collective."""
@@ -131,9 +159,9 @@ class Session:
             if reasons:
                 yield f"{name} {split}", [reasons[row] for row in sorted(reasons)]
 
-    def transform(self, images: ImageSet) -> str:
+    def transform(self, images: ImageSet | DenseSet) -> str:
         """What was done to the images of a set that has been looked at, in words."""
-        return self._transforms[images.digest, images.adjust]
+        return self._transforms[images.digest, images.adjust if isinstance(images, ImageSet) else None]
 
     def tell(self, text: str) -> None:
         """Say something that --quiet leaves out."""

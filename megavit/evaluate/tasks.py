@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megavit.evaluate.config import EvaluateConfig
+from megavit.evaluate.dense_tasks import measure_depth, measure_segment
 from megavit.evaluate.features import Features
 from megavit.evaluate.protocols.calibration import calibration
 from megavit.evaluate.protocols.classify import classify
@@ -27,9 +28,10 @@ from megavit.evaluate.protocols.sgd import BATCH, EPOCHS, RATES, choose, epoch_b
 from megavit.evaluate.protocols.shape_bias import shape_bias
 from megavit.evaluate.results import Measurement
 from megavit.evaluate.session import Session
-from megavit.evaluate.sets.catalogue import CATALOGUE, describe, find
+from megavit.evaluate.sets.catalogue import CATALOGUE, DENSE_SETS, describe, find
 from megavit.evaluate.sets.checks import check_not_chance
 from megavit.evaluate.sets.cue_conflict import CATEGORIES, category_members
+from megavit.evaluate.sets.dense import OWN_LAYOUTS, DenseSet
 from megavit.evaluate.sets.image_set import ImageSet, MissingData
 from megavit.evaluate.sets.imagenet_classes import NUM_CLASSES
 from megavit.evaluate.sets.imagenet_variants import CORRUPTIONS, SEVERITIES, imagenet_c_parts
@@ -46,7 +48,7 @@ class Found(NamedTuple):
     """A measurement, and the images that it is of."""
 
     measurement: Measurement
-    images: ImageSet
+    images: ImageSet | DenseSet
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,13 @@ class Protocol:
         title: in a few words, for the results.
         run: yields what is found on a data set, by its name.
         learns: whether it needs training images.
+        maps: the task (depth, segment) whose maps it looks at; empty for those that look at features.
     """
 
     title: str
     run: Callable[[Session, str], Iterator[Found]]
     learns: bool = False
+    maps: str = ""
 
 
 @dataclass(frozen=True)
@@ -260,6 +264,16 @@ def _fairness(session: Session, data: str) -> Iterator[Found]:
     session.say(CAVEAT)
 
 
+def _depth(session: Session, data: str) -> Iterator[Found]:
+    for found in measure_depth(session, data):
+        yield Found(*found)
+
+
+def _segment(session: Session, data: str) -> Iterator[Found]:
+    for found in measure_segment(session, data):
+        yield Found(*found)
+
+
 def _tests(session: Session, data: str) -> list[ImageSet]:
     """The test images of a set, and of those that share its classes and are there."""
     found = [session.open(data, "test")]
@@ -301,6 +315,8 @@ PROTOCOLS = {
     IMAGENET_C: Protocol("mean corruption error against AlexNet", _imagenet_c),
     "shape-bias": Protocol("shape or texture, on cue-conflict images", _shape_bias),
     "fairness": Protocol("accuracy and positive rate by group", _fairness, learns=True),
+    "depth": Protocol("errors of depth, at the size of the truth", _depth, maps="depth"),
+    "segment": Protocol("classes of pixels, at the size of the truth", _segment, maps="segment"),
 }
 # How a set is measured if only its name is given; the others by the model's own classifier.
 _USUAL = {
@@ -309,9 +325,17 @@ _USUAL = {
     "celeba": "fairness",
     "cue-conflict": "shape-bias",
     IMAGENET_C: IMAGENET_C,
+    "nyu": "depth",
+    "kitti": "depth",
+    "ade20k": "segment",
+    "voc": "segment",
 }
-_SETS = (*(name for name in CATALOGUE if "/" not in name), IMAGENET_C)
-_OF_ONE_SET = {protocol: name for name, protocol in _USUAL.items() if protocol != "linear"}
+_SETS = (*(name for name in CATALOGUE if "/" not in name), IMAGENET_C, *DENSE_SETS)
+_OF_ONE_SET = {
+    protocol: name
+    for name, protocol in _USUAL.items()
+    if protocol != "linear" and not PROTOCOLS[protocol].maps
+}
 
 
 def parse_tasks(config: EvaluateConfig) -> list[Task]:
@@ -350,7 +374,10 @@ def _check_pair(name: str, protocol: str, data: str) -> None:
     only = _OF_ONE_SET.get(protocol, data)
     if data != only:
         raise ValueError(f"--tasks: {name!r}: {protocol} is measured on {only} only")
-    if data == IMAGENET_C and protocol != IMAGENET_C:
+    if PROTOCOLS[protocol].maps and data != OWN and _USUAL.get(data) != protocol:
+        those = ", ".join(one for one in DENSE_SETS if _USUAL[one] == protocol)
+        raise ValueError(f"--tasks: {name!r}: {protocol} is measured on {those}, or on --data DIR")
+    if (data == IMAGENET_C or data in DENSE_SETS) and protocol != _USUAL[data]:
         raise ValueError(f"--tasks: {name!r}: {data} has one protocol; write {data} alone")
     if data in CATALOGUE and PROTOCOLS[protocol].learns and "train" not in CATALOGUE[data].splits:
         sets = [one for one in _SETS if one in CATALOGUE and "train" in CATALOGUE[one].splits]
@@ -376,11 +403,13 @@ def listing(data_root: Path | None) -> list[str]:
     """Every protocol and data set, and, with a data root, whether its data are there."""
     lines = ["Protocols, on --data, or on a set as PROTOCOL:SET:"]
     lines += [f"  {name:12} {protocol.title}" for name, protocol in PROTOCOLS.items()]
+    lines += [f"{'':15}--data of {plane}: {layout}" for plane, layout in OWN_LAYOUTS.items()]
     lines += ["", "Data sets below --data_root, which alone stand for their usual protocol:"]
     if data_root is not None:
         return [*lines, describe(find(data_root))]
     for name in _SETS:
-        origin = CATALOGUE[f"{IMAGENET_C}/{CORRUPTIONS[0]}/1" if name == IMAGENET_C else name].origin
+        first = f"{IMAGENET_C}/{CORRUPTIONS[0]}/1" if name == IMAGENET_C else name
+        origin = (DENSE_SETS[name] if name in DENSE_SETS else CATALOGUE[first]).origin
         layout = origin.layout.replace("\n", "\n" + " " * 18)
         lines += [f"  {name:16}{_USUAL.get(name, 'head')}: {origin.title}", f"{'':18}{layout}"]
         lines.append(f"{'':18}{origin.source} ({origin.terms}), {origin.size}")

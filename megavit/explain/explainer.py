@@ -26,7 +26,7 @@ from megavit.explain.path import BlockPath, path
 from megavit.explain.target import Baseline, Target
 from megavit.explain.tokens import high_norms
 from megavit.fields import nearest
-from megavit.predictor import Predictor, load
+from megavit.predictor import Predictor, load_classifier
 from megavit.tasks.config import Loss
 from megavit.train.checkpoint.frozen import export_digest
 from megavit.train.logging.environment import device_name
@@ -211,7 +211,7 @@ def explain(
     Raises ValueError for an unknown class or method, and for what is no photo.
     """
     check_methods(methods)
-    predictor = model if isinstance(model, Predictor) else load(model)
+    predictor = model if isinstance(model, Predictor) else load_classifier(model)
     mine, other = (
         None if word is None else class_number(predictor.names, word) for word in (target, against)
     )

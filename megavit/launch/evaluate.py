@@ -2,6 +2,7 @@
 
     python launch/evaluate.py runs/x --tasks linear,knn,fewshot --data data/digits
     python launch/evaluate.py exported --tasks imagenet,imagenet-c --data_root /data --out results
+    python launch/evaluate.py runs/depth --tasks nyu,kitti --data_root /data
     deepspeed launch/evaluate.py runs/22b --tensor_parallel_size 8 --tasks ...
     python launch/evaluate.py ls --data_root /data
     python launch/evaluate.py table results/*.json --out tables
@@ -105,11 +106,12 @@ def _side_command(name: str, words: list[str]) -> int:
 
 
 def _evaluate(name: str, config: EvaluateConfig, tasks: Sequence[Task], mesh: Mesh) -> int:
-    from megavit.evaluate.run import open_model, out_folder, run_tasks
+    from megavit.evaluate.run import check_kind, open_model, out_folder, run_tasks
     from megavit.evaluate.session import Session
     from megavit.train.logging.monitor import say
 
-    model = open_model(name, mesh, config.dtype)
+    check_kind(name, tasks)
+    model = open_model(name, mesh, config.dtype, config)
     session = Session(model, config, lambda text: say(mesh, text))
     return run_tasks(session, tasks, out_folder(name, config.out))
 

@@ -85,11 +85,11 @@ def _run(name: str, photos: Sequence[Path], config: ExplainConfig | InfluenceCon
 
     from megavit.explain.run import explain_all, list_label_errors
     from megavit.parallel.mesh import Mesh
-    from megavit.predictor import load
+    from megavit.predictor import load_classifier
 
     methods = _methods(config.methods) if isinstance(config, ExplainConfig) else ()
     mesh = Mesh.from_environment(config.tensor_parallel_size)
-    predictor = load(name, dtype=config.dtype, mesh=mesh)
+    predictor = load_classifier(name, dtype=config.dtype, mesh=mesh)
     if isinstance(config, InfluenceConfig):
         code = list_label_errors(name, config, predictor)
     else:

@@ -138,7 +138,7 @@ class MegaVit(nn.Module):
 
         with open_export(Path(folder), **overrides) as (config, weights):
             device = device or (mesh.device if mesh else torch.get_default_device())
-            with _default_dtype(dtype), torch.device(device):
+            with default_dtype(dtype), torch.device(device):
                 model = cls.from_config(config, mesh=mesh, recompute=recompute, deferred_init=True)
             stored, parameters = stored_shapes(weights), dict(model.named_parameters())
             fresh = [
@@ -343,7 +343,7 @@ class MegaVit(nn.Module):
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
     """torch.set_default_dtype for a while, if there is one."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)

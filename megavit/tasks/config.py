@@ -73,7 +73,7 @@ class ClassifyConfig(TaskConfig):
 
 
 @dataclass(frozen=True)
-class DenseConfig(TaskConfig):
+class DecoderConfig(TaskConfig):
     """A decoder on the patch tokens of chosen blocks.
 
     Args:
@@ -120,6 +120,11 @@ class DenseConfig(TaskConfig):
     def check(self, model: ModelConfig, data: DataConfig) -> None:
         if data.mixup or data.cutmix:
             raise ValueError(f"task {self.name} cannot blend pictures; leave out data.mixup and data.cutmix")
+
+
+@dataclass(frozen=True)
+class DenseConfig(DecoderConfig):
+    """A decoder that gives a map of the picture's size."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,7 @@ class SegmentConfig(DenseConfig):
 
 
 @dataclass(frozen=True)
-class VideoConfig(DenseConfig):
+class VideoConfig(DecoderConfig):
     """The class of a video, from the frames of its clips, each of which the trunk sees as an image.
 
     Args:
@@ -284,6 +289,32 @@ class VideoConfig(DenseConfig):
         if model.channels not in (1, 3):
             raise ValueError(f"videos have 1 or 3 channels; model.channels is {model.channels}")
         self.taps(model.depth, 1)
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """How a dense model sees a picture of any size.
+
+    Args:
+        inference: whole (all of the picture at once, filled up with grey to whole patches) or slide (squares
+            of the model's size, whose maps are averaged).
+        stride: of slide, pixels from one square to the next; 0 takes two thirds of a square.
+        mirror: average with the map of the mirrored picture (test-time augmentation).
+        short_side: pixels to which the picture's short side is brought first; 0 takes the scale at which the
+            run saw its validation images.
+    """
+
+    inference: Literal["whole", "slide"] = "whole"
+    stride: int = 0
+    mirror: bool = False
+    short_side: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.stride < 0 or self.short_side < 0:
+            raise ValueError(
+                f"--stride and --short_side cannot be negative, got {self.stride} and {self.short_side}"
+            )
 
 
 # Built-in tasks: where the class is, and its configuration.

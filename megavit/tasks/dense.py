@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from megavit.data.plane_facts import PlaneFacts, planes_beside
 from megavit.model.dense import DenseHead
 from megavit.model.vit import MegaVit
-from megavit.tasks.config import DenseConfig
+from megavit.tasks.config import DecoderConfig
 from megavit.tasks.task import Task
 
 TASK_FILE = "task.json"  # in a run folder and an export: the task's configuration, with what the data say
@@ -28,7 +28,7 @@ TASK_FILE = "task.json"  # in a run folder and an export: the task's configurati
 class DecoderTask(Task):
     """A task whose run folder and export say what it is, in `task.json`."""
 
-    config: DenseConfig
+    config: DecoderConfig
     _kept: dict[str, Any] | None = None  # on the main rank: what the run folder says
 
     def open(self, run_dir: Path, class_names: Sequence[str] | None = None) -> None:

@@ -100,8 +100,19 @@ def confusion(predicted: Tensor, truth: Tensor, num_classes: int) -> Tensor:
 def segmentation_results(matrix: Tensor) -> dict[str, float]:
     """From a confusion matrix [K, K] over a whole set: miou, the mean IoU of the classes that occur in truth
     or predictions; pixel_accuracy; class_accuracy, the mean recall of the classes that occur in truth."""
-    right, true = matrix.diagonal().double(), matrix.sum(1).double()
-    iou = class_iou(matrix)
+    return counted_results(class_counts(matrix))
+
+
+def class_counts(matrix: Tensor) -> Tensor:
+    """[3, K] of a confusion matrix: of each class the pixels that were found, that are of it in truth, and
+    that were called so. They add up over images as the matrix does, and say all that the results need."""
+    return torch.stack([matrix.diagonal(), matrix.sum(1), matrix.sum(0)])
+
+
+def counted_results(counts: Tensor) -> dict[str, float]:
+    """`segmentation_results` of `class_counts`."""
+    right, true, _ = counts.double()
+    iou = counted_iou(counts)
     return {
         "miou": float(iou.nanmean()) if not iou.isnan().all() else 0.0,
         "pixel_accuracy": float(right.sum() / true.sum().clamp(min=1)),
@@ -111,8 +122,13 @@ def segmentation_results(matrix: Tensor) -> dict[str, float]:
 
 def class_iou(matrix: Tensor) -> Tensor:
     """float64 [K]: of a confusion matrix; nan for a class that occurs nowhere."""
-    right = matrix.diagonal().double()
-    return right / (matrix.sum(0) + matrix.sum(1) - matrix.diagonal())
+    return counted_iou(class_counts(matrix))
+
+
+def counted_iou(counts: Tensor) -> Tensor:
+    """`class_iou` of `class_counts`."""
+    right, true, called = counts.double()
+    return right / (true + called - right)
 
 
 def per_image(sums: Mapping[str, Tensor]) -> dict[str, float]:

@@ -1,4 +1,5 @@
-"""Predicting maps of images of any size with a model of one size: sliding windows and mirrored copies.
+"""Predicting maps of images of any size with a model of one size: sliding windows, whole images of whole
+patches, and mirrored copies.
 
 Letters: B images, C channels, K outputs, H and W the sides.
 """
@@ -44,6 +45,13 @@ def sliding_window(predict: Predict, images: Tensor, window: int, stride: int) -
 def _starts(side: int, window: int, stride: int) -> list[int]:
     last = side - window
     return [*range(0, last, stride), last]
+
+
+def filled_up(predict: Predict, images: Tensor, patch: int) -> Tensor:
+    """`predict`'s maps [B, K, H, W] of images [B, C, H, W] that are filled up with zeros (grey), at the
+    bottom and on the right, to sides that are multiples of the patch."""
+    height, width = images.shape[2:]
+    return predict(F.pad(images, (0, -width % patch, 0, -height % patch)))[:, :, :height, :width]
 
 
 def mirrored(predict: Predict) -> Predict:

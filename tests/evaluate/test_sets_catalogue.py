@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from megavit.evaluate.sets.folder import image_folder
 from megavit.evaluate.sets.image_set import MissingData
 from megavit.evaluate.sets.imagenet import imagenet
 from megavit.evaluate.sets.imagenet_classes import imagenet_classes
+from tests.data.dense_fixtures import make_ade20k, make_kitti, make_nyu_labeled, make_voc
 from tests.evaluate import fixtures
 from tests.evaluate.fixtures import encoded, put
 
@@ -20,8 +22,16 @@ from tests.evaluate.fixtures import encoded, put
 def test_every_entry_reads_what_it_says(tmp_path: Path) -> None:
     """Catches an entry that calls another set's reader, and a set that is there and not found."""
     fixtures.make_everything(tmp_path)
+    for make in (make_kitti, make_ade20k, make_voc):
+        make(tmp_path / "kitti" if make is make_kitti else tmp_path)
+    make_nyu_labeled(tmp_path / "nyu")
     found = find(tmp_path)
-    for one in found[:-1]:
+    for one in found[-5:-1]:
+        assert one.state == "found" and one.images == {"test": 3}, one
+        images = pickle.loads(pickle.dumps(one.entry.open(tmp_path)))  # as decoding processes get it
+        image, plane = images.sample(0)[1::2]
+        assert image and plane
+    for one in found[:-5]:
         assert one.state == "found" and list(one.images) == list(one.entry.splits), one
         for split in one.entry.splits:
             images = one.entry.open(tmp_path, split)
@@ -41,7 +51,7 @@ def test_an_empty_root_says_where_everything_is_to_be_had(tmp_path: Path) -> Non
     an error for a root that does not exist."""
     for root in (tmp_path, tmp_path / "nowhere"):
         found = find(root)
-        assert {one.state for one in found} == {"missing"} and len(found) == 12
+        assert {one.state for one in found} == {"missing"} and len(found) == 16
         for one in found:
             assert str(root) in one.problem and one.entry.origin.source in one.problem
             assert one.entry.origin.layout.splitlines()[0] in one.problem

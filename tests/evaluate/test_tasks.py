@@ -10,13 +10,14 @@ import pytest
 
 from megavit.evaluate.config import EvaluateConfig
 from megavit.evaluate.session import Session
-from megavit.evaluate.sets.catalogue import CATALOGUE
+from megavit.evaluate.sets.catalogue import CATALOGUE, DENSE_SETS
 from megavit.evaluate.tasks import PROTOCOLS, Task, listing, parse_tasks
 from tests.evaluate.fixtures import encoded, put
 from tests.evaluate.models import small_model
 from tests.exports import NAMES
 
-SETS = (*(name for name in CATALOGUE if "/" not in name), "imagenet-c")
+SETS = (*(name for name in CATALOGUE if "/" not in name), "imagenet-c", *DENSE_SETS)
+MAPS = {"nyu": "depth", "kitti": "depth", "ade20k": "segment", "voc": "segment"}
 
 
 def parsed(tasks: str, **changes: Any) -> list[Task]:
@@ -27,7 +28,9 @@ def parsed(tasks: str, **changes: Any) -> list[Task]:
 def test_names_of_tasks() -> None:
     """Catches a set that is measured by another protocol than its usual one, a protocol on other data, and a
     task that is done twice."""
-    found = parsed("knn, imagenet-a,cifar10,celeba,fairness,shape-bias,imagenet-c,linear:imagenet,knn,")
+    found = parsed(
+        "knn, imagenet-a,cifar10,celeba,fairness,shape-bias,imagenet-c,linear:imagenet,knn,voc,nyu,depth"
+    )
     protocols = {id(protocol): name for name, protocol in PROTOCOLS.items()}
     assert [(task.name, protocols[id(task.protocol)], task.data) for task in found] == [
         ("knn", "knn", ""),
@@ -38,6 +41,9 @@ def test_names_of_tasks() -> None:
         ("shape-bias", "shape-bias", "cue-conflict"),
         ("imagenet-c", "imagenet-c", "imagenet-c"),
         ("linear:imagenet", "linear", "imagenet"),
+        ("voc", "segment", "voc"),
+        ("nyu", "depth", "nyu"),
+        ("depth", "depth", ""),
     ]
 
 
@@ -49,6 +55,8 @@ def test_every_pair_is_a_task_or_is_refused() -> None:
         good = of_one_set.get(protocol, data) == data and (data != "imagenet-c" or protocol == "imagenet-c")
         if PROTOCOLS[protocol].learns and not has_train:
             good = False
+        if data in MAPS or PROTOCOLS[protocol].maps:
+            good = MAPS.get(data) == protocol
         name = f"{protocol}:{data}"
         if good:
             assert [task.data for task in parsed(name)] == [data]

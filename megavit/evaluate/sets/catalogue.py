@@ -6,26 +6,36 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar
 
-from megavit.evaluate.sets import celeba, cifar, cue_conflict, imagenet, imagenet_variants, objectnet
+from megavit.evaluate.sets import (
+    celeba,
+    cifar,
+    cue_conflict,
+    dense,
+    imagenet,
+    imagenet_variants,
+    objectnet,
+)
+from megavit.evaluate.sets.dense import DenseSet
 from megavit.evaluate.sets.image_set import ImageSet, MissingData
 from megavit.evaluate.sets.imagenet_variants import CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES, imagenet_c
 from megavit.evaluate.sets.origin import Origin
 
 Split = Literal["train", "test"]
+_Set = TypeVar("_Set", ImageSet, DenseSet)
 
 
 @dataclass(frozen=True)
-class Entry:
+class Entry(Generic[_Set]):
     """A data set. `read` takes the data root and, if there are two `splits`, one of them."""
 
     name: str
     origin: Origin
     splits: tuple[Split, ...]
-    read: Callable[..., ImageSet]
+    read: Callable[..., _Set]
 
-    def open(self, root: str | Path, split: Split = "test") -> ImageSet:
+    def open(self, root: str | Path, split: Split = "test") -> _Set:
         """A split. ValueError if the set has none of this name; errors of the reader."""
         if split not in self.splits:
             raise ValueError(f"{self.name} has no split {split!r}; it has {' and '.join(self.splits)}")
@@ -37,7 +47,7 @@ class Found:
     """Whether a set is there. `images` are those of each split that is; `problem` says what is missing (its
     first line: which path), or why it cannot be used."""
 
-    entry: Entry
+    entry: Entry[Any]
     state: Literal["found", "partly", "missing", "unusable"]
     images: dict[str, int]
     problem: str = ""
@@ -46,7 +56,7 @@ class Found:
 _BOTH: tuple[Split, ...] = ("train", "test")
 _TEST: tuple[Split, ...] = ("test",)
 
-CATALOGUE = {
+CATALOGUE: dict[str, Entry[ImageSet]] = {
     entry.name: entry
     for entry in (
         Entry("imagenet", imagenet.ORIGIN, _BOTH, imagenet.imagenet),
@@ -74,6 +84,18 @@ CATALOGUE = {
 }
 
 
+# With a plane of depth or of classes beside each picture.
+DENSE_SETS: dict[str, Entry[DenseSet]] = {
+    entry.name: entry
+    for entry in (
+        Entry("nyu", dense.NYU_ORIGIN, _TEST, dense.nyu),
+        Entry("kitti", dense.KITTI_ORIGIN, _TEST, dense.kitti),
+        Entry("ade20k", dense.ADE20K_ORIGIN, _TEST, dense.ade20k),
+        Entry("voc", dense.VOC_ORIGIN, _TEST, dense.voc),
+    )
+}
+
+
 def find(root: str | Path) -> list[Found]:
     """Which sets are below the data root: ImageNet-C as one (its first part stands for it, and `images`
     counts the parts of the 15 and of the extra corruptions), every other set by itself. Never raises.
@@ -81,7 +103,7 @@ def find(root: str | Path) -> list[Found]:
     Lists every folder of the sets that are there, and reads no image.
     """
     found = [_found(entry, root) for name, entry in CATALOGUE.items() if not name.startswith("imagenet-c/")]
-    return [*found, _found_c(root)]
+    return [*found, *(_found(entry, root) for entry in DENSE_SETS.values()), _found_c(root)]
 
 
 def describe(found: Sequence[Found]) -> str:
@@ -102,7 +124,7 @@ def _of(found: Found, split: str) -> str:
     return f" of {published:,}" if published and published != found.images[split] else ""
 
 
-def _found(entry: Entry, root: str | Path) -> Found:
+def _found(entry: Entry[Any], root: str | Path) -> Found:
     images: dict[str, int] = {}
     missing: list[str] = []
     unusable: list[str] = []

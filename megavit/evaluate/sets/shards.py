@@ -125,7 +125,7 @@ def shard_set(
         labels=label_lists(lists),
         class_names=names,
         space=space_of(names),
-        digest=digest_of(_digest(manifest), at_most) if at_most else _digest(manifest),
+        digest=digest_of(manifest_digest(manifest), at_most) if at_most else manifest_digest(manifest),
         right="all" if several else "one",
     )
 
@@ -141,7 +141,7 @@ def own_data(root: str | Path, class_names: Sequence[str] = ()) -> dict[str, Ima
     if not root.is_dir():
         raise MissingData(f"{root} does not exist. Expected: {OWN_LAYOUT}")
     sets: dict[str, ImageSet] = {}
-    parts = {"train": _shards_of(root, "train"), "test": _shards_of(root, "test") or _shards_of(root, "val")}
+    parts = {"train": shards_of(root, "train"), "test": shards_of(root, "test") or shards_of(root, "val")}
     name = root.resolve().name
     if any(parts.values()):
         given = tuple(class_names)
@@ -174,7 +174,7 @@ def _known(parts: Mapping[str, str]) -> Iterator[tuple[Literal["train", "test"],
             yield split, parts[split]
 
 
-def _shards_of(root: Path, part: str) -> str:
+def shards_of(root: Path, part: str) -> str:
     """The manifest or the pattern of a part of the data; "" if there is none."""
     manifest = root / f"{part}{MANIFEST_SUFFIX}"
     if manifest.is_file():
@@ -230,7 +230,7 @@ def _check_bad(shards: str, given: int, unusable: Mapping[int, str]) -> None:
         )
 
 
-def _digest(manifest: Manifest) -> str:
+def manifest_digest(manifest: Manifest) -> str:
     """Of the content where every shard has checksums, which reading verifies; else of what the shards are
     called and hold, with the sizes and times of local files."""
     if manifest.checksum_digest != manifest.digest:
