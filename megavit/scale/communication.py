@@ -1,4 +1,5 @@
-"""Bytes that one rank's collectives carry in a step: predicted, and counted in a running program.
+"""Bytes that one rank's collectives carry in a step: predicted (`counter.py` counts them in a running
+program).
 
 A collective's bytes are those of the whole tensor that it makes or reads on a rank: an all-reduce's tensor,
 an all-gather's result, a reduce-scatter's input. A ring of n ranks moves (n - 1)/n of a gather or scatter,
@@ -8,64 +9,10 @@ and twice that of an all-reduce, over each rank's link.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
-
-import torch.distributed as dist
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from megavit.model.config import ModelConfig, Recompute
 from megavit.scale.gathers import replay
 from megavit.scale.inventory import Unit, inventory
 from megavit.scale.job import Layout, ZeroSettings
-
-# c10d's operations, and which argument is the whole tensor.
-_COLLECTIVES = {
-    "allreduce_": ("all_reduce", 0),
-    "_allgather_base_": ("all_gather", 0),
-    "allgather_": ("all_gather", 0),
-    "allgather_into_tensor_coalesced_": ("all_gather", 0),
-    "_reduce_scatter_base_": ("reduce_scatter", 1),
-    "reduce_scatter_": ("reduce_scatter", 1),
-    "broadcast_": ("broadcast", 0),
-    "reduce_": ("reduce", 0),
-}
-
-
-class CollectiveCounter(TorchDispatchMode):
-    """Counts the bytes of collectives inside `with CollectiveCounter() as counter:`, on this thread and its
-    backward passes, whoever starts them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: Counter[tuple[str, int]] = Counter()  # by (collective, ranks in its group)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            name = func._schema.name.removeprefix("c10d::")
-            if name in _COLLECTIVES:
-                kind, whole = _COLLECTIVES[name]
-                key = kind, _group_size(args)
-                self.bytes[key] += sum(t.numel() * t.element_size() for t in _tensors(args[whole]))
-        return func(*args, **(kwargs or {}))
-
-
-def _group_size(args: Any) -> int:
-    for argument in args:
-        if (
-            hasattr(argument, "_type")
-            and callable(argument._type)
-            and "ProcessGroup" in str(argument._type())
-        ):
-            return int(dist.ProcessGroup.unbox(argument).size())
-    raise AssertionError(args)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [tensor for item in value for tensor in _tensors(item)]
-
 
 def step_traffic(
     model: ModelConfig, recompute: Recompute, layout: Layout, zero: ZeroSettings, freeze: str = ""
