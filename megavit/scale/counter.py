@@ -1,5 +1,5 @@
-"""Bytes that this rank's collectives carry, counted in a running program. What counts as a collective's bytes:
-see `communication.py`."""
+"""Bytes that this rank's collectives carry, counted in a running program. `communication.py` says what counts
+as a collective's bytes."""
 
 from __future__ import annotations
 

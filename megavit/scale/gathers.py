@@ -79,9 +79,7 @@ class _Module:
         self.own = [_Weight(size, ranks, persistence) for size in unit.sizes]
         if unit.call >= 0:
             self.own = known.setdefault(unit.name, self.own)
-        self.children: list[_Module] = [
-            _Module(child, ranks, persistence, known) for child in unit.children
-        ]
+        self.children: list[_Module] = [_Module(child, ranks, persistence, known) for child in unit.children]
         self.below: list[_Weight] = self.own + [weight for child in self.children for weight in child.below]
 
     def visited(self, *, backward: bool) -> list[_Module]:

@@ -25,7 +25,7 @@ class Unit:
     which is fetched as a whole, of all below it; `trained` are those of parameters that are not frozen.
 
     The backward pass ends where nothing before is trained: `has_backward` says whether it reaches the module.
-    In a trace of a task (`trace.py`) a unit is the call of that number, and what is `traced` needs no formulas.
+    In a trace (`trace.py`) a unit is one call of a module, the `call`-th; what is `traced` needs no formulas.
     """
 
     name: str

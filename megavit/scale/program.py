@@ -68,7 +68,7 @@ def program(
 ) -> Program:
     """What one of `tp_size` ranks runs; no `task` is `classify`. ValueError for what the trainer refuses too,
     and for a task that cannot be traced."""
-    if task is None or isinstance(task, ClassifyConfig):
+    if task is None or task.name == ClassifyConfig.name:
         tree = inventory(model, tp_size, freeze)
         return Program(tree, tree)
     made, traces = make_task(task, model, DataConfig()), []

@@ -48,7 +48,7 @@ class Trace:
 
 def fake_mesh(tp_size: int) -> Mesh:
     """Rank 0 of a grid whose collectives move nothing; several may be in one process. It has one data-parallel
-    rank more than tensor-parallel ones, so that the groups can be told apart by their size."""
+    rank more than tensor-parallel ones: so their groups differ in size."""
     tp_group, dp_group = (_fake_group(size) for size in (tp_size, tp_size + 1))
     return Mesh(tp_size=tp_size, dp_size=tp_size + 1, tp_group=tp_group, dp_group=dp_group, is_fake=True)
 
@@ -119,7 +119,7 @@ class _Calls:
         unit, numbers = module_unit(path, module), []
         replaced = any(module is block for block in self._stood_in)
         if replaced:
-            module.forward = partial(_stand_in, module)  # type: ignore[method-assign]
+            module.forward = partial(_stand_in, module)
 
         def begin(*_: Any) -> None:
             numbers.append(self._count)

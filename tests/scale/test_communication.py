@@ -10,7 +10,8 @@ import torch
 
 from megavit.model.config import ModelConfig
 from megavit.parallel.mesh import Mesh
-from megavit.scale.communication import CollectiveCounter, step_traffic
+from megavit.scale.communication import step_traffic
+from megavit.scale.counter import CollectiveCounter
 from megavit.scale.gathers import GatherLimits, replay
 from megavit.scale.inventory import inventory
 from megavit.scale.job import Layout, ZeroSettings
