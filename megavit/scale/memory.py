@@ -62,7 +62,7 @@ def predict_memory(
     if zero.stage == 3:  # allocated once; the other stages do it in every step
         persistent |= gradients | bucket
         gradients, bucket = {}, {}
-    peak_moment, in_step = _in_step(model, recompute, layout, zero, job)
+    peak_moment, in_step = _in_step(model, recompute, layout, zero, job, on_cpu)
     unwritten = {"pages of the bucket never written": -_unwritten(job, layout, zero)} if on_cpu else {}
     in_step |= gradients | bucket | unwritten
     in_update = _in_update(trained, layout, zero, on_cpu) | gradients | (unwritten if zero.stage == 3 else {})
@@ -123,7 +123,7 @@ def _unwritten(job: Program, layout: Layout, zero: ZeroSettings) -> int:
 
 
 def _in_step(
-    model: ModelConfig, recompute: Recompute, layout: Layout, zero: ZeroSettings, job: Program
+    model: ModelConfig, recompute: Recompute, layout: Layout, zero: ZeroSettings, job: Program, on_cpu: bool
 ) -> tuple[str, dict[str, int]]:
     """The moment of forward and backward that needs most: gathered weights and activations come and go
     together."""
@@ -131,6 +131,7 @@ def _in_step(
     traced = job.numbers(layout.micro_batch)
     # Of a block the trace has the input, and the output or its gradient while it runs.
     in_trace = activations.stream if traced else 0
+    kind = "bytes on a CPU" if on_cpu else "bytes"
     moments: tuple[Moment, ...]
     if zero.stage == 3 and (layout.dp_size > 1 or zero.offload_param):
         moments = job.gathers(layout.dp_size, zero.gathers).moments
@@ -147,7 +148,7 @@ def _in_step(
         blocks_done -= is_block and moment.backward
         blocks_kept -= is_block and moment.backward
         items["activations kept for backward"] = outside + blocks_kept * (activations.per_block - in_trace)
-        items["activations outside of the trunk's blocks"] = traced["bytes", unit.call, moment.backward]
+        items["activations outside of the trunk's blocks"] = traced[kind, unit.call, moment.backward]
         if is_block:
             working_set = activations.working_set(backward=moment.backward, keeps=unit.has_backward)
             items["working set of the running block"] = working_set - in_trace

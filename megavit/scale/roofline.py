@@ -115,8 +115,8 @@ class _Work:
 
 
 class _Passes:
-    """Compute of one micro-step on one rank, in seconds: of the trunk's blocks, and of all else by formulas or
-    as it was traced."""
+    """Compute of one micro-step on one rank, in seconds: of the trunk's blocks, and of all else, by formulas
+    or as it was traced."""
 
     def __init__(
         self, model: ModelConfig, recompute: Recompute, layout: Layout, cluster: Cluster, job: Program

@@ -37,6 +37,8 @@ class Trace:
 
     ("bytes", call, backward): the most that activations take while the module of that number, in the order of
         calls, is the latest to have begun: without weights, of the trunk's blocks only what they are given;
+    ("bytes on a CPU", call, backward): the same where convolutions copy what they read and write (oneDNN
+        works on another memory order);
     ("flops", backward), ("moved", backward), ("kernels", backward): operations of matmuls and convolutions,
         bytes that all others read and write, kernels;
     ("tp", kind) and ("dp", kind): bytes of the collectives of that kind.
@@ -47,8 +49,8 @@ class Trace:
 
 
 def fake_mesh(tp_size: int) -> Mesh:
-    """Rank 0 of a grid whose collectives move nothing; several may be in one process. It has one data-parallel
-    rank more than tensor-parallel ones: so their groups differ in size."""
+    """Rank 0 of a grid whose collectives move nothing; several may be in one process. It has one more
+    data-parallel rank than tensor-parallel ones: so their groups differ in size."""
     tp_group, dp_group = (_fake_group(size) for size in (tp_size, tp_size + 1))
     return Mesh(tp_size=tp_size, dp_size=tp_size + 1, tp_group=tp_group, dp_group=dp_group, is_fake=True)
 
@@ -141,6 +143,13 @@ class _Calls:
             self.watch(child, f"{path}.{name}".lstrip("."))
 
 
+_CONVOLUTIONS = (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
+
+
+def _size(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 class _Meter(TorchDispatchMode):
     """Counts what operators do and how much memory their results take, by what has begun last."""
 
@@ -159,8 +168,10 @@ class _Meter(TorchDispatchMode):
         self._now = ("bytes", call, backward)
         self._record()
 
-    def _record(self) -> None:
-        self.numbers[self._now] = max(self.numbers[self._now], self._live)
+    def _record(self, copies: int = 0) -> None:
+        _, *where = self._now
+        for name, size in (("bytes", self._live), ("bytes on a CPU", self._live + copies)):
+            self.numbers[name, *where] = max(self.numbers[name, *where], size)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -168,7 +179,8 @@ class _Meter(TorchDispatchMode):
         inputs = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
         outputs = [item for item in tree_leaves(out) if isinstance(item, Tensor)]
         fresh = [self._is_new(tensor) for tensor in outputs]
-        self._record()
+        is_convolution = func.overloadpacket in _CONVOLUTIONS
+        self._record(_size(inputs + outputs) if is_convolution else 0)
         if func.namespace != "c10d" and (any(fresh) or func._schema.is_mutable):
             self._count(func, args, kwargs, out, inputs + outputs)
         return out
@@ -179,8 +191,7 @@ class _Meter(TorchDispatchMode):
         if formula := flop_registry.get(func.overloadpacket):
             self.numbers["flops", backward] += formula(*args, **kwargs, out_val=out)
         else:
-            moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            self.numbers["moved", backward] += moved
+            self.numbers["moved", backward] += _size(tensors)
 
     def _is_new(self, tensor: Tensor) -> bool:
         storage = tensor.untyped_storage()
