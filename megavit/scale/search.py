@@ -94,9 +94,19 @@ def search(run: RunConfig, global_batch: int, cluster: Cluster, only: Only = ANY
     when no layout is possible at all.
     """
     require_choice(run.model, global_batch, cluster, only)
+    refused: ValueError | None = None
+    possible = []
+    for tp_size, candidates in layouts(run.model, global_batch, cluster, only):
+        try:
+            program(run.model, tp_size, run.freeze, run.task)
+            possible.append((tp_size, candidates))
+        except ValueError as error:  # of the task: its head may not have as many attention heads
+            refused = error
+    if refused and not possible:
+        raise refused
     plans = [
         _best(run, recompute, zero, candidates, cluster)
-        for tp_size, candidates in layouts(run.model, global_batch, cluster, only)
+        for tp_size, candidates in possible
         for zero in _settings(run, tp_size)
         for recompute in policies(run.model)
         if only.allows(stage=zero.stage, recompute=recompute, offload=zero.offload)
