@@ -208,6 +208,8 @@ class Plane(Field):
         classes: of a mask: a file with a stored number outside of 0 to classes - 1, which is not `invalid`,
             is bad.
         allow_empty: whether a file may know nothing of any pixel.
+        negative: whether negative numbers mean something; if not, nothing is known where they are.
+        png_bits: the fewest bits a channel that a PNG may have; one with 8 has too few for depth.
     """
 
     is_spatial = True
@@ -224,6 +226,8 @@ class Plane(Field):
     scale: float = 1.0
     classes: int | None = None
     allow_empty: bool = True
+    negative: bool = True
+    png_bits: int = 1
 
     def __post_init__(self) -> None:
         channels = () if self.channels == 1 else (self.channels,)
@@ -234,6 +238,11 @@ class Plane(Field):
     def decode(self, data: bytes, extension: str, geometry: Geometry, out: np.ndarray) -> None:
         stored = read_plane(data, _kind(extension), partial(geometry.at, member=extension))
         _check_channels(stored, self.channels, extension)
+        if _kind(extension) == "png" and 8 * stored.itemsize < self.png_bits:
+            bits = 8 * stored.itemsize
+            raise ValueError(f"its {extension} has {bits} bits a channel, not {self.png_bits}")
+        if not self.negative and (stored < 0).any():
+            stored = np.where(stored < 0, np.nan, stored)
         check_values(stored, self.invalid, self.classes, self.allow_empty, extension)
         values, outside = geometry.nearest(stored, self.size)
         unknown = ~known_pixels(values, self.invalid)

@@ -1,4 +1,5 @@
-"""Bytes that one rank's collectives carry in a step: predicted, and counted in a running program.
+"""Bytes that one rank's collectives carry in a step: predicted (`counter.py` counts them in a running
+program).
 
 A collective's bytes are those of the whole tensor that it makes or reads on a rank: an all-reduce's tensor,
 an all-gather's result, a reduce-scatter's input. A ring of n ranks moves (n - 1)/n of a gather or scatter,
@@ -8,97 +9,52 @@ and twice that of an all-reduce, over each rank's link.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
-
-import torch.distributed as dist
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavit.model.config import ModelConfig, Recompute
-from megavit.scale.gathers import replay
-from megavit.scale.inventory import Unit, inventory
+from megavit.scale.inventory import Unit
 from megavit.scale.job import Layout, ZeroSettings
-
-# c10d's operations, and which argument is the whole tensor.
-_COLLECTIVES = {
-    "allreduce_": ("all_reduce", 0),
-    "_allgather_base_": ("all_gather", 0),
-    "allgather_": ("all_gather", 0),
-    "allgather_into_tensor_coalesced_": ("all_gather", 0),
-    "_reduce_scatter_base_": ("reduce_scatter", 1),
-    "reduce_scatter_": ("reduce_scatter", 1),
-    "broadcast_": ("broadcast", 0),
-    "reduce_": ("reduce", 0),
-}
-
-
-class CollectiveCounter(TorchDispatchMode):
-    """Counts the bytes of collectives inside `with CollectiveCounter() as counter:`, on this thread and its
-    backward passes, whoever starts them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: Counter[tuple[str, int]] = Counter()  # by (collective, ranks in its group)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            name = func._schema.name.removeprefix("c10d::")
-            if name in _COLLECTIVES:
-                kind, whole = _COLLECTIVES[name]
-                key = kind, _group_size(args)
-                self.bytes[key] += sum(t.numel() * t.element_size() for t in _tensors(args[whole]))
-        return func(*args, **(kwargs or {}))
-
-
-def _group_size(args: Any) -> int:
-    for argument in args:
-        if (
-            hasattr(argument, "_type")
-            and callable(argument._type)
-            and "ProcessGroup" in str(argument._type())
-        ):
-            return int(dist.ProcessGroup.unbox(argument).size())
-    raise AssertionError(args)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [tensor for item in value for tensor in _tensors(item)]
+from megavit.scale.program import Program, program
+from megavit.tasks.config import TaskConfig
 
 
 def step_traffic(
-    model: ModelConfig, recompute: Recompute, layout: Layout, zero: ZeroSettings, freeze: str = ""
+    model: ModelConfig,
+    recompute: Recompute,
+    layout: Layout,
+    zero: ZeroSettings,
+    freeze: str = "",
+    task: TaskConfig | None = None,
 ) -> dict[tuple[str, int], int]:
     """Bytes of one optimizer step's collectives on one rank, by (collective, ranks in its group), in the
     steady state (from the third step on). Exact but for a few scalars (loss, norm), under 100 bytes."""
     traffic: Counter[tuple[str, int]] = Counter()
-    tree = inventory(model, layout.tp_size, freeze)
-    trained = tree.trained_part()
+    job = program(model, layout.tp_size, freeze, task, zero.bf16)
+    traced, reduced = job.numbers(layout.micro_batch), job.reduced()
     if layout.tp_size > 1:
-        per_micro_step = tp_bytes(model, recompute, layout.micro_batch, zero, tree)
+        per_micro_step = tp_bytes(model, recompute, layout.micro_batch, zero, job)
         traffic["all_reduce", layout.tp_size] = per_micro_step * layout.grad_accum
     dp = layout.dp_size
     if dp == 1:
         return dict(traffic)
+    traffic["all_reduce", dp] += traced["dp", "all_reduce"] * layout.grad_accum
     if zero.stage == 3:
-        trace = replay(tree, dp, zero.gathers)
-        gathered = trace.gathered * layout.grad_accum + trace.padded_persistent
+        gathers = job.gathers(dp, zero.gathers)
+        gathered = gathers.gathered * layout.grad_accum + gathers.padded_persistent
         traffic["all_gather", dp] = gathered * zero.element_bytes
-        reduced = trained.shared(dp) * dp * layout.grad_accum
-        traffic["reduce_scatter", dp] = reduced * zero.reduced_bytes
+        scattered = reduced.shared(dp) * dp * layout.grad_accum
+        traffic["reduce_scatter", dp] = scattered * zero.reduced_bytes
     else:
         times = layout.grad_accum if zero.stage == 2 else 1
-        traffic["all_reduce", dp] += trained.numel() * zero.reduced_bytes * times
+        traffic["all_reduce", dp] += reduced.numel() * zero.reduced_bytes * times
         if zero.stage:
-            traffic["all_gather", dp] = trained.numel() * zero.element_bytes
+            traffic["all_gather", dp] = job.tree.trained_part().numel() * zero.element_bytes
     return dict(traffic)
 
 
 def tp_bytes(
-    model: ModelConfig, recompute: Recompute, micro_batch: int, zero: ZeroSettings, tree: Unit
+    model: ModelConfig, recompute: Recompute, micro_batch: int, zero: ZeroSettings, job: Program
 ) -> int:
-    """Bytes all-reduced over a TP group in one forward and backward pass; `tree` is the model's inventory.
+    """Bytes all-reduced over a TP group in one forward and backward pass.
 
     A parallel block reduces its output forward and its input's gradient backward; a sequential one each
     twice. Recomputation leaves out a block's last reduce, so only full recomputation of a sequential block
@@ -111,10 +67,18 @@ def tp_bytes(
     backward = forward + (sequential and recompute == "full")
     backward += model.layer_scale is not None and recompute != "none"
     scales = 2 * model.head_dim if model.qk_norm else 0
-    blocks = [unit for unit in tree.children if unit.is_block]
+    blocks = job.blocks()
     reached = sum(block.has_backward for block in blocks)
     elements = len(blocks) * forward * stream + reached * (backward * stream + scales)
-    pooled = micro_batch * model.dim
+    if job.traces:
+        return elements * zero.element_bytes + job.numbers(micro_batch)["tp", "all_reduce"]
+    more, classifier = _outside(model, micro_batch, zero, job.tree)
+    return (elements + more) * zero.element_bytes + classifier
+
+
+def _outside(model: ModelConfig, micro_batch: int, zero: ZeroSettings, tree: Unit) -> tuple[int, int]:
+    """The same outside of a classifier's blocks: elements in the model's dtype, and bytes."""
+    elements, pooled = 0, micro_batch * model.dim
     outside = {unit.name: unit for unit in tree.children if not unit.is_block}
     if "pool" in outside:
         pool = outside["pool"]
@@ -127,4 +91,4 @@ def tp_bytes(
     # the engine keeps its weights until backward that way.
     before = outside.get("pool", outside["norm"])
     classifier = bool(model.num_classes) and (before.has_backward or zero.stage == 3)
-    return elements * zero.element_bytes + (4 * pooled if classifier else 0)
+    return elements, 4 * pooled if classifier else 0

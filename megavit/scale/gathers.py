@@ -72,10 +72,14 @@ class _Gather:
 
 
 class _Module:
-    def __init__(self, unit: Unit, ranks: int, persistence: int):
+    """A unit and its weights; `known` are those of modules that are called several times, by name."""
+
+    def __init__(self, unit: Unit, ranks: int, persistence: int, known: dict[str, list[_Weight]]):
         self.unit = unit
         self.own = [_Weight(size, ranks, persistence) for size in unit.sizes]
-        self.children: list[_Module] = [_Module(child, ranks, persistence) for child in unit.children]
+        if unit.call >= 0:
+            self.own = known.setdefault(unit.name, self.own)
+        self.children: list[_Module] = [_Module(child, ranks, persistence, known) for child in unit.children]
         self.below: list[_Weight] = self.own + [weight for child in self.children for weight in child.below]
 
     def visited(self, *, backward: bool) -> list[_Module]:
@@ -90,13 +94,21 @@ def replay(model: Unit, ranks: int, limits: GatherLimits) -> GatherTrace:
     """The gathers of one forward and backward pass of `model`, sharded over `ranks` data-parallel ranks. With
     one rank they are copies of what waits in host memory, without a buffer in between. The backward pass
     visits only what it reaches; frozen weights are gathered like others."""
-    root = _Module(model, ranks, limits.persistence)
+    root = _Module(model, ranks, limits.persistence, {})
     replayed = _Replay(root, limits, buffered=ranks > 1)
     replayed.run()
-    padded_persistent = sum(weight.padded for weight in root.below if weight.persists)
     return GatherTrace(
-        tuple(replayed.moments), replayed.gathered, replayed.gathered_forward, padded_persistent
+        tuple(replayed.moments),
+        replayed.gathered,
+        replayed.gathered_forward,
+        persistent_elements(model, ranks, limits),
     )
+
+
+def persistent_elements(model: Unit, ranks: int, limits: GatherLimits) -> int:
+    """Those of the weights that stay whole, with the padding of their gathers."""
+    small = [size for size in model.all_sizes if size <= limits.persistence]
+    return sum(math.ceil(size / ranks) * ranks for size in small)
 
 
 class _Replay:

@@ -25,6 +25,7 @@ class Unit:
     which is fetched as a whole, of all below it; `trained` are those of parameters that are not frozen.
 
     The backward pass ends where nothing before is trained: `has_backward` says whether it reaches the module.
+    In a trace (`trace.py`) a unit is one call of a module, the `call`-th; what is `traced` needs no formulas.
     """
 
     name: str
@@ -33,6 +34,14 @@ class Unit:
     trained: tuple[int, ...]
     children: tuple[Unit, ...] = ()
     has_backward: bool = True
+    call: int = -1
+    traced: bool = False
+
+    def walk(self) -> Iterator[Unit]:
+        """It and all below it, in order."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
 
     @property
     def all_sizes(self) -> tuple[int, ...]:
@@ -65,6 +74,20 @@ def inventory(config: ModelConfig, tp_size: int, freeze: str = "") -> Unit:
     return _mark_backward(replace(root, children=tuple(children)), reached=False)
 
 
+def flat_inventory(module: nn.Module) -> Unit:
+    """Every parameter of any module once: a unit for each block and for each other module that has some."""
+    found: list[Unit] = []
+
+    def visit(part: nn.Module, path: str) -> None:
+        unit = module_unit(path, part)
+        found.extend([unit] if unit.sizes else [])
+        for name, child in () if unit.is_block else part.named_children():
+            visit(child, f"{path}.{name}".lstrip("."))
+
+    visit(module, "")
+    return Unit("", False, (), (), tuple(found))
+
+
 def model_on_meta(config: ModelConfig, tp_size: int, freeze: str) -> MegaVit:
     """One TP rank's model without memory, its frozen parameters without gradients."""
     with torch.device("meta"):
@@ -83,12 +106,17 @@ def _mark_backward(unit: Unit, *, reached: bool) -> Unit:
     return replace(unit, children=tuple(children), has_backward=reached)
 
 
-def _unit(name: str, module: nn.Module) -> Unit:
+def module_unit(name: str, module: nn.Module) -> Unit:
+    """The unit of a module, without children."""
     is_block = isinstance(module, ParallelBlock | SequentialBlock)
     own = list(module.parameters(recurse=is_block))
     sizes = tuple(parameter.numel() for parameter in own)
-    trained = tuple(parameter.numel() for parameter in own if parameter.requires_grad)
-    return Unit(name, is_block, sizes, trained, () if is_block else tuple(_children(module)))
+    return Unit(name, is_block, sizes, tuple(part.numel() for part in own if part.requires_grad))
+
+
+def _unit(name: str, module: nn.Module) -> Unit:
+    unit = module_unit(name, module)
+    return unit if unit.is_block else replace(unit, children=tuple(_children(module)))
 
 
 def _children(module: nn.Module) -> Iterator[Unit]:

@@ -11,9 +11,11 @@ import math
 from dataclasses import dataclass
 
 from megavit.model.config import ModelConfig, Recompute
-from megavit.scale.gathers import Moment, replay
-from megavit.scale.inventory import Unit, inventory
+from megavit.scale.gathers import Moment
+from megavit.scale.inventory import Unit
 from megavit.scale.job import Layout, ZeroSettings
+from megavit.scale.program import Program, program
+from megavit.tasks.config import TaskConfig
 
 _MOMENT_BYTES = 8  # Adam's two, float32
 
@@ -46,21 +48,22 @@ def predict_memory(
     layout: Layout,
     zero: ZeroSettings,
     freeze: str = "",
+    task: TaskConfig | None = None,
     *,
     on_cpu: bool = False,
 ) -> Memory:
     """Memory of one rank, at its peak in the steady state. What is frozen has weights in the model's dtype
-    and nothing else. `on_cpu` is for rehearsals there: in the peak, pages of buffers that nobody writes do
-    not count."""
-    tree = inventory(model, layout.tp_size, freeze)
-    trained = tree.trained_part()
+    and nothing else. No `task` is classification. `on_cpu` is for rehearsals there: in the peak, pages of
+    buffers that nobody writes do not count."""
+    job = program(model, layout.tp_size, freeze, task, zero.bf16)
+    tree, trained = job.tree, job.tree.trained_part()
     persistent, host = _states(tree, trained, layout, zero)
     gradients, bucket = _gradients(trained, layout, zero), _bucket(zero)
     if zero.stage == 3:  # allocated once; the other stages do it in every step
         persistent |= gradients | bucket
         gradients, bucket = {}, {}
-    peak_moment, in_step = _in_step(model, recompute, layout, zero, tree)
-    unwritten = {"pages of the bucket never written": -_unwritten(trained, layout, zero)} if on_cpu else {}
+    peak_moment, in_step = _in_step(model, recompute, layout, zero, job, on_cpu)
+    unwritten = {"pages of the bucket never written": -_unwritten(job, layout, zero)} if on_cpu else {}
     in_step |= gradients | bucket | unwritten
     in_update = _in_update(trained, layout, zero, on_cpu) | gradients | (unwritten if zero.stage == 3 else {})
     if sum(in_update.values()) > sum(in_step.values()):
@@ -113,42 +116,47 @@ def _bucket_element_bytes(zero: ZeroSettings) -> int:
     return zero.reduced_bytes if zero.stage == 3 else zero.element_bytes
 
 
-def _unwritten(trained: Unit, layout: Layout, zero: ZeroSettings) -> int:
+def _unwritten(job: Program, layout: Layout, zero: ZeroSettings) -> int:
     """Bytes of the bucket that a step's gradients do not reach."""
-    elements = _bucket_elements(zero) - trained.numel() * layout.grad_accum
+    elements = _bucket_elements(zero) - job.reduced().numel() * layout.grad_accum
     return max(0, elements) * _bucket_element_bytes(zero)
 
 
 def _in_step(
-    model: ModelConfig, recompute: Recompute, layout: Layout, zero: ZeroSettings, tree: Unit
+    model: ModelConfig, recompute: Recompute, layout: Layout, zero: ZeroSettings, job: Program, on_cpu: bool
 ) -> tuple[str, dict[str, int]]:
     """The moment of forward and backward that needs most: gathered weights and activations come and go
     together."""
     activations = Activations(model, recompute, layout, zero.element_bytes)
+    traced = job.numbers(layout.micro_batch)
+    # Of a block the trace has the input, and the output or its gradient while it runs.
+    in_trace = activations.stream if traced else 0
+    kind = "bytes on a CPU" if on_cpu else "bytes"
     moments: tuple[Moment, ...]
     if zero.stage == 3 and (layout.dp_size > 1 or zero.offload_param):
-        moments = replay(tree, layout.dp_size, zero.gathers).moments
+        moments = job.gathers(layout.dp_size, zero.gathers).moments
     else:
-        moments = _without_gathers(tree)
+        moments = _without_gathers(job)
     found: list[tuple[str, dict[str, int]]] = []
     bucket = _Bucket(layout, zero)
-    outside = activations.outside(tree)
+    outside = 0 if traced else activations.outside(job.tree)
     blocks_done = blocks_kept = 0
     for moment in moments:
         unit = moment.unit
+        is_block = unit.is_block and not unit.traced
         items = {"gathered weights": moment.peak * zero.element_bytes}
-        blocks_done -= unit.is_block and moment.backward
-        blocks_kept -= unit.is_block and moment.backward
-        items["activations kept for backward"] = outside + blocks_kept * activations.per_block
-        if unit.is_block:
-            items["working set of the running block"] = activations.working_set(
-                backward=moment.backward, keeps=unit.has_backward
-            )
+        blocks_done -= is_block and moment.backward
+        blocks_kept -= is_block and moment.backward
+        items["activations kept for backward"] = outside + blocks_kept * (activations.per_block - in_trace)
+        items["activations outside of the trunk's blocks"] = traced[kind, unit.call, moment.backward]
+        if is_block:
+            working_set = activations.working_set(backward=moment.backward, keeps=unit.has_backward)
+            items["working set of the running block"] = working_set - in_trace
         if moment.backward:
-            items["gradients not reduced yet"] = sum(unit.trained) * zero.element_bytes
+            items["gradients not reduced yet"] = 0 if unit.traced else sum(unit.trained) * zero.element_bytes
             items["copy of the gradients being reduced"] = bucket.add(unit.trained)
-        blocks_done += unit.is_block and not moment.backward
-        blocks_kept += unit.is_block and not moment.backward and unit.has_backward
+        blocks_done += is_block and not moment.backward
+        blocks_kept += is_block and not moment.backward and unit.has_backward
         found.append((_in_words(moment, blocks_done), items))
     end = {
         "gathered weights": moments[-1].live * zero.element_bytes,
@@ -188,14 +196,15 @@ class _Bucket:
         return size + (converted if zero.reduced_bytes != zero.accumulated_bytes else 0)
 
 
-def _without_gathers(tree: Unit) -> tuple[Moment, ...]:
-    leaves = tree.children
+def _without_gathers(job: Program) -> tuple[Moment, ...]:
+    leaves = tuple(job.calls.walk()) if job.traces else job.tree.children
     forward = [Moment(unit, False, 0, 0) for unit in leaves]
     return (*forward, *(Moment(unit, True, 0, 0) for unit in reversed(leaves) if unit.has_backward))
 
 
 def _in_words(moment: Moment, block: int) -> str:
-    what = f"block {block}" if moment.unit.is_block else moment.unit.name or "the start"
+    is_block = moment.unit.is_block and not moment.unit.traced
+    what = f"block {block}" if is_block else moment.unit.name or "the start"
     return f"{'backward' if moment.backward else 'forward'} pass of {what}"
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from megavit.parallel.mesh import Mesh
-from megavit.scale.communication import CollectiveCounter, step_traffic
+from megavit.scale.communication import step_traffic
+from megavit.scale.counter import CollectiveCounter
 from megavit.scale.memory import predict_memory
 from megavit.scale.search import Plan
 from megavit.tasks.task import blank_samples
@@ -102,7 +103,7 @@ def compare(plan: Plan, depth: int, measured: Rehearsal, *, on_cpu: bool) -> str
     """The rehearsal with `depth` blocks beside the prediction for it, and the prediction for all blocks."""
     predicted, whole = (_predicted(plan, blocks, on_cpu=on_cpu) for blocks in (depth, plan.model.depth))
     cut = with_depth(plan, depth)
-    traffic = step_traffic(cut.model, cut.recompute, cut.layout, cut.zero, cut.freeze)
+    traffic = step_traffic(cut.model, cut.recompute, cut.layout, cut.zero, cut.freeze, cut.task)
     layout = plan.layout
     lines = [
         f"rehearsal of rank 0 of {layout.ranks} ({plan.name}, dp {layout.dp_size}), {depth} of "
@@ -129,7 +130,9 @@ def compare(plan: Plan, depth: int, measured: Rehearsal, *, on_cpu: bool) -> str
 def _predicted(plan: Plan, depth: int, *, on_cpu: bool) -> tuple[int, int]:
     """Bytes of (persistent memory, peak) with `depth` blocks; on a CPU the host's memory is the same one."""
     cut = with_depth(plan, depth)
-    memory = predict_memory(cut.model, cut.recompute, cut.layout, cut.zero, cut.freeze, on_cpu=on_cpu)
+    memory = predict_memory(
+        cut.model, cut.recompute, cut.layout, cut.zero, cut.freeze, cut.task, on_cpu=on_cpu
+    )
     host = memory.host_bytes if on_cpu else 0
     return memory.persistent_bytes + host, memory.peak_bytes + host
 

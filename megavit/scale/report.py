@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from megavit.model.config import model_preset
-from megavit.scale.inventory import inventory
+from megavit.scale.program import program
 from megavit.scale.search import FRAGMENTATION, RUNTIME_GIB, Plan, reason
 from megavit.scale.storage import checkpoint_cost
+from megavit.tasks.config import ClassifyConfig
 from megavit.train.config import LAUNCH_FIELDS, RunConfig, flat_config, plain_config
 
 _GIB = 2**30
@@ -57,7 +58,7 @@ def trained(run: RunConfig) -> str:
     """How many of the parameters are trained, and what is frozen; empty if nothing is."""
     if not run.freeze:
         return ""
-    tree = inventory(run.model, 1, run.freeze)
+    tree = program(run.model, 1, run.freeze, run.task).tree
     mine, whole = tree.trained_part().numel(), tree.numel()
     return f"trains {mine:,} of {whole:,} parameters ({mine / whole:.2%}); frozen: {run.freeze}\n"
 
@@ -113,7 +114,7 @@ def _sizes(title: str, items: dict[str, int]) -> list[str]:
 
 def as_json(plans: list[Plan], run: RunConfig, advice: list[str]) -> dict[str, Any]:
     """All that the table says, and every plan's items, in bytes and seconds."""
-    tree = inventory(run.model, 1, run.freeze)
+    tree = program(run.model, 1, run.freeze, run.task).tree
     return {
         "model": asdict(run.model),
         "freeze": run.freeze,
@@ -152,7 +153,8 @@ def planned_run(run: RunConfig, plan: Plan) -> dict[str, Any]:
     kept: dict[str, Any] = {"model": {"name": run.model.name}}
     for key, value in flat_config(chosen).items():
         decided = key in ("recompute", "tensor_parallel_size")
-        if decided or (usual[key] != value and key not in LAUNCH_FIELDS):
+        own = key.startswith("task.") and run.task.name != ClassifyConfig.name
+        if decided or own or (usual.get(key) != value and key not in LAUNCH_FIELDS):
             folder = kept
             *path, name = key.split(".")
             for part in path:

@@ -8,16 +8,17 @@ measurements, not fitted to runs of this program: trust differences between plan
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megavit.gpus import Gpu
 from megavit.model.config import ModelConfig, Recompute
-from megavit.model.count import forward_flops, repeated_flops, train_flops
+from megavit.model.count import block_matrices, forward_flops, repeated_flops, train_flops
 from megavit.scale.cluster import Cluster
 from megavit.scale.communication import tp_bytes
-from megavit.scale.gathers import replay
-from megavit.scale.inventory import Unit, inventory
+from megavit.scale.inventory import Unit
 from megavit.scale.job import Layout, ZeroSettings
+from megavit.scale.program import Program, program
+from megavit.tasks.config import TaskConfig
 
 MATMUL_SHARE = 0.80  # of the nominal rate, large matmuls: 790 to 795 of an H100's 989 TFLOP/s
 SUSTAINED_SHARE = 0.87  # of such sums: clocks under full power, processors that communication takes
@@ -64,17 +65,18 @@ def predict_step(
     zero: ZeroSettings,
     cluster: Cluster,
     freeze: str = "",
+    task: TaskConfig | None = None,
 ) -> StepTime:
-    """Time of an optimizer step of `layout` on `cluster`, in the steady state."""
-    tree = inventory(model, layout.tp_size, freeze)
-    passes = _Passes(model, recompute, layout, cluster, tree)
+    """Time of an optimizer step of `layout` on `cluster`, in the steady state; no `task` is `classify`."""
+    job = program(model, layout.tp_size, freeze, task, zero.bf16)
+    passes = _Passes(model, recompute, layout, cluster, job)
     times = layout.grad_accum
     tensor_parallel = _tensor_parallel_s(model, recompute, layout, zero, cluster, passes)
     sharding, update = _data_parallel_s(layout, zero, cluster, passes)
     compute = passes.forward_s + passes.backward_s
     images = layout.micro_batch * times
     decoded = images / layout.tp_size / (cluster.cores_per_gpu * DECODE_PER_CORE_S)
-    host_copies = _host_copies_s(tree, layout, zero, cluster)
+    host_copies = _host_copies_s(job, layout, zero, cluster)
     busy = times * (compute + tensor_parallel) + sharding + update + host_copies
     return StepTime(
         matmuls=times * passes.matmuls_s,
@@ -92,13 +94,15 @@ def predict_step(
 
 class _Work:
     """What of a whole backward pass is left to do when parts are frozen: the shares of the matmuls' FLOPs
-    that give the gradients of inputs (`inputs`) and of weights (`weights`), and of the blocks (`blocks`)."""
+    that give the gradients of inputs (`inputs`) and of weights (`weights`), and of the blocks (`blocks`).
+    What is traced does not count."""
 
-    def __init__(self, model: ModelConfig, tree: Unit):
+    def __init__(self, model: ModelConfig, job: Program):
         self._tokens = model.num_tokens
+        blocks = job.blocks()
+        tree = replace(job.tree, children=tuple(blocks)) if job.traces else job.tree
         whole = self._flops(tree, ())
         self.inputs, self.weights = (self._flops(tree, (), part) / whole for part in ("inputs", "weights"))
-        blocks = [unit for unit in tree.children if unit.is_block]
         self.blocks = sum(block.has_backward for block in blocks) / len(blocks)
 
     def _flops(self, unit: Unit, path: tuple[str, ...], part: str = "") -> int:
@@ -111,41 +115,50 @@ class _Work:
 
 
 class _Passes:
-    """Compute of one micro-step on one rank, in seconds."""
+    """Compute of one micro-step on one rank, in seconds: of the trunk's blocks, and of all else, by formulas
+    or as it was traced."""
 
     def __init__(
-        self, model: ModelConfig, recompute: Recompute, layout: Layout, cluster: Cluster, tree: Unit
+        self, model: ModelConfig, recompute: Recompute, layout: Layout, cluster: Cluster, job: Program
     ):
-        self.tree = tree
-        self.work = work = _Work(model, tree)
+        self.job = job
+        self.work = work = _Work(model, job)
+        traced = job.numbers(layout.micro_batch)
         gpu, t, batch = cluster.gpu, layout.tp_size, layout.micro_batch
         rate = gpu.tflops * 1e12 * SUSTAINED_SHARE
-        attention_flops = 3 * 4 * model.num_tokens**2 * model.dim * model.depth * batch / t
+        self.num_blocks = depth = len(job.blocks())
+        attention_flops = 3 * 4 * model.num_tokens**2 * model.dim * depth * batch / t
         matmul_flops = train_flops(model) * batch / t - attention_flops
+        if job.traces:
+            matmul_flops = 3 * 2 * model.num_tokens * block_matrices(model) / model.depth * depth * batch / t
         share = MATMUL_SHARE * _wave_share(model, layout, gpu)
         # Forward, gradients of inputs, gradients of weights: a third each. Attention has no weights.
         matmuls_s = matmul_flops / (rate * share)
         attention_s = attention_flops / (rate * ATTENTION_SHARE)
         self.matmul_pass_s = matmuls_s / 3
-        self.matmuls_s = matmuls_s * ((1 + work.inputs + work.weights) / 3)
+        outside_s = [traced["flops", backward] / (rate * MATMUL_SHARE) for backward in (False, True)]
+        self.matmuls_s = matmuls_s * ((1 + work.inputs + work.weights) / 3) + sum(outside_s)
         self.attention_s = attention_s * ((1 + 2 * work.blocks) / 3)
         bytes_per_s = gpu.memory_gb_per_s * 1e9 * MEMORY_SHARE
         stream_s = batch * model.num_tokens * model.dim * 2 / bytes_per_s
         # Reads and writes of [B, N, D] tensors by norms, GELU, attention's layout and sums, counted by hand
         # (+-30%): forward 14 + 4 F/D, backward 18 + 5 F/D, most of it on a rank's own heads and hidden units.
         ratio = model.mlp_dim / model.dim
-        forward = (6 + (8 + 4 * ratio) / t) * stream_s * model.depth
-        backward = (8 + (10 + 5 * ratio) / t) * stream_s * model.depth * work.blocks
-        self.elementwise_s = forward + backward
+        forward = (6 + (8 + 4 * ratio) / t) * stream_s * depth
+        backward = (8 + (10 + 5 * ratio) / t) * stream_s * depth * work.blocks
         forward_s = (matmuls_s + attention_s) / 3 + forward
         repeated_s = {
             "none": 0.0,
-            "selective": (4 + (2 + 2 * ratio) / t) * stream_s * model.depth,
+            "selective": (4 + (2 + 2 * ratio) / t) * stream_s * depth,
             "full": forward_s * repeated_flops(model) / forward_flops(model),
         }[recompute]
+        moved_s = [traced["moved", backward] / bytes_per_s for backward in (False, True)]
+        self.elementwise_s = forward + backward + sum(moved_s)
+        forward_s += outside_s[0] + moved_s[0]
         self.recomputation_s = repeated_s * work.blocks
         backward_launches = 2 * work.blocks / (1 + 2 * work.blocks)
-        launches = _KERNELS * model.depth * KERNEL_S * (1 + 2 * work.blocks) / 3
+        kernels = _KERNELS * depth * (1 + 2 * work.blocks) / 3
+        launches = KERNEL_S * (kernels + traced["kernels", False] + traced["kernels", True])
         busy = self.matmuls_s + self.attention_s + self.elementwise_s + self.recomputation_s
         self.launches_s = max(0.0, launches - busy)
         self.forward_s = forward_s + self.launches_s * (1 - backward_launches)
@@ -182,9 +195,9 @@ def _tensor_parallel_s(
     t = layout.tp_size
     if t == 1:
         return 0.0
-    size = tp_bytes(model, recompute, layout.micro_batch, zero, passes.tree)
+    size = tp_bytes(model, recompute, layout.micro_batch, zero, passes.job)
     work, in_node = passes.work, min(t, cluster.gpus_per_node)
-    calls = model.depth * (1 if model.block == "parallel" else 2) * (1 + work.blocks)
+    calls = passes.num_blocks * (1 if model.block == "parallel" else 2) * (1 + work.blocks)
     reduce_s = 2 * _ring_s(size, in_node, math.ceil(t / in_node), 1, cluster) + calls * _latency(t, cluster)
     up, square = model.dim * model.mlp_dim, model.dim**2
     pass_s = passes.matmul_pass_s / (4 * square + 2 * up)  # of a matrix entry
@@ -199,7 +212,8 @@ def _data_parallel_s(
     layout: Layout, zero: ZeroSettings, cluster: Cluster, passes: _Passes
 ) -> tuple[float, float]:
     """(communication of ZeRO that is not hidden and the price of what is, the update itself), a step."""
-    tree, trained, dp = passes.tree, passes.tree.trained_part(), layout.dp_size
+    job, dp = passes.job, layout.dp_size
+    tree, trained = job.tree, job.tree.trained_part()
     share = trained.shared(dp if zero.stage else 1)
     in_node = max(1, min(dp, cluster.gpus_per_node // layout.tp_size))
     nodes = math.ceil(dp / in_node)
@@ -221,9 +235,8 @@ def _data_parallel_s(
         exposed, tax = _overlap(reduce_s, passes.backward_s)
         every = layout.grad_accum if zero.stage == 2 else 1
         return every * (exposed + tax) + (gather_s(whole) if zero.stage else 0.0), update_s
-    trace = replay(tree, dp, zero.gathers)
-    blocks = sum(unit.is_block for unit in tree.children)
-    calls = blocks + len(tree.children)
+    trace = job.gathers(dp, zero.gathers)
+    calls = passes.num_blocks + (sum(1 for _ in job.calls.walk()) if job.traces else len(tree.children))
     forward_s = gather_s(trace.gathered_forward) + calls * latency_s
     backward_s = (
         gather_s(trace.gathered - trace.gathered_forward)
@@ -264,7 +277,7 @@ def _update_s(share: int, zero: ZeroSettings, cluster: Cluster) -> float:
     return 28 * share * cluster.gpus_per_node / (HOST_ADAM_GB_PER_S * 1e9)
 
 
-def _host_copies_s(tree: Unit, layout: Layout, zero: ZeroSettings, cluster: Cluster) -> float:
+def _host_copies_s(job: Program, layout: Layout, zero: ZeroSettings, cluster: Cluster) -> float:
     """Copies between a GPU and its host's memory in a step, one after the other, none behind compute.
 
     Gradients go down after every micro-step, come up before the sum of all but the first, and go down once
@@ -274,10 +287,10 @@ def _host_copies_s(tree: Unit, layout: Layout, zero: ZeroSettings, cluster: Clus
     if not zero.offload_optimizer:
         return 0.0
     dp, times = layout.dp_size, layout.grad_accum
-    share = tree.trained_part().shared(dp)
+    share = job.tree.trained_part().shared(dp)
     size = share * 2 * times * zero.accumulated_bytes  # down: times + 1; up: times - 1
     if zero.offload_param:
-        trace = replay(tree, dp, zero.gathers)
+        trace = job.gathers(dp, zero.gathers)
         size += (trace.gathered * times + trace.padded_persistent) // dp * zero.element_bytes
     else:
         size += share * zero.element_bytes

@@ -13,10 +13,11 @@ from megavit.model.count import train_flops
 from megavit.scale.choices import ANYTHING, Only, layouts, policies, require_choice
 from megavit.scale.cluster import Cluster
 from megavit.scale.gathers import GatherLimits
-from megavit.scale.inventory import inventory
 from megavit.scale.job import OFFLOADS, Layout, ZeroSettings
 from megavit.scale.memory import Memory, predict_memory
+from megavit.scale.program import program
 from megavit.scale.roofline import StepTime, predict_step
+from megavit.tasks.config import ClassifyConfig, TaskConfig
 from megavit.train.config import RunConfig
 
 RUNTIME_GIB = 2.0  # CUDA context, NCCL's buffers, cuBLAS's workspaces
@@ -38,6 +39,7 @@ class Plan:
     memory: Memory
     step: StepTime
     freeze: str = ""
+    task: TaskConfig | None = None
 
     @property
     def needed_gib(self) -> float:
@@ -65,8 +67,8 @@ class Plan:
     @property
     def mfu(self) -> float | None:
         """Model FLOPs utilisation, of the GPUs' nominal rate; recomputation does not count. None when parts
-        are frozen: their step has no agreed number of FLOPs, and the trainer logs none."""
-        if self.freeze:
+        are frozen and for other tasks than classification: their step has no agreed number of FLOPs."""
+        if self.freeze or (self.task and self.task.name != ClassifyConfig.name):
             return None
         rate = self.images_per_s * train_flops(self.model)
         return rate / (self.cluster.gpus * self.cluster.gpu.tflops * 1e12)
@@ -92,9 +94,19 @@ def search(run: RunConfig, global_batch: int, cluster: Cluster, only: Only = ANY
     when no layout is possible at all.
     """
     require_choice(run.model, global_batch, cluster, only)
+    refused: ValueError | None = None
+    possible = []
+    for tp_size, candidates in layouts(run.model, global_batch, cluster, only):
+        try:
+            program(run.model, tp_size, run.freeze, run.task)
+            possible.append((tp_size, candidates))
+        except ValueError as error:  # of the task: its head may not have as many attention heads
+            refused = error
+    if refused and not possible:
+        raise refused
     plans = [
         _best(run, recompute, zero, candidates, cluster)
-        for tp_size, candidates in layouts(run.model, global_batch, cluster, only)
+        for tp_size, candidates in possible
         for zero in _settings(run, tp_size)
         for recompute in policies(run.model)
         if only.allows(stage=zero.stage, recompute=recompute, offload=zero.offload)
@@ -103,7 +115,7 @@ def search(run: RunConfig, global_batch: int, cluster: Cluster, only: Only = ANY
 
 
 def _settings(run: RunConfig, tp_size: int) -> Iterator[ZeroSettings]:
-    tree = inventory(run.model, tp_size, run.freeze)
+    tree = program(run.model, tp_size, run.freeze, run.task).tree
     block, reduced = (max(unit.numel() for unit in part.children) for part in (tree, tree.trained_part()))
     bucket = max(_MIN_BUCKET, block)
     # One block ahead: a prefetch bucket that a block just overflows takes that block, no second one.
@@ -132,7 +144,7 @@ def _best(
     """The fastest layout that fits, else the one with the smallest micro-batch."""
     found = []
     for layout in candidates:
-        plan = make_plan(run.model, recompute, layout, zero, cluster, run.freeze)
+        plan = make_plan(run.model, recompute, layout, zero, cluster, run.freeze, run.task)
         found.append(plan)
         if not plan.fits:
             break
@@ -151,10 +163,11 @@ def make_plan(
     zero: ZeroSettings,
     cluster: Cluster,
     freeze: str = "",
+    task: TaskConfig | None = None,
 ) -> Plan:
-    memory = predict_memory(model, recompute, layout, zero, freeze)
-    step = predict_step(model, recompute, layout, zero, cluster, freeze)
-    return Plan(model, recompute, layout, zero, cluster, memory, step, freeze)
+    memory = predict_memory(model, recompute, layout, zero, freeze, task)
+    step = predict_step(model, recompute, layout, zero, cluster, freeze, task)
+    return Plan(model, recompute, layout, zero, cluster, memory, step, freeze, task)
 
 
 # What a larger part of a step, or a missing piece of memory, is called in a reason.

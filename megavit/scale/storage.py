@@ -7,9 +7,10 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megavit.parallel.init import logical_parameters
 from megavit.parallel.layout import layout_of
-from megavit.scale.inventory import model_on_meta
 from megavit.scale.job import Layout
+from megavit.scale.program import module_on_meta
 from megavit.train.checkpoint.checkpoint import Checkpoint
 from megavit.train.checkpoint.manifest import WEIGHT, Frozen, RankFile
 from megavit.train.config import RunConfig, plain_config
@@ -45,8 +46,7 @@ def checkpoint_cost(run: RunConfig, layout: Layout) -> CheckpointCost:
 
 
 def _describe(run: RunConfig, layout: Layout) -> Checkpoint:
-    model = model_on_meta(run.model, layout.tp_size, run.freeze)
-    found = dict(model.named_parameters())
+    found = logical_parameters(module_on_meta(run.model, layout.tp_size, run.freeze, run.task))
     parameters = {name: (p.numel(), layout_of(p)) for name, p in found.items() if p.requires_grad}
     frozen = {name: layout_of(p) for name, p in found.items() if not p.requires_grad}
     files = []

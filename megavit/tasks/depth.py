@@ -77,6 +77,8 @@ class Depth(DenseTask):
             scale=facts.scale if config.scale is None else config.scale,
             invalid=config.invalid if config.invalid is not None else facts.invalid or 0,
             allow_empty=False,
+            negative=False,
+            png_bits=16,
         )
         return [self.picture(), depth]
 

@@ -25,7 +25,7 @@ from megavit.tasks.task import Sums, Task, make_task
 from megavit.train.config import RunConfig
 from megavit.train.ds_config import uses_bf16
 from megavit.train.ds_patches import deepspeed, safe_get_full_fp32_param, set_z3_leaf_modules
-from megavit.train.optim import freeze, optimizer_groups
+from megavit.train.optim import freeze, keep_until_backward, optimizer_groups
 from megavit.train.zero_state import ZeroState
 
 
@@ -226,25 +226,6 @@ class Engine:
             )
 
 
-def _keep_until_backward(module: nn.Module) -> None:
-    """Let what follows frozen modules compute the gradient of its input too. Of a module none of whose inputs
-    has a gradient DeepSpeed takes the weights away as soon as the gradient of its output is there, before
-    they are used."""
-
-    def require_grad(part: nn.Module, arguments: tuple[Any, ...]) -> Any:
-        tensors = [item for item in arguments if isinstance(item, Tensor) and item.is_floating_point()]
-        if not tensors or not torch.is_grad_enabled() or any(item.requires_grad for item in tensors):
-            return None
-        first = tensors[0]
-        return tuple(item.detach().requires_grad_() if item is first else item for item in arguments)
-
-    for part in module.modules():
-        is_block = isinstance(part, ParallelBlock | SequentialBlock)
-        own = part.parameters(recurse=is_block)
-        if any(parameter.requires_grad for parameter in own):
-            part.register_forward_pre_hook(require_grad)
-
-
 @contextmanager
 def _without_gradients(module: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient, nor does ZeRO-3 reduce any. Hooks of its reduce zeros for the weights
@@ -310,7 +291,7 @@ def build_module(task: Task, run: RunConfig, ds_config: dict[str, Any], mesh: Me
         module = build()
     freeze(module, run.freeze)
     if run.freeze:
-        _keep_until_backward(module)
+        keep_until_backward(module)
     # A block's weights are gathered together, once: fewer collectives, and its forward may be compiled or
     # recomputed as plain functions because no ZeRO hook runs inside it.
     set_z3_leaf_modules(module, [ParallelBlock, SequentialBlock])

@@ -7,9 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from megavit.fields import nearest
+from megavit.model.block import ParallelBlock, SequentialBlock
 from megavit.parallel.layout import layout_of
 from megavit.tasks.task import Task
 
@@ -60,3 +62,22 @@ def freeze(module: nn.Module, names: str) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ValueError(f"--freeze {names} leaves nothing to train; leave a module out of it")
+
+
+def keep_until_backward(module: nn.Module) -> None:
+    """Let what follows frozen modules compute the gradient of its input too. Of a module none of whose inputs
+    has a gradient DeepSpeed takes the weights away as soon as the gradient of its output is there, before
+    they are used."""
+
+    def require_grad(part: nn.Module, arguments: tuple[Any, ...]) -> Any:
+        tensors = [item for item in arguments if isinstance(item, Tensor) and item.is_floating_point()]
+        if not tensors or not torch.is_grad_enabled() or any(item.requires_grad for item in tensors):
+            return None
+        first = tensors[0]
+        return tuple(item.detach().requires_grad_() if item is first else item for item in arguments)
+
+    for part in module.modules():
+        is_block = isinstance(part, ParallelBlock | SequentialBlock)
+        own = part.parameters(recurse=is_block)
+        if any(parameter.requires_grad for parameter in own):
+            part.register_forward_pre_hook(require_grad)

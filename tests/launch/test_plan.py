@@ -95,6 +95,25 @@ def test_what_is_frozen_is_said_and_written(tmp_path: Path, capsys: pytest.Captu
     assert "error: --freeze trunk.blocks.12: there is no such module" in capsys.readouterr().err
 
 
+def test_a_head_on_a_frozen_trunk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a plan for a classifier where another task was asked for, a trunk that keeps activations or has
+    moments although it is frozen, and a task that is lost on the way to the files."""
+    recipe, out, facts_file = str(RECIPES / "depth_dpt.yaml"), tmp_path / "plan", tmp_path / "plan.json"
+    flags = ["--deepspeed_config", "ds_configs/zero3_depth.json", "--json", str(facts_file)]
+    only = "tp=1,stage=3,recompute=none,offload=none"
+    assert main(["--config", recipe, *flags, "--only", only, "--out", str(out)]) == 0
+    assert "frozen: trunk\n" in capsys.readouterr().out
+    facts = json.loads(facts_file.read_text())
+    trained, whole = facts["parameters"]["trained"], facts["parameters"]["all"]
+    assert 40e6 < trained < 50e6 and 22e9 < whole < 23e9  # a DPT decoder of width 256 on tokens of 6,144
+    plan = facts["plans"][0]
+    assert plan["memory_bytes"]["persistent"]["Adam's moments"] == pytest.approx(trained, rel=1e-3)  # 8 / 8
+    assert plan["memory_bytes"]["transient"].get("activations kept for backward", 0) == 0
+    assert plan["mfu"] is None and plan["fits"]
+    run = read_recipe(out / "run.yaml")
+    assert run == dataclasses.replace(read_recipe(recipe), recompute="none")
+
+
 def test_a_kind_of_gpu_that_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a description that the search does not use: twice the rate is a faster step."""
 

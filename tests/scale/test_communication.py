@@ -10,11 +10,12 @@ import torch
 
 from megavit.model.config import ModelConfig
 from megavit.parallel.mesh import Mesh
-from megavit.scale.communication import CollectiveCounter, step_traffic
+from megavit.scale.communication import step_traffic
+from megavit.scale.counter import CollectiveCounter
 from megavit.scale.gathers import GatherLimits, replay
 from megavit.scale.inventory import inventory
 from megavit.scale.job import Layout, ZeroSettings
-from megavit.tasks.config import ClassifyConfig
+from megavit.tasks.config import ClassifyConfig, DepthConfig, SegmentConfig
 from megavit.tasks.task import blank_samples
 from megavit.train.config import RunConfig
 from megavit.train.ds_config import resolve_ds_config
@@ -28,13 +29,14 @@ SMALL = ModelConfig(
 def case(
     tp: int = 1, accum: int = 1, model: dict[str, Any] | None = None, freeze: str = "", **zero: Any
 ) -> dict[str, Any]:
-    """`recompute` and `bf16` are taken out of the ZeRO settings."""
+    """`recompute`, `bf16` and `task` are taken out of the ZeRO settings."""
     recompute, bf16 = zero.pop("recompute", "none"), zero.pop("bf16", False)
+    task = zero.pop("task", ClassifyConfig(loss="sigmoid"))
     return {
         "tp": tp,
         "run": RunConfig(
             model=dataclasses.replace(SMALL, **(model or {})),
-            task=ClassifyConfig(loss="sigmoid"),
+            task=task,
             recompute=recompute,
             freeze=freeze,
         ),
@@ -86,8 +88,17 @@ FROZEN = [
     case(tp=2, stage=0, model={"layer_scale": 0.1}, recompute="selective", freeze=START),
     case(tp=2, stage=2, model={"pool": "mean", "num_registers": 3}, freeze=f"{BODY},trunk.prefix"),
 ]
+DENSE = [
+    case(stage=3, stage3_param_persistence_threshold=100, freeze="trunk", task=DepthConfig(head_width=8)),
+    case(stage=3, bf16=True, accum=2, task=SegmentConfig(classes=3, layers="3")),
+    case(tp=2, stage=2, task=SegmentConfig(classes=3, head="segmenter")),
+    case(tp=2, stage=3, freeze="trunk", task=SegmentConfig(classes=3, head="upernet", head_width=8)),
+]
 # Four ranks are for what two cannot be: tensor- and data-parallel at once, and shares of more than a half.
-CASES_OF = {2: CASES[:8] + FROZEN[:7], 4: [CASES[0], *CASES[4:5], *CASES[6:], *FROZEN[7:]]}
+CASES_OF = {
+    2: CASES[:8] + FROZEN[:7] + DENSE[:2],
+    4: [CASES[0], *CASES[4:5], *CASES[6:], *FROZEN[7:], *DENSE[2:]],
+}
 
 
 def count(cases: list[dict[str, Any]]) -> list[tuple[dict[Any, int], dict[Any, int]]]:
@@ -107,7 +118,8 @@ def count(cases: list[dict[str, Any]]) -> list[tuple[dict[Any, int], dict[Any, i
         for _ in range(3):
             with CollectiveCounter() as counter:
                 engine.train_step(batches, torch.tensor(float(layout.global_batch)), 1e-3)
-        predicted = step_traffic(model, run.recompute, layout, ZeroSettings.from_ds_config(ds), run.freeze)
+        zero = ZeroSettings.from_ds_config(ds)
+        predicted = step_traffic(model, run.recompute, layout, zero, run.freeze, run.task)
         found.append((dict(counter.bytes), predicted))
     return found
 

@@ -217,6 +217,10 @@ def plan(words: list[str]) -> tuple[int, str]:
         "--freeze trunk.embed,trunk.blocks,trunk.norm",
         "--model.name vit_l16 --gpus_per_node 4 --only tp=1,stage=2,recompute=full,offload=none "
         "--freeze trunk.embed,trunk.blocks.0,trunk.blocks.1,trunk.blocks.3",
+        "--model.name vit_b16 --gpus_per_node 2 --only tp=1,stage=3,recompute=none,offload=none "
+        "--task depth --task.head_width 64 --freeze trunk",
+        "--model.name vit_b16 --gpus_per_node 4 --only tp=2,stage=2,recompute=none,offload=none "
+        "--task segment --task.classes 150",
     ],
 )
 def test_prediction_is_what_one_true_rank_needs(flags: str) -> None:
