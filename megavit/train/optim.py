@@ -60,3 +60,13 @@ def freeze(module: nn.Module, names: str) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ValueError(f"--freeze {names} leaves nothing to train; leave a module out of it")
+
+
+def frozen_parts(module: nn.Module) -> list[nn.Module]:
+    """The modules with parameters none of which is trained. They run in evaluation mode: dropout would only
+    add noise to what is constant, and running statistics would move."""
+    return [
+        part
+        for part in module.modules()
+        if (own := list(part.parameters())) and not any(parameter.requires_grad for parameter in own)
+    ]

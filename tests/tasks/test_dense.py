@@ -292,6 +292,9 @@ def test_the_trunk_decides_the_architecture(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         parse_run([*start[:-1], str(tmp_path / "nothing")])
     assert "--trunk" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_run([*start, "--init_from", "runs/other"])
+    assert "two exports to start from" in capsys.readouterr().err
 
 
 def test_classes_are_counted_from_their_names(tmp_path: Path) -> None:
