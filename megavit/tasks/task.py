@@ -34,6 +34,7 @@ class DeviceBatch(NamedTuple):
     fields: dict[str, Tensor]  # by name, [b, ...]; what has the shape of the picture is mirrored with it
     weights: Tensor  # float32 [b]; 0 for samples that could not be used, whose fields hold their fill values
     blends: Tensor | None = None  # float32 [b, 6], see `data.mixing.blends`
+    numbers: Tensor | None = None  # int64 [b], in training: where each sample comes in the shards
 
 
 class AnyBatch(Protocol):

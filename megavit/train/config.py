@@ -270,8 +270,8 @@ def with_max_steps(run: RunConfig, num_samples: int, global_batch: int) -> RunCo
 def plain_config(run: RunConfig) -> dict[str, Any]:
     """The configuration as `--config` reads it: nested dictionaries of plain values."""
     fields = dataclasses.asdict(run)
-    fields["data"]["crop_area"] = list(fields["data"]["crop_area"])
-    fields["data"]["val"] = list(fields["data"]["val"])
+    for name in ("crop_area", "scale_range", "val"):
+        fields["data"][name] = list(fields["data"][name])
     return fields
 
 

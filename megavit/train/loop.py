@@ -120,6 +120,7 @@ class Trainer:
         self.task = make_task(run.task, run.model, run.data)
         self._fields = self.task.fields()
         self._shards = open_data(run.data.shards, run.data, mesh)
+        self._num_samples = int(self._shards.num_samples * run.data.share)
         self.run = run = self._with_max_steps(run)
         self.last_step = run.stop_at_step or run.max_steps
         if self.saved:
@@ -139,10 +140,10 @@ class Trainer:
         self.watchdog = Watchdog(run.timeout_s, name, self._reading, self._heartbeat, run.heartbeat_s)
 
     def _with_max_steps(self, run: RunConfig) -> RunConfig:
-        found = with_max_steps(run, self._shards.num_samples, self.global_batch)
+        found = with_max_steps(run, self._num_samples, self.global_batch)
         if run.epochs:
             self._say(
-                f"epochs {run.epochs:g} of {self._shards.num_samples:,} samples are max_steps "
+                f"epochs {run.epochs:g} of {self._num_samples:,} samples are max_steps "
                 f"{found.max_steps:,} with a global batch of {self.global_batch:,}"
             )
         return found
@@ -449,7 +450,7 @@ class Trainer:
         self.bad_samples = BadSamples(
             self.run.data.max_bad_fraction,
             self.run.data.max_bad_shards,
-            self._shards.num_samples,
+            self._num_samples,
             LogFile(self.run_dir / BAD_SAMPLES_FILE, self._say).write if self.mesh.is_main else None,
             state.get("bad_samples"),
         )
