@@ -19,7 +19,8 @@ from megavit.data.plane_facts import PlaneFacts, planes_beside
 from megavit.model.dense import DenseHead
 from megavit.model.vit import MegaVit
 from megavit.tasks.config import DenseConfig
-from megavit.tasks.task import Task
+from megavit.tasks.feature_cache import FeatureCache, check_space
+from megavit.tasks.task import Task, Training
 
 TASK_FILE = "task.json"  # in a run folder and an export: the task's configuration, with what the data say
 
@@ -48,6 +49,35 @@ class DenseTask(Task):
         found = self.resolved() if self._kept is None or self.data.shards else self._kept
         (folder / TASK_FILE).write_text(json.dumps(found, indent=2) + "\n")
 
+    def reserve(self, num_samples: int, dtype: torch.dtype) -> None:
+        config = self.config
+        if config.cache_features:
+            limit = int(config.cache_gb * 1e9)
+            check_space(Path(config.cache_features), num_samples, self._row_shape(), dtype, limit)
+
+    def begin(self, module: nn.Module, training: Training) -> None:
+        config = self.config
+        if not config.cache_features:
+            return
+        assert isinstance(module, DenseModule)
+        trunk = module.trunk
+        key = {
+            "weights": training.frozen,
+            "data": training.data,
+            "architecture": dataclasses.asdict(trunk.config),
+            "picture": dataclasses.asdict(self.picture()) | {"eval_crop": self.data.eval_crop},
+            "layers": module.wanted,
+            "norm_taps": config.norm_taps,
+        }
+        folder = Path(config.cache_features)
+        shape, dtype = self._row_shape(), trunk.dtype
+        module.cache = FeatureCache(folder, key, training.num_samples, shape, dtype, trunk.mesh)
+
+    def _row_shape(self) -> tuple[int, int, int, int]:
+        """What the trunk makes of a picture: maps, channels, rows, columns."""
+        grid = self.model.grid_size
+        return len({*self.config.taps(self.model.depth)}), self.model.dim, grid, grid
+
     def resolved(self) -> dict[str, Any]:
         """The configuration, with what the data say of their planes."""
         return dataclasses.asdict(self.config)
@@ -65,18 +95,36 @@ class DenseModule(nn.Module):
         self.trunk, self.decoder = trunk, decoder
         self.layers, self.norm_taps = tuple(layers), norm_taps
 
-    def maps(self, images: Tensor, weights: Tensor) -> Tensor:
+        self.cache: FeatureCache | None = None
+
+    @property
+    def wanted(self) -> list[int]:
+        """The blocks that are read, each once, ascending."""
+        return sorted({*self.layers})
+
+    def maps(self, images: Tensor, weights: Tensor, numbers: Tensor | None = None) -> Tensor:
         """The head's output of images [b, C, S, S], float32 [b, K, S, S]; those of weight 0 (`weights` [b])
-        leave the others as they are. A trunk that is frozen keeps nothing for backward."""
-        trunk, wanted = self.trunk, sorted({*self.layers})
-        trained = any(parameter.requires_grad for parameter in trunk.parameters())
-        with nullcontext() if trained or images.requires_grad else torch.no_grad():
-            found = trunk.forward_intermediates(
-                images.to(trunk.dtype), wanted, norm=self.norm_taps, intermediates_only=True
-            )
-        taps = dict(zip(wanted, found, strict=True))
+        leave the others as they are. A trunk that is frozen keeps nothing for backward; in training it is not
+        run at all if there is a cache that has what it makes of all samples `numbers` [b]."""
+        found = None
+        if self.training and self.cache is not None and numbers is not None:
+            found = self.cache.read(numbers, weights)
+            if found is None:
+                found = self._run_trunk(images)
+                self.cache.write(numbers, weights, found)
+        taps = dict(zip(self.wanted, found or self._run_trunk(images), strict=True))
         maps: Tensor = self.decoder([taps[layer] for layer in self.layers], weights)
         return maps
+
+    def _run_trunk(self, images: Tensor) -> list[Tensor]:
+        """What the trunk makes of images: the maps [b, D, rows, columns] of the blocks that are wanted."""
+        trunk = self.trunk
+        trained = any(parameter.requires_grad for parameter in trunk.parameters())
+        with nullcontext() if trained or images.requires_grad else torch.no_grad():
+            found: list[Tensor] = trunk.forward_intermediates(
+                images.to(trunk.dtype), self.wanted, norm=self.norm_taps, intermediates_only=True
+            )
+        return found
 
 
 # Colours from low to high that differ in lightness too (points of matplotlib's viridis).

@@ -17,7 +17,7 @@ from megavit.data.loader import Batch, EvalLoader
 from megavit.data.manifest import DATA_FILE
 from megavit.explain.while_training import explained
 from megavit.parallel.mesh import Mesh
-from megavit.tasks.task import DeviceBatch, make_task
+from megavit.tasks.task import DeviceBatch, Training, make_task
 from megavit.train.checkpoint.checkpoint import Checkpoint
 from megavit.train.checkpoint.export import export_weights, load_exported
 from megavit.train.checkpoint.folder import open_step
@@ -27,7 +27,7 @@ from megavit.train.checkpoint.run_lock import RunLock
 from megavit.train.checkpoint.saver import SaveError, Saver, open_latest, restore
 from megavit.train.checkpoint.shared_io import run_together
 from megavit.train.config import RunConfig, plain_config, with_max_steps
-from megavit.train.ds_config import batch_advice, has_cuda_compiler, resolve_ds_config, slow_parts
+from megavit.train.ds_config import batch_advice, has_cuda_compiler, resolve_ds_config, slow_parts, uses_bf16
 from megavit.train.engine import Engine, StepResult
 from megavit.train.evaluation import evaluate
 from megavit.train.guard import Guard, TooManySkipped
@@ -126,6 +126,8 @@ class Trainer:
         if self.saved:
             check_resumable(self.saved, run)
         mesh.on_main(lambda: self.task.open(self.run_dir))
+        dtype = torch.bfloat16 if uses_bf16(self.ds_config) else torch.float32
+        mesh.on_main(lambda: self.task.reserve(self._num_samples, dtype))
         left_out = self.saved.state["left_out"] if self.saved else ()
         self._take_position(self.saved, [(first, last) for first, last in left_out])
         self._rollbacks: Counter[int] = Counter()
@@ -177,6 +179,9 @@ class Trainer:
         if not saved:
             self.watchdog.at("reading the frozen weights")
             self.frozen = frozen_of(run.init_from, self.engine.state.frozen_layouts, run.model, mesh)
+        frozen = f"{self.frozen.digest}{f' seed {run.seed}' if self.frozen.initial else ''}"
+        training = Training(self._shards.num_samples, self._shards.digest, frozen)
+        self.task.begin(self.engine.module, training)
         self.saver = Saver(self.run_dir, run.checkpoint, mesh, self.engine.state, self.step)
         if mesh.is_main:
             self.loader.save_order(self.run_dir / DATA_FILE, self.step)
