@@ -137,7 +137,7 @@ class DenseConfig(TaskConfig):
         self.taps(model.depth)
         if self.cache_features and data.augmented:
             raise ValueError(
-                f"task.cache_features keeps what the trunk makes of a picture, which must then be the same in "
+                f"task.cache_features keeps what the trunk makes of a picture, which must be the same in "
                 f"every epoch: give --data.augment none --data.flip false, without "
                 f"{', '.join(f'data.{name}' for name in data.augmented)}"
             )
