@@ -128,7 +128,7 @@ def test_a_cached_run_is_the_same_and_skips_the_trunk(data: Path, tmp_path: Path
     done = run_ranks(4, train_counting, resumed, ds_config(3, micro_batch=24))
     assert [error for error, _ in done] == [""] * 4
     assert len({count for _, count in done}) == 1 and 1 <= done[0][1] <= 2
-    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-4)  # of another layout
     other = dataclasses.replace(plain_run(data, tmp_path / "other", cache), seed=1)
     (error,) = run_ranks(1, train_here, other, ds_config(3))
     assert "features of another weights" in error
