@@ -65,8 +65,7 @@ class _Step:
             self.module: Any = task.build(Initializer(0, mesh), "none")
         self.module.train()
         if frozen:
-            trunk: nn.Module = self.module.trunk
-            trunk.requires_grad_(False).eval()
+            self.module.get_submodule("trunk").requires_grad_(False).eval()
         task.begin(self.module, Training(batch, "bench", "bench"))
         samples = blank_samples(task, batch, mesh.device)
         for field in task.fields():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megavit.data.config import DataConfig
 
-NUM_COLOR_RANDOM = 4  # uniforms that one sample consumes
+NUM_COLOR_RANDOM = 8  # uniforms that one sample consumes
 _GREY = (0.2989, 0.587, 0.114)
 
 
@@ -24,7 +24,8 @@ def color_changes(config: DataConfig, u: np.ndarray) -> np.ndarray | None:
         return None
     same = np.array([1.0, 1.0, 1.0, 0.0])
     low = np.maximum(same - widths, [0.0, 0.0, 0.0, -0.5])
-    return (low + (same + widths - low) * u).astype(np.float32)
+    found = low + (same + widths - low) * u[:, :4]
+    return np.where(u[:, 4:] < config.color_share, found, same).astype(np.float32)
 
 
 def change_colors(images: Tensor, changes: Tensor) -> Tensor:

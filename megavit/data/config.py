@@ -50,6 +50,7 @@ class DataConfig:
         contrast: blend them with their mean grey, by 1 - contrast to 1 + contrast.
         saturation: blend them with their own grey, by 1 - saturation to 1 + saturation.
         hue: turn their hue by up to this share of the colour circle, at most 0.5.
+        color_share: of the training images, the share in which each of the four is changed, independently.
         mixup: alpha of mixup's Beta(alpha, alpha) blend of neighbouring slots; 0 leaves it out.
         cutmix: alpha of cutmix, as mixup; with both, each pair of slots gets one or the other.
         eval_crop: share of the side kept by the evaluation's centre crop (0.875 is the ImageNet convention).
@@ -95,6 +96,7 @@ class DataConfig:
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
+    color_share: float = 1.0
     mixup: float = 0.0
     cutmix: float = 0.0
     eval_crop: float = 0.875
@@ -126,6 +128,8 @@ class DataConfig:
             )
         if self.hue > 0.5:
             raise ValueError(f"data.hue is a share of the colour circle, at most 0.5, got {self.hue}")
+        if not 0.0 <= self.color_share <= 1.0:
+            raise ValueError(f"data.color_share must lie in [0, 1], got {self.color_share}")
         _ = self.share
         if not 0.0 < self.eval_crop <= 1.0:
             raise ValueError(f"data.eval_crop must lie in (0, 1], got {self.eval_crop}")

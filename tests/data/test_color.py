@@ -59,4 +59,9 @@ def test_numbers_cover_their_ranges() -> None:
     assert found is not None
     assert found.min(0) == pytest.approx([0.6, 0, 1, 0], abs=0.01)
     assert found.max(0) == pytest.approx([1.4, 3, 1, 0], abs=0.01)
+    some = color_changes(DataConfig(brightness=0.4, hue=0.5, color_share=0.25), u)
+    assert some is not None
+    changed = some != np.array([1, 1, 1, 0], np.float32)
+    assert changed.mean(0) == pytest.approx([0.25, 0, 0, 0.25], abs=0.03)
+    assert (changed[:, 0] & changed[:, 3]).mean() == pytest.approx(0.0625, abs=0.02)
     assert color_changes(DataConfig(), u) is None
