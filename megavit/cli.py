@@ -222,8 +222,8 @@ def make_parser(
         "--trunk",
         default="",
         metavar="FOLDER",
-        help="an exported model whose weights the run starts from (--init_from), and whose architecture it "
-        "has, whatever files of --config say of model.* but image_size; flags --model.* win",
+        help="an exported model whose weights the run starts from (in place of --init_from), and whose "
+        "architecture it has, whatever files of --config say of model.* but image_size; flags --model.* win",
     )
     parser.add_argument(
         "--local_rank", "--local-rank", metavar="N", help="appended by the deepspeed launcher; not used"
@@ -311,6 +311,10 @@ def _command(given: dict[str, Any], needs: Mapping[str, str], otherwise: Path | 
     trunk = given.pop("trunk")
     flags = {name: value for name, value in given.items() if name in known or name.startswith(DS_PREFIX)}
     more = {name: value for name, value in given.items() if name not in flags}
+    if trunk and flags.get("init_from", trunk) != trunk:
+        raise ValueError(
+            f"--trunk {trunk} and --init_from {flags['init_from']} name two exports to start from; keep one"
+        )
     chosen = layered(_merged(files, task), flags, "the flags")
     saved = saved_fields(chosen.get("run_dir", ""), task)
     if otherwise and not (saved or files or flags.keys() & {"model.name", "data.shards"}):

@@ -73,9 +73,10 @@ COMING_FROM: dict[tuple[str, ...], str] = {
     ("cutmix", "cutmix_alpha"): "write --data.cutmix 1.0",
     ("scale", "rrc_scale"): "write --data.crop_area [0.08,1.0]",
     ("hflip",): "write --data.flip true or false",
-    ("aa", "auto_augment", "color_jitter", "reprob"): (
-        "RandAugment, colour jitter and random erasing are not implemented; there are --data.augment, "
-        "--data.mixup and --data.cutmix"
+    ("color_jitter",): "write --data.brightness 0.4 --data.contrast 0.4 --data.saturation 0.4",
+    ("aa", "auto_augment", "reprob"): (
+        "RandAugment and random erasing are not implemented; there are --data.augment, --data.mixup and "
+        "--data.cutmix"
     ),
     ("drop", "dropout"): "write --model.dropout 0.1",
     ("drop_path", "drop_path_rate"): "stochastic depth is not implemented; there is --model.dropout",

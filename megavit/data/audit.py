@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -284,5 +285,5 @@ def order_of_run(run_dir: Path) -> tuple[Manifest, Order]:
         before = rows_of_run(path)
         what = difference(manifest.rows(), before) if before else ""
         raise ValueError(f"the shards {shards} have changed since the run of {run_dir}: {what or 'digest'}")
-    lanes = Lanes(manifest.samples, state.num_lanes, state.seed, state.block)
+    lanes = Lanes(manifest.samples, state.num_lanes, state.seed, state.block, Fraction(state.fraction))
     return manifest, Order(lanes, global_batch, skips, state)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 from typing import Literal
 
 from megavit.fields import check_types, require_positive
 
-Augment = Literal["inception", "none"]
+Augment = Literal["inception", "scale", "none"]
+_CHANGES = ("shift", "rotate_degrees", "zoom", "brightness", "contrast", "saturation")
 _PILLOWS_PIXELS = 178_956_970  # twice PIL.Image.MAX_IMAGE_PIXELS
 
 
@@ -31,13 +33,24 @@ class DataConfig:
             them.
         workers: decoding processes per rank; 0 decodes in the training process. Not given, there is one for
             each core that the rank has, and no more than 4.
-        augment: inception (random crop of crop_area of the image, aspect 3/4 to 4/3) or none (the evaluation
-            transform).
+        fraction: share of the training samples that the run reads, e.g. 1/16: every 16th of them, whatever
+            the seed and the layout.
+        augment: inception (random crop of crop_area of the image, aspect 3/4 to 4/3), scale (the image's
+            short side becomes the model's side times a factor of scale_range, then a square is cropped, which
+            is black, and unknown to masks and depth, where it reaches beyond the image), or none (the
+            evaluation transform).
         crop_area: smallest and largest share of the image's area that the inception crop keeps.
+        scale_range: smallest and largest factor of augment scale.
         flip: mirror half of the training images left to right.
         shift: move training images by up to this share of their side (black border); for tiny images.
         rotate_degrees: turn training images by up to this angle (black border); for tiny images.
         zoom: scale training images by 1 - zoom to 1 + zoom (black border); for tiny images.
+        brightness: multiply training images by 1 - brightness to 1 + brightness; of this and the following
+            three, 0 leaves it out, and they come in this order, as torchvision defines them.
+        contrast: blend them with their mean grey, by 1 - contrast to 1 + contrast.
+        saturation: blend them with their own grey, by 1 - saturation to 1 + saturation.
+        hue: turn their hue by up to this share of the colour circle, at most 0.5.
+        color_share: of the training images, the share in which each of the four is changed, independently.
         mixup: alpha of mixup's Beta(alpha, alpha) blend of neighbouring slots; 0 leaves it out.
         cutmix: alpha of cutmix, as mixup; with both, each pair of slots gets one or the other.
         eval_crop: share of the side kept by the evaluation's centre crop (0.875 is the ImageNet convention).
@@ -71,12 +84,19 @@ class DataConfig:
     val: tuple[str, ...] = ()
     class_names: str = ""
     workers: int | None = None
+    fraction: str | float = "1"
     augment: Augment = "inception"
     crop_area: tuple[float, float] = (0.05, 1.0)
+    scale_range: tuple[float, float] = (0.5, 2.0)
     flip: bool = True
     shift: float = 0.0
     rotate_degrees: float = 0.0
     zoom: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    color_share: float = 1.0
     mixup: float = 0.0
     cutmix: float = 0.0
     eval_crop: float = 0.875
@@ -102,9 +122,18 @@ class DataConfig:
         low, high = self.crop_area
         if not 0.0 < low <= high <= 1.0:
             raise ValueError(f"data.crop_area must satisfy 0 < smallest <= largest <= 1, got [{low}, {high}]")
+        if not 0.0 < self.scale_range[0] <= self.scale_range[1]:
+            raise ValueError(
+                f"data.scale_range must satisfy 0 < smallest <= largest, got {list(self.scale_range)}"
+            )
+        if self.hue > 0.5:
+            raise ValueError(f"data.hue is a share of the colour circle, at most 0.5, got {self.hue}")
+        if not 0.0 <= self.color_share <= 1.0:
+            raise ValueError(f"data.color_share must lie in [0, 1], got {self.color_share}")
+        _ = self.share
         if not 0.0 < self.eval_crop <= 1.0:
             raise ValueError(f"data.eval_crop must lie in (0, 1], got {self.eval_crop}")
-        for name in "shift rotate_degrees zoom mixup cutmix workers lanes max_bad_shards".split():
+        for name in (*_CHANGES, "hue", "mixup", "cutmix", "workers", "lanes", "max_bad_shards"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"data.{name} cannot be negative, got {getattr(self, name)}")
         require_positive("data.", self, "max_labels", "shuffle_block", "check_every")
@@ -122,6 +151,25 @@ class DataConfig:
         names = [one.name for one in self.val_sets]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"data.val has two validation sets called {repeated[0]!r}; rename one")
+
+    @property
+    def share(self) -> Fraction:
+        """`fraction` as a number."""
+        try:
+            share = Fraction(str(self.fraction))
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"data.fraction must be a share such as 1/16 or 0.25, got {self.fraction!r}"
+            ) from error
+        if not 0 < share <= 1:
+            raise ValueError(f"data.fraction must lie in (0, 1], got {self.fraction}")
+        return share
+
+    @property
+    def augmented(self) -> tuple[str, ...]:
+        """The fields that make a training image another one each time it is read."""
+        found = [name for name in (*_CHANGES, "hue", "mixup", "cutmix", "flip") if getattr(self, name)]
+        return (*(["augment"] if self.augment != "none" else []), *found)
 
     @property
     def val_sets(self) -> tuple[ValidationSet, ...]:

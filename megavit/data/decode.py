@@ -63,8 +63,15 @@ class Decoder:
         if self.backend == "region":
             _require("nvidia.nvimgcodec", "backend='region'")
 
-    def load(self, data: bytes, choose_box: Callable[[int, int], Box], out: np.ndarray) -> None:
-        """Decode, crop to `choose_box(width, height)`, resize into `out`, uint8 [S, S, C], contiguous.
+    def load(
+        self,
+        data: bytes,
+        choose_box: Callable[[int, int], Box],
+        out: np.ndarray,
+        place: Callable[[], Box] | None = None,
+    ) -> None:
+        """Decode, crop to `choose_box(width, height)`, resize into `out`, uint8 [S, S, C], contiguous; if
+        there is `place`, which is called after `choose_box`, into that box of it.
 
         `choose_box` is called once, before any pixel is decoded; its box must be integers inside the image. A
         box of S x S is copied, not resized. Raises DecodeError for bad bytes (`out` is then as it was) and
@@ -72,7 +79,8 @@ class Decoder:
         decode with antialias, 1.18 times without.
         """
         assert out.shape == (self.size, self.size, self.channels) and out.flags.c_contiguous
-        resize(self.crop(data, choose_box), self.antialias, out)
+        pixels = self.crop(data, choose_box)
+        resize_into(pixels, self.antialias, place() if place else (0, 0, self.size, self.size), out)
 
     def load_image(self, image: Image.Image, choose_box: Callable[[int, int], Box], out: np.ndarray) -> None:
         """`load` of an image that Pillow has opened already, of any format and size."""
@@ -142,6 +150,16 @@ def resize(pixels: np.ndarray, antialias: bool, out: np.ndarray) -> None:
         )
     else:
         _opencv().resize(pixels, out.shape[1::-1], dst=out)  # INTER_LINEAR
+
+
+def resize_into(pixels: np.ndarray, antialias: bool, box: Box, out: np.ndarray) -> None:
+    """As `resize`, into the `box` of `out` [S, S, C]; the rest stays."""
+    left, top, right, bottom = box
+    if box == (0, 0, out.shape[1], out.shape[0]):
+        return resize(pixels, antialias, out)
+    part = np.empty((bottom - top, right - left, out.shape[2]), out.dtype)
+    resize(pixels, antialias, part)
+    out[top:bottom, left:right] = part
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:

@@ -19,7 +19,8 @@ import numpy as np
 from torch import Tensor
 
 from megavit.data.bad import BadSample
-from megavit.data.decode import Decoder, resize
+from megavit.data.decode import Decoder, resize_into
+from megavit.data.exif import Box
 from megavit.data.geometry import Geometry
 from megavit.data.images import check_pixels
 from megavit.data.index import IMAGE_EXTENSIONS, LABEL_EXTENSIONS
@@ -44,6 +45,8 @@ class Batch(NamedTuple):
     flips: Tensor  # bool [b], see device.mirror
     blends: Tensor | None  # float32 [b, 6], see mixing.blends
     bad: list[BadSample]
+    colors: Tensor | None = None  # float32 [b, 4], see color.color_changes
+    numbers: Tensor | None = None  # int64 [b], in training: where each sample comes in the shards
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Field(ABC):
 
     # Whether it is a square of pixels, [S, S, ...], which the device mirrors with the picture.
     is_spatial: ClassVar[bool] = False
+    # Whether it holds colours in 8 bits, [..., S, S, C], which colour jitter changes.
+    is_color: ClassVar[bool] = False
 
     name: str
     extensions: tuple[str, ...]
@@ -104,6 +109,7 @@ class Picture(Field):
     """
 
     is_spatial = True
+    is_color = True
 
     name: str = "image"
     extensions: tuple[str, ...] = IMAGE_EXTENSIONS
@@ -131,12 +137,16 @@ class Picture(Field):
         """Decode by the geometry that `decide(width, height)` gives for the picture's size, and return it."""
         geometry: Geometry | None = None
 
-        def choose_box(width: int, height: int) -> tuple[int, int, int, int]:
+        def choose_box(width: int, height: int) -> Box:
             nonlocal geometry
             geometry = decide(width, height)
             return geometry.box
 
-        self._decoder.load(data, choose_box, out)
+        def place() -> Box:
+            assert geometry is not None
+            return geometry.box_in(self.size)
+
+        self._decoder.load(data, choose_box, out, place)
         assert geometry is not None
         geometry.move(out)
         return geometry
@@ -155,6 +165,8 @@ class FloatPicture(Picture):
         scale, offset: they should bring the values to about [-1, 1], as the model takes them.
         fill: what a bad slot holds, and the border that an affine map leaves.
     """
+
+    is_color = False
 
     extensions: tuple[str, ...] = ("npy", "png")
     dtype: str = field(init=False, default="float32")
@@ -185,7 +197,8 @@ class FloatPicture(Picture):
         crop = values[top:bottom, left:right] * np.float32(self.scale) + np.float32(self.offset)
         if not np.isfinite(crop).all():
             raise ValueError(f"its {extension} has values that are not finite")
-        resize(np.ascontiguousarray(crop, np.float32), self.antialias, out)
+        pixels = np.ascontiguousarray(crop, np.float32)
+        resize_into(pixels, self.antialias, geometry.box_in(self.size), out)
         geometry.move(out, self.fill)
         return geometry
 

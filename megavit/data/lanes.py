@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -98,15 +99,54 @@ class Slots:
     epoch: int
 
 
+class _Part:
+    """Every sample of shards of `counts` samples, or a share of them that is spread evenly: with p/q the
+    sample number n is kept if a multiple of q/p lies in (n, n + 1]. So of two shares of which one is a
+    multiple of the other, such as 1/16 and 1/8, the larger has the samples of the smaller.
+
+    `counts` are those that are kept.
+    """
+
+    def __init__(self, counts: np.ndarray, share: Fraction):
+        self._p, self._q = share.numerator, share.denominator
+        ends = np.cumsum(counts)
+        self._starts = ends - counts
+        self._before = self._kept_before(self._starts)
+        self.counts = self._kept_before(ends) - self._before
+
+    def stored(self, shard: np.ndarray, kept: np.ndarray) -> np.ndarray:
+        """The number in its shard of the kept sample number `kept` of it."""
+        number = -(-(self._before[shard] + kept + 1) * self._q // self._p) - 1
+        return number - self._starts[shard]
+
+    def kept(self, shard: np.ndarray, stored: np.ndarray) -> np.ndarray:
+        """The inverse of `stored`; -1 for a sample that is not kept."""
+        number = self._starts[shard] + stored
+        before = self._kept_before(number)
+        is_kept = self._kept_before(number + 1) > before
+        return np.where(is_kept, before - self._before[shard], -1)
+
+    def _kept_before(self, number: np.ndarray) -> np.ndarray:
+        return number * self._p // self._q
+
+
 class Lanes:
-    """The order of `counts[s]` samples in shards s, in `num_lanes` lanes, shuffled in blocks of `block`
-    samples.
+    """The order of `counts[s]` samples in shards s, or of the `share` of them (see `_Part`), in `num_lanes`
+    lanes, shuffled in blocks of `block` samples. `counts` are then those of the share.
 
     Costs O(shards) time and memory an epoch (400,000 shards: 0.1 s and 10 MB), O(1) a slot.
     """
 
-    def __init__(self, counts: Sequence[int] | np.ndarray, num_lanes: int, seed: int, block: int = 1 << 14):
-        self.counts = np.asarray(counts, np.int64)
+    def __init__(
+        self,
+        counts: Sequence[int] | np.ndarray,
+        num_lanes: int,
+        seed: int,
+        block: int = 1 << 14,
+        share: Fraction = Fraction(1),
+    ):
+        self.share, self._part = share, _Part(np.asarray(counts, np.int64), share)
+        self.counts = self._part.counts
         self.num_lanes, self.seed, self.block = num_lanes, seed, block
         self.length = int(self.counts.sum()) // num_lanes
         self._blocks = max(1, self.length // block)  # the last one takes the rest
@@ -125,8 +165,9 @@ class Lanes:
         block, start, size = self._block_of(turn)
         in_lane = start + shuffled(turn - start, size, self.seed, epoch, 1, lanes, block)
         line_position = lanes * self.length + in_lane
-        place, index = self._place(line_position)
-        return Slots(self._shards[place], index, line_position, epoch)
+        place, kept = self._place(line_position)
+        shard = self._shards[place]
+        return Slots(shard, self._part.stored(shard, kept), line_position, epoch)
 
     def turns_of(self, epoch: int, shard: np.ndarray, index: np.ndarray) -> np.ndarray:
         """Where in their lanes these samples come in an epoch, int64 [n]; -1 for those in no lane.
@@ -134,12 +175,12 @@ class Lanes:
         The inverse of `slots`: O(shards) an epoch, O(1) a sample.
         """
         self._prepare(epoch)
-        place = np.argsort(self._shards)[shard]
-        on_line = self._ends[place] - self.counts[shard] + index
+        place, kept = np.argsort(self._shards)[shard], self._part.kept(shard, index)
+        on_line = self._ends[place] - self.counts[shard] + kept
         lanes, in_lane = np.divmod((on_line - self._rotation) % self._ends[-1], self.length)
         block, start, size = self._block_of(in_lane)
         turn = start + unshuffled(in_lane - start, size, self.seed, epoch, 1, lanes, block)
-        return np.where(lanes < self.num_lanes, turn, -1)
+        return np.where((lanes < self.num_lanes) & (kept >= 0), turn, -1)
 
     def _block_of(self, turn: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(number, first turn, size) of the blocks of these places in a lane."""
@@ -194,6 +235,7 @@ class DataState:
     checksums: str
     shards: int
     samples: int
+    fraction: str = "1"
 
     def to_json(self) -> dict[str, Any]:
         """The state as plain values, for a checkpoint."""
@@ -203,7 +245,7 @@ class DataState:
     def from_json(fields: dict[str, Any]) -> DataState:
         """The state that `to_json` made plain, or an older one that has a single digest. ValueError for
         anything else."""
-        fields = {"checksums": fields.get("manifest")} | fields
+        fields = {"checksums": fields.get("manifest"), "fraction": "1"} | fields
         kinds = {"int": int, "str": str}
         found: dict[str, Any] = {
             field.name: json_field(fields, field.name, kinds.get(str(field.type), list))
@@ -254,6 +296,11 @@ class Order:
             self._continue(state)
 
     def _continue(self, state: DataState) -> None:
+        if str(self.lanes.share) != state.fraction:
+            raise ValueError(
+                f"the saved order reads {state.fraction} of the samples, this run {self.lanes.share}; this "
+                f"cannot change within a run (--data.fraction)"
+            )
         mine = (self.lanes.num_lanes, self.lanes.block, self.lanes.seed)
         if mine != (state.num_lanes, state.block, state.seed):
             raise ValueError(

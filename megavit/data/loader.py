@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megavit.data import geometry, mixing
+from megavit.data import color, geometry, mixing
 from megavit.data.cache import ShardCache
 from megavit.data.config import DataConfig
 from megavit.data.fields import Batch, Field
@@ -87,6 +87,8 @@ class _TrainItems(Items[Batch]):
         per_rank = order.global_batch // share.dp_size
         self.per_step = per_rank // micro_batch
         self.first = share.dp_rank * per_rank
+        samples_of = samples.reader.manifest.samples
+        self._starts = np.cumsum(samples_of) - samples_of
         self._announced: dict[int, tuple[int, int]] = {}
 
     def __getitem__(self, item: int) -> Batch:
@@ -103,10 +105,14 @@ class _TrainItems(Items[Batch]):
         pairs = np.repeat(slots.position[::2], 2)[: self.micro_batch]
         uniform = self._random(mixing.NUM_MIX_RANDOM, 4, slots.epoch, pairs)
         blends = mixing.blends(self.samples.picture.size, self.samples.config, uniform)
+        uniform = self._random(color.NUM_COLOR_RANDOM, 5, slots.epoch, slots.position)
+        colors = color.color_changes(self.samples.config, uniform)
         self._prefetch(step, first)
         return batch._replace(
             flips=torch.from_numpy(geometry.flips(self.samples.config, random)),
             blends=None if blends is None else torch.from_numpy(blends),
+            colors=None if colors is None else torch.from_numpy(colors),
+            numbers=torch.from_numpy(self._starts[slots.shard] + slots.index),
         )
 
     def _random(self, count: int, purpose: int, epoch: int, position: np.ndarray) -> np.ndarray:
@@ -183,7 +189,7 @@ class TrainLoader:
         ):
             raise ValueError(_changed(manifest, state, rows_of_run(data_file)))
         num_lanes = config.lanes or (state.num_lanes if state else math.gcd(global_batch, MAX_LANES))
-        lanes = Lanes(manifest.samples, num_lanes, seed, config.shuffle_block)
+        lanes = Lanes(manifest.samples, num_lanes, seed, config.shuffle_block, config.share)
         self.order = Order(lanes, global_batch, sorted({*config.skips, *left_out}), state)
         samples = Samples(manifest, fields, config, cache)
         self._items = _TrainItems(samples, self.order, share, micro_batch)
@@ -211,6 +217,7 @@ class TrainLoader:
             checksums=self._digests[1],
             shards=len(self._manifest),
             samples=self._manifest.num_samples,
+            fraction=str(lanes.share),
         ).to_json()
 
     def save_order(self, path: Path, step: int) -> None:

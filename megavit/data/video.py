@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megavit.data.decode import resize
+from megavit.data.decode import resize_into
 from megavit.data.exif import Box
 from megavit.data.fields import Field, Picture
 from megavit.data.geometry import Geometry
@@ -141,7 +141,7 @@ class Video(Picture):
 
     def _place(self, crop: np.ndarray, geometry: Geometry, out: np.ndarray) -> None:
         """Write a frame's crop [H, W, C] into `out` [S, S, C]."""
-        resize(np.ascontiguousarray(crop), self.antialias, out)
+        resize_into(np.ascontiguousarray(crop), self.antialias, geometry.box_in(self.size), out)
         geometry.move(out)
         if geometry.mirror:
             out[:] = out[:, ::-1].copy()

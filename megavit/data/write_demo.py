@@ -119,11 +119,11 @@ def mosaics_set() -> DataSet:
     splits = {}
     for name, found in zip(("train", "test"), digits_arrays(), strict=True):
         masks = np.where(found.images >= _INK, found.labels[:, None, None], BACKGROUND).astype(np.uint8)
-        splits[name] = Arrays("mask", found.images, masks)
+        splits[name] = Arrays("mask", list(found.images), list(masks))
     test = splits["test"]
     chosen = np.random.default_rng(1).integers(0, len(test.pictures), (_NUM_MOSAICS, 4))
     splits["mosaics"] = Arrays(
-        "mask", *(_joined(np.stack(part)[chosen]) for part in (test.pictures, test.planes))
+        "mask", *(list(_joined(np.stack(part)[chosen])) for part in (test.pictures, test.planes))
     )
     return DataSet(
         [part.split(name) for name, part in splits.items()],

@@ -4,6 +4,7 @@
     python launch/bench.py trainer      the trainer's step at each ZeRO stage, the bare model's
     python launch/bench.py data         the input pipeline, stock webdataset, bare decoding
     python launch/bench.py features     the feature pass of an evaluation, a bare loop of decode and forward
+    python launch/bench.py dense        a step of a dense head on a trained trunk, a frozen one, a cached one
     python launch/bench.py checkpoint   saving and restoring, torch's own ways
     python launch/bench.py gpu          blocks of ViT-22B's width on one GPU: batches, recompute, kernels
 
@@ -43,6 +44,14 @@ def bench_features(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if arguments.images < 1:
         raise ValueError(f"--images {arguments.images}: give at least 1")
     return measure(arguments.images, arguments.rounds, arguments.preset)
+
+
+def bench_dense(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from megavit.bench.dense import measure
+
+    if arguments.batch < 1:
+        raise ValueError(f"--batch {arguments.batch}: give at least 1")
+    return measure(arguments.preset, arguments.batch, arguments.rounds, arguments.device)
 
 
 def bench_checkpoint(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -132,6 +141,10 @@ def _parser() -> argparse.ArgumentParser:
     features = command("features", bench_features, "an evaluation's feature pass, a second protocol", 5)
     features.add_argument("--images", type=int, default=256, help="JPEGs, made for it")
     features.add_argument("--preset", default="vit_s16", help="the model")
+    dense = command("dense", bench_dense, "dense heads on a trained, frozen and cached trunk", 5)
+    dense.add_argument("--preset", default="vit_s16", help="the trunk")
+    dense.add_argument("--batch", type=int, default=4, help="pictures a step")
+    dense.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     saving = command("checkpoint", bench_checkpoint, "saving and restoring one rank's state", 3)
     saving.add_argument("--gib", type=float, default=1.0, help="weights and moments, in GiB")
     saving.add_argument("--folder", type=Path, help="where to write: measures its file system")

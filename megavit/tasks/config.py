@@ -88,6 +88,11 @@ class DecoderConfig(TaskConfig):
     norm_taps: bool = True
     head_width: int | None = None
 
+    @property
+    def num_taps(self) -> int:
+        """How many blocks the head reads."""
+        return 1
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.head_width is not None and self.head_width < 1:
@@ -103,10 +108,10 @@ class DecoderConfig(TaskConfig):
                 f"task.layers must be numbers of blocks, such as 5,11 or -1, got {self.layers!r}"
             ) from error
 
-    def taps(self, depth: int, count: int) -> list[int]:
-        """The block of each of a head's `count` taps, in a trunk of `depth`. ValueError if `layers` are not
-        as many, or not in the trunk; one block may serve all taps."""
-        named = self.named_layers()
+    def taps(self, depth: int) -> list[int]:
+        """The block of each of the head's taps, in a trunk of `depth`. ValueError if `layers` are not as
+        many, or not in the trunk; one block may serve all taps."""
+        named, count = self.named_layers(), self.num_taps
         if not named:
             return [max(0, depth * (number + 1) // count - 1) for number in range(count)]
         if len(named) not in (1, count) or not all(-depth <= number < depth for number in named):
@@ -120,11 +125,37 @@ class DecoderConfig(TaskConfig):
     def check(self, model: ModelConfig, data: DataConfig) -> None:
         if data.mixup or data.cutmix:
             raise ValueError(f"task {self.name} cannot blend pictures; leave out data.mixup and data.cutmix")
+        self.taps(model.depth)
 
 
 @dataclass(frozen=True)
 class DenseConfig(DecoderConfig):
-    """A decoder that gives a map of the picture's size."""
+    """A decoder that gives a map of the picture's size.
+
+    Args:
+        cache_features: folder that all hosts share, in which what the frozen trunk makes of each training
+            picture is kept, so that epochs after the first skip the trunk. Pictures must not be augmented.
+        cache_gb: size that this folder may have, in GB.
+    """
+
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("cache_features", "cache_gb")
+
+    cache_features: str = ""
+    cache_gb: float = 100.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.cache_gb > 0:
+            raise ValueError(f"task.cache_gb must be positive, got {self.cache_gb}")
+
+    def check(self, model: ModelConfig, data: DataConfig) -> None:
+        super().check(model, data)
+        if self.cache_features and data.augmented:
+            raise ValueError(
+                f"task.cache_features keeps what the trunk makes of a picture, which must be the same in "
+                f"every epoch: give --data.augment none --data.flip false, without "
+                f"{', '.join(f'data.{name}' for name in data.augmented)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -148,7 +179,7 @@ class DepthConfig(DenseConfig):
             median (a factor), or least_squares (a factor and a shift).
     """
 
-    MAY_CHANGE = ("crop", "align")
+    MAY_CHANGE = (*DenseConfig.MAY_CHANGE, "crop", "align")
     CLASSES = ""
 
     name: str = "depth"
@@ -175,9 +206,9 @@ class DepthConfig(DenseConfig):
                 f"{self.gradient} and {self.silog_lambda}"
             )
 
-    def check(self, model: ModelConfig, data: DataConfig) -> None:
-        super().check(model, data)
-        self.taps(model.depth, 4 if self.head == "dpt" else 1)
+    @property
+    def num_taps(self) -> int:
+        return 4 if self.head == "dpt" else 1
 
 
 @dataclass(frozen=True)
@@ -194,7 +225,7 @@ class SegmentConfig(DenseConfig):
         class_iou: evaluations also give the IoU of each class.
     """
 
-    MAY_CHANGE = ("class_iou",)
+    MAY_CHANGE = (*DenseConfig.MAY_CHANGE, "class_iou")
     CLASSES = "task.classes"
 
     name: str = "segment"
@@ -222,7 +253,10 @@ class SegmentConfig(DenseConfig):
             raise ValueError(
                 f"segmentation needs the number of classes, e.g. --task.classes 150, got {self.classes}"
             )
-        self.taps(model.depth, 4 if self.head == "upernet" else 1)
+
+    @property
+    def num_taps(self) -> int:
+        return 4 if self.head == "upernet" else 1
 
 
 @dataclass(frozen=True)
@@ -288,7 +322,6 @@ class VideoConfig(DecoderConfig):
             )
         if model.channels not in (1, 3):
             raise ValueError(f"videos have 1 or 3 channels; model.channels is {model.channels}")
-        self.taps(model.depth, 1)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from megavit.data.plane_facts import PlaneFacts, planes_beside
 from megavit.model.dense import DenseHead
 from megavit.model.vit import MegaVit
-from megavit.tasks.config import DecoderConfig
-from megavit.tasks.task import Task
+from megavit.tasks.config import DecoderConfig, DenseConfig
+from megavit.tasks.feature_cache import FeatureCache, check_space
+from megavit.tasks.task import Task, Training
 
 TASK_FILE = "task.json"  # in a run folder and an export: the task's configuration, with what the data say
 
@@ -48,6 +49,7 @@ class DecoderTask(Task):
 class DenseTask(DecoderTask):
     """A task on a plane of the samples called `plane`."""
 
+    config: DenseConfig
     plane = ""
 
     def open(self, run_dir: Path, class_names: Sequence[str] | None = None) -> None:
@@ -60,6 +62,35 @@ class DenseTask(DecoderTask):
                     f"({theirs} and {facts}): write both in one unit"
                 )
         super().open(run_dir, class_names)
+
+    def reserve(self, num_samples: int, dtype: torch.dtype) -> None:
+        config = self.config
+        if config.cache_features:
+            limit = int(config.cache_gb * 1e9)
+            check_space(Path(config.cache_features), num_samples, self._row_shape(), dtype, limit)
+
+    def begin(self, module: nn.Module, training: Training) -> None:
+        config = self.config
+        if not config.cache_features:
+            return
+        assert isinstance(module, DenseModule)
+        trunk = module.trunk
+        key = {
+            "weights": training.frozen,
+            "data": training.data,
+            "architecture": dataclasses.asdict(trunk.config),
+            "picture": dataclasses.asdict(self.picture()) | {"eval_crop": self.data.eval_crop},
+            "layers": module.wanted,
+            "norm_taps": config.norm_taps,
+        }
+        folder = Path(config.cache_features)
+        shape, dtype = self._row_shape(), trunk.dtype
+        module.cache = FeatureCache(folder, key, training.num_samples, shape, dtype, trunk.mesh)
+
+    def _row_shape(self) -> tuple[int, int, int, int]:
+        """What the trunk makes of a picture: maps, channels, rows, columns."""
+        grid = self.model.grid_size
+        return len({*self.config.taps(self.model.depth)}), self.model.dim, grid, grid
 
     def facts(self) -> PlaneFacts:
         """What `dense.json` beside the training shards says of the plane; nothing if there is none."""
@@ -74,32 +105,49 @@ class DecoderModule(nn.Module):
         self.trunk, self.decoder = trunk, decoder
         self.layers, self.norm_taps = tuple(layers), norm_taps
 
-    def taps(self, images: Tensor, output_fmt: Literal["NCHW", "NLC"] = "NCHW") -> list[Tensor]:
-        """The patch tokens of images [b, C, S, S] after each of `layers`. A frozen trunk keeps nothing for
-        backward."""
-        trunk, wanted = self.trunk, sorted({*self.layers})
+    @property
+    def wanted(self) -> list[int]:
+        """The blocks that are read, each once, ascending."""
+        return sorted({*self.layers})
+
+    def run_trunk(self, images: Tensor, output_fmt: Literal["NCHW", "NLC"] = "NCHW") -> list[Tensor]:
+        """The patch tokens of images [b, C, S, S] after each of the blocks that are `wanted`. A frozen trunk
+        keeps nothing for backward."""
+        trunk = self.trunk
         trained = any(parameter.requires_grad for parameter in trunk.parameters())
         with nullcontext() if trained or images.requires_grad else torch.no_grad():
-            found = trunk.forward_intermediates(
+            found: list[Tensor] = trunk.forward_intermediates(
                 images.to(trunk.dtype),
-                wanted,
+                self.wanted,
                 norm=self.norm_taps,
                 output_fmt=output_fmt,
                 intermediates_only=True,
             )
-        taps = dict(zip(wanted, found, strict=True))
-        return [taps[layer] for layer in self.layers]
+        return found
+
+    def taps(self, found: Sequence[Tensor]) -> list[Tensor]:
+        """What `run_trunk` gives, for each of `layers`."""
+        by_layer = dict(zip(self.wanted, found, strict=True))
+        return [by_layer[layer] for layer in self.layers]
 
 
 class DenseModule(DecoderModule):
     """The trunk and a dense head."""
 
     decoder: DenseHead
+    cache: FeatureCache | None = None
 
-    def maps(self, images: Tensor, weights: Tensor) -> Tensor:
+    def maps(self, images: Tensor, weights: Tensor, numbers: Tensor | None = None) -> Tensor:
         """The head's output of images [b, C, S, S], float32 [b, K, S, S]; those of weight 0 (`weights` [b])
-        leave the others as they are."""
-        maps: Tensor = self.decoder(self.taps(images), weights)
+        leave the others as they are. In training the trunk is not run if there is a cache that has what it
+        makes of all samples `numbers` [b]."""
+        found = None
+        if self.training and self.cache is not None and numbers is not None:
+            found = self.cache.read(numbers, weights)
+            if found is None:
+                found = self.run_trunk(images)
+                self.cache.write(numbers, weights, found)
+        maps: Tensor = self.decoder(self.taps(found or self.run_trunk(images)), weights)
         return maps
 
 

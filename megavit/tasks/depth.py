@@ -38,6 +38,7 @@ class Inputs(NamedTuple):
     images: Tensor  # float32 [b, C, S, S] in [-1, 1]
     metres: Tensor  # float32 [b, S, S], 0 where it is not known
     weights: Tensor  # float32 [b]
+    numbers: Tensor | None = None  # int64 [b], in training: where each sample comes in the shards
 
 
 class Depth(DenseTask):
@@ -90,12 +91,12 @@ class Depth(DenseTask):
         else:
             outputs = _NUM_BINS if config.head == "bins" else 1
             decoder = LinearHead(model.dim, outputs, model.patch_size, scope)
-        layers = config.taps(model.depth, decoder.num_taps)
+        layers = config.taps(model.depth)
         return DepthModule(self.trunk(init, recompute), decoder, layers, config, self.limits())
 
     def inputs(self, samples: DeviceBatch, mesh: Mesh, *, training: bool) -> Inputs:
         images = to_model_input(samples.fields["image"], mesh.device)
-        return Inputs(images, samples.fields["depth"], samples.weights)
+        return Inputs(images, samples.fields["depth"], samples.weights, samples.numbers)
 
     def weight(self, samples: AnyBatch) -> Tensor:
         return known_depth(samples.fields["depth"], self.limits()).flatten(1).any(1).float().sum()
@@ -107,7 +108,7 @@ class Depth(DenseTask):
         self, samples: DeviceBatch, inputs: Inputs, count: int, module: nn.Module | None = None
     ) -> Pictures:
         count = min(max(1, count // 4), len(inputs.images))
-        images, truth, weights = (part[:count] for part in inputs)
+        images, truth, weights = (part[:count] for part in inputs[:3])
         known = known_depth(truth, self.limits())
         predicted = module.metres(images, weights) if isinstance(module, DepthModule) else None
         shown: list[Tensor] = []
@@ -149,7 +150,7 @@ class DepthModule(DenseModule):
     def forward(self, inputs: Inputs) -> Sums:
         config, truth = self.config, inputs.metres
         valid = known_depth(truth, self.limits)  # of unusable samples none: they are filled with 0
-        codes = self._codes(inputs.images, inputs.weights)
+        codes = self._codes(inputs.images, inputs.weights, inputs.numbers)
         errors = torch.where(valid, codes - self._code(torch.where(valid, truth, 1.0)), 0.0)
         if config.loss == "log1p":
             losses = squared_error(errors, valid)
@@ -164,9 +165,9 @@ class DepthModule(DenseModule):
         """Depth [b, S, S] in metres, within the limits."""
         return self._decode(self._codes(images, weights))
 
-    def _codes(self, images: Tensor, weights: Tensor) -> Tensor:
+    def _codes(self, images: Tensor, weights: Tensor, numbers: Tensor | None = None) -> Tensor:
         """Depth [b, S, S] in the form that the loss compares: log(1 + metres), or log(metres)."""
-        maps = self.maps(images, weights)
+        maps = self.maps(images, weights, numbers)
         if self.config.head != "bins":
             return maps[:, 0]
         shares = maps.relu() + 0.1  # as DINOv2's depther has it, which divides by the sum in place of softmax

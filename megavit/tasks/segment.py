@@ -38,6 +38,7 @@ class Inputs(NamedTuple):
     images: Tensor  # float32 [b, C, S, S] in [-1, 1]
     classes: Tensor  # int64 [b, S, S], UNKNOWN where there is none
     weights: Tensor  # float32 [b]
+    numbers: Tensor | None = None  # int64 [b], in training: where each sample comes in the shards
 
 
 class Segment(DenseTask):
@@ -88,7 +89,7 @@ class Segment(DenseTask):
             decoder = PyramidHead(*size, config.head_width or _PYRAMID_WIDTH, scope)
         else:
             decoder = MaskTransformer(*size, self._transformer(), scope)
-        layers = config.taps(model.depth, decoder.num_taps)
+        layers = config.taps(model.depth)
         return SegmentModule(self.trunk(init, recompute), decoder, layers, config)
 
     def _transformer(self) -> ModelConfig:
@@ -109,7 +110,7 @@ class Segment(DenseTask):
 
     def inputs(self, samples: DeviceBatch, mesh: Mesh, *, training: bool) -> Inputs:
         images = to_model_input(samples.fields["image"], mesh.device)
-        return Inputs(images, samples.fields["mask"].long(), samples.weights)
+        return Inputs(images, samples.fields["mask"].long(), samples.weights, samples.numbers)
 
     def weight(self, samples: AnyBatch) -> Tensor:
         return (samples.fields["mask"] != UNKNOWN).sum().float()
@@ -131,7 +132,7 @@ class Segment(DenseTask):
         self, samples: DeviceBatch, inputs: Inputs, count: int, module: nn.Module | None = None
     ) -> Pictures:
         count = min(max(1, count // 4), len(inputs.images))
-        images, truth, weights = (part[:count] for part in inputs)
+        images, truth, weights = (part[:count] for part in inputs[:3])
         predicted = None
         if isinstance(module, SegmentModule):
             predicted = module.maps(images, weights).argmax(1)
@@ -164,7 +165,7 @@ class SegmentModule(DenseModule):
         self.config = config
 
     def forward(self, inputs: Inputs) -> Sums:
-        logits = self.maps(inputs.images, inputs.weights)  # [b, K, S, S]
+        logits = self.maps(inputs.images, inputs.weights, inputs.numbers)  # [b, K, S, S]
         truth = inputs.classes  # of unusable samples all UNKNOWN
         loss = F.cross_entropy(logits, truth, ignore_index=UNKNOWN, reduction="sum")
         if self.config.dice:

@@ -34,6 +34,7 @@ class DeviceBatch(NamedTuple):
     fields: dict[str, Tensor]  # by name, [b, ...]; what has the shape of the picture is mirrored with it
     weights: Tensor  # float32 [b]; 0 for samples that could not be used, whose fields hold their fill values
     blends: Tensor | None = None  # float32 [b, 6], see `data.mixing.blends`
+    numbers: Tensor | None = None  # int64 [b], in training: where each sample comes in the shards
 
 
 class AnyBatch(Protocol):
@@ -58,6 +59,14 @@ class Pictures(NamedTuple):
 
     images: Tensor  # float32 [n, C, S, S] in [0, 1]; of more than three channels the first three are shown
     captions: list[str]  # n, of one or more lines
+
+
+class Training(NamedTuple):
+    """What a run trains on."""
+
+    num_samples: int  # in its shards
+    data: str  # a digest of the shards
+    frozen: str  # what tells the weights that are not trained from others
 
 
 class Group(NamedTuple):
@@ -91,6 +100,13 @@ class Task(ABC):
     def keep(self, folder: Path) -> None:  # noqa: B027 (optional)
         """On the main rank, once the run folder is open: write what `open` found, for whoever uses the
         run; and the same into an export."""
+
+    def reserve(self, num_samples: int, dtype: torch.dtype) -> None:  # noqa: B027 (optional)
+        """On the main rank, before anything is built: ValueError if there is no room for what the run will
+        keep of its training samples beside checkpoints; `dtype` is the model's."""
+
+    def begin(self, module: nn.Module, training: Training) -> None:  # noqa: B027 (optional)
+        """On every rank, when the root module has its weights and before the first step."""
 
     def fields(self) -> Sequence[Field]:
         """What is decoded of each sample. The first picture decides how the others are cropped."""

@@ -105,7 +105,7 @@ class VideoTask(DecoderTask):
             decoder = AttentiveProbe(*size, scope, time_embedding=time)
         else:
             decoder = TemporalTransformer(*size, scope, time_embedding=time)
-        layers = config.taps(model.depth, 1)
+        layers = config.taps(model.depth)
         return VideoModule(self.trunk(init, recompute), decoder, layers, config)
 
     def _head(self) -> ModelConfig:
@@ -181,7 +181,7 @@ class VideoModule(DecoderModule):
         """Clips uint8 [b, T, S, S, C] -> this rank's logits [b, ceil(K/tp)], float32. The trunk sees the
         frames of all clips as one batch of images."""
         images = to_model_input(clips.flatten(0, 1), clips.device)
-        (tokens,) = self.taps(images, "NLC")  # [b * T, N, D]
+        (tokens,) = self.taps(self.run_trunk(images, "NLC"))  # [b * T, N, D]
         found: Tensor = self.decoder(tokens.unflatten(0, clips.shape[:2]))
         return found
 

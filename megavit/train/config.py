@@ -16,7 +16,7 @@ from typing import Any, Literal
 from megavit.data.config import DataConfig
 from megavit.fields import check_types, nearest, require_positive
 from megavit.model.config import ModelConfig, Recompute, model_preset
-from megavit.tasks.config import ClassifyConfig, TaskConfig
+from megavit.tasks.config import ClassifyConfig, DenseConfig, TaskConfig
 
 PROBES = ("knn", "fewshot", "linear")  # protocols that need nothing but features
 _MAX_SEED = 2**63 - 1  # the order of the data and torch's generators take 63 bits
@@ -231,6 +231,9 @@ class RunConfig:
                 f"for a longer run"
             )
         self.task.check(self.model, self.data)
+        frozen = [name.strip() for name in self.freeze.split(",")]
+        if isinstance(self.task, DenseConfig) and self.task.cache_features and "trunk" not in frozen:
+            raise ValueError("task.cache_features is for a trunk that stays as it is: give --freeze trunk")
         if self.eval.names and not self.data.val_sets:
             raise ValueError("eval.tasks needs validation images: give --data.val_shards or --data.val")
         if self.explain_every and not (self.task.name == "classify" and self.data.val_sets):
@@ -270,8 +273,8 @@ def with_max_steps(run: RunConfig, num_samples: int, global_batch: int) -> RunCo
 def plain_config(run: RunConfig) -> dict[str, Any]:
     """The configuration as `--config` reads it: nested dictionaries of plain values."""
     fields = dataclasses.asdict(run)
-    fields["data"]["crop_area"] = list(fields["data"]["crop_area"])
-    fields["data"]["val"] = list(fields["data"]["val"])
+    for name in ("crop_area", "scale_range", "val"):
+        fields["data"][name] = list(fields["data"][name])
     return fields
 
 

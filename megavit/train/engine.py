@@ -25,7 +25,7 @@ from megavit.tasks.task import Sums, Task, make_task
 from megavit.train.config import RunConfig
 from megavit.train.ds_config import uses_bf16
 from megavit.train.ds_patches import deepspeed, safe_get_full_fp32_param, set_z3_leaf_modules
-from megavit.train.optim import freeze, keep_until_backward, optimizer_groups
+from megavit.train.optim import freeze, frozen_parts, keep_until_backward, optimizer_groups
 from megavit.train.zero_state import ZeroState
 
 
@@ -57,6 +57,7 @@ class Engine:
         self.task = make_task(run.task, run.model, run.data)
         self.module = build_module(self.task, run, ds_config, mesh)
         self.parameters = logical_parameters(self.module)
+        self._frozen_parts = frozen_parts(self.module)
         if run.compile:  # after zero.Init, whose patched constructors torch._dynamo cannot be imported under
             for trunk in (part for part in self.module.modules() if isinstance(part, MegaVit)):
                 trunk.compile_blocks()
@@ -98,6 +99,8 @@ class Engine:
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         self._deepspeed.train()
+        for part in self._frozen_parts:
+            part.eval()
         total = torch.zeros((), device=self.mesh.device)
         metrics: dict[str, Tensor] = {}
         divisor = total_weight.clamp(min=1)

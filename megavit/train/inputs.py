@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megavit.data.bad import BadSample
 from megavit.data.cache import ShardCache
+from megavit.data.color import change_colors
 from megavit.data.config import DataConfig
 from megavit.data.device import mirror
 from megavit.data.fields import Batch, Field
@@ -82,7 +83,7 @@ def _cache(data: DataConfig) -> ShardCache:
 
 @torch.no_grad()
 def to_samples(batch: Batch, fields: Sequence[Field], data: DataConfig, mesh: Mesh) -> DeviceBatch:
-    """The whole micro-batch on the device, mirrored. Collective over the TP group.
+    """The whole micro-batch on the device, mirrored and with changed colours. Collective over the TP group.
 
     Under `tp: split` an all-gather a field over the TP group, 150 kB an image at 224 pixels.
     """
@@ -95,7 +96,11 @@ def to_samples(batch: Batch, fields: Sequence[Field], data: DataConfig, mesh: Me
     found = {field.name: whole(batch.fields[field.name]) for field in fields}
     if flips is not None:
         found |= {field.name: mirror(found[field.name], flips) for field in fields if field.is_spatial}
-    return DeviceBatch(found, whole(batch.weights), batch.blends)
+    if batch.colors is not None:
+        found |= {
+            field.name: change_colors(found[field.name], batch.colors) for field in fields if field.is_color
+        }
+    return DeviceBatch(found, whole(batch.weights), batch.blends, batch.numbers)
 
 
 @torch.no_grad()

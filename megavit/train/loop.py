@@ -18,7 +18,7 @@ from megavit.data.manifest import DATA_FILE
 from megavit.explain.while_training import explained
 from megavit.parallel.fp8 import check_device
 from megavit.parallel.mesh import Mesh
-from megavit.tasks.task import DeviceBatch, make_task
+from megavit.tasks.task import DeviceBatch, Training, make_task
 from megavit.train.checkpoint.checkpoint import Checkpoint
 from megavit.train.checkpoint.export import export_weights, load_exported
 from megavit.train.checkpoint.folder import open_step
@@ -123,11 +123,14 @@ class Trainer:
         self.task = make_task(run.task, run.model, run.data)
         self._fields = self.task.fields()
         self._shards = open_data(run.data.shards, run.data, mesh)
+        self._num_samples = int(self._shards.num_samples * run.data.share)
         self.run = run = self._with_max_steps(run)
         self.last_step = run.stop_at_step or run.max_steps
         if self.saved:
             check_resumable(self.saved, run)
         mesh.on_main(lambda: self.task.open(self.run_dir))
+        dtype = torch.bfloat16 if uses_bf16(self.ds_config) else torch.float32
+        mesh.on_main(lambda: self.task.reserve(self._num_samples, dtype))
         left_out = self.saved.state["left_out"] if self.saved else ()
         self._take_position(self.saved, [(first, last) for first, last in left_out])
         self._rollbacks: Counter[int] = Counter()
@@ -142,10 +145,10 @@ class Trainer:
         self.watchdog = Watchdog(run.timeout_s, name, self._reading, self._heartbeat, run.heartbeat_s)
 
     def _with_max_steps(self, run: RunConfig) -> RunConfig:
-        found = with_max_steps(run, self._shards.num_samples, self.global_batch)
+        found = with_max_steps(run, self._num_samples, self.global_batch)
         if run.epochs:
             self._say(
-                f"epochs {run.epochs:g} of {self._shards.num_samples:,} samples are max_steps "
+                f"epochs {run.epochs:g} of {self._num_samples:,} samples are max_steps "
                 f"{found.max_steps:,} with a global batch of {self.global_batch:,}"
             )
         return found
@@ -179,6 +182,9 @@ class Trainer:
         if not saved:
             self.watchdog.at("reading the frozen weights")
             self.frozen = frozen_of(run.init_from, self.engine.state.frozen_layouts, run.model, mesh)
+        frozen = f"{self.frozen.digest}{f' seed {run.seed}' if self.frozen.initial else ''}"
+        training = Training(self._shards.num_samples, self._shards.digest, frozen)
+        self.task.begin(self.engine.module, training)
         self.saver = Saver(self.run_dir, run.checkpoint, mesh, self.engine.state, self.step)
         if mesh.is_main:
             self.loader.save_order(self.run_dir / DATA_FILE, self.step)
@@ -452,7 +458,7 @@ class Trainer:
         self.bad_samples = BadSamples(
             self.run.data.max_bad_fraction,
             self.run.data.max_bad_shards,
-            self._shards.num_samples,
+            self._num_samples,
             LogFile(self.run_dir / BAD_SAMPLES_FILE, self._say).write if self.mesh.is_main else None,
             state.get("bad_samples"),
         )

@@ -81,3 +81,13 @@ def keep_until_backward(module: nn.Module) -> None:
         own = part.parameters(recurse=is_block)
         if any(parameter.requires_grad for parameter in own):
             part.register_forward_pre_hook(require_grad)
+
+
+def frozen_parts(module: nn.Module) -> list[nn.Module]:
+    """The modules with parameters none of which is trained. They run in evaluation mode: dropout would only
+    add noise to what is constant, and running statistics would move."""
+    return [
+        part
+        for part in module.modules()
+        if (own := list(part.parameters())) and not any(parameter.requires_grad for parameter in own)
+    ]

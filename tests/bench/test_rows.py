@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megavit.bench import checkpoint, data, gpu
+from megavit.bench import checkpoint, data, dense, gpu
 from megavit.bench.kernels import kind_of
 from megavit.bench.peers import CONTESTANTS, choose, parse_shape
 
@@ -50,6 +50,15 @@ def test_blocks_on_a_cpu() -> None:
         assert 0 <= row["activations_kept_D"] - row["expected_kept_D"] < 0.25 and row["of_ceiling"] > 0
     assert [row["recompute"] for row in profiles] == ["none", "selective", "full"]
     assert all(row["matmul_ms"] > 0 and row["attention_ms"] > 0 for row in profiles)
+
+
+def test_frozen_trunks_keep_less_and_cached_ones_are_read() -> None:
+    """Catches a frozen trunk that keeps activations for backward, and a cache whose rows the step does not
+    take."""
+    rows = [row for row in dense.measure("vit_tiny", 1, 1, "cpu") if row["head"] == "segmentation, linear"]
+    kept = {row["trunk"]: row["kept_mib_per_image"] for row in rows}
+    assert kept["frozen"] < 0.5 * kept["trained"] and kept["frozen, cached"] < 0.5 * kept["trained"]
+    assert all(row["ratio_to"] == "trained" for row in rows)
 
 
 def test_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megavit.data import geometry
 from megavit.data.config import DataConfig
+from megavit.data.fields import Picture, Plane
 from megavit.data.geometry import NUM_RANDOM
 
 
@@ -105,3 +110,56 @@ def test_float_pictures_move_as_pictures_do() -> None:
     assert np.abs(values[~outside][:, :3] - moved[~outside]).max() <= 1
     assert np.allclose(values[~outside][:, :3] + 1, values[~outside][:, 3:], atol=1e-3)
     assert np.array_equal(outside, found.nearest(picture(), 16)[1])
+
+
+def png(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("rotate", [0.0, 10.0])
+@pytest.mark.parametrize("antialias", [True, False])
+def test_a_scaled_picture_and_its_planes_lie_together(rotate: float, antialias: bool) -> None:
+    """Catches planes that are padded elsewhere than their picture or scaled otherwise, padding that counts
+    as known, depths that are multiplied by the scale, and factors outside of the range."""
+    y, x = np.mgrid[:60, :90]
+    values = (30 + x + 2 * y).astype(np.uint8)  # smooth, so that interpolation finds the nearest pixel's
+    size, config = 64, DataConfig(augment="scale", scale_range=(0.5, 2.0), rotate_degrees=rotate)
+    image = Picture(size=size, channels=1, antialias=antialias)
+    plane = Plane("depth", ("depth.png",), size=size, fill=-1, invalid=0)
+    factors, padded = [], 0
+    for u in np.random.default_rng(0).random((60, NUM_RANDOM)):
+        picture, depth = np.zeros((size, size, 1), np.uint8), np.zeros((size, size), np.float32)
+        choose = partial(geometry.decide, config=config, u=u)
+        found = image.decode_first(png(values), "png", choose, picture)
+        plane.decode(png(values), "depth.png", found, depth)
+        left, top, right, bottom = geometry.train_box(90, 60, config, u)
+        assert right - left == bottom - top
+        factors.append(60 / (right - left))
+        known = depth >= 0
+        assert set(depth[known].astype(int).ravel()) <= set(values.ravel().astype(int))
+        assert (picture[~known] < 120).all()
+        # Where padding begins the picture is interpolated with it.
+        unknown = torch.nn.functional.pad((~torch.from_numpy(known)).float()[None, None], [2] * 4, value=1.0)
+        inner = (torch.nn.functional.max_pool2d(unknown, 5, 1)[0, 0] == 0).numpy()
+        error = np.abs(picture[:, :, 0] - depth)[inner]
+        assert error.size == 0 or error.max() <= 3.5  # half a pixel of 2 a row and 1 a column, and rounding
+        padded += not known.all()
+        if not rotate:
+            assert not picture[~known].any()
+            share = max(0, min(right, 90) - max(left, 0)) * max(0, min(bottom, 60) - max(top, 0))
+            assert known.mean() == pytest.approx(share / (right - left) ** 2, abs=0.03)
+    assert 0.5 <= min(factors) < 0.7 and 1.8 < max(factors) <= 2.05
+    assert padded > 10
+
+
+def test_a_scaled_crop_lies_everywhere() -> None:
+    """Catches crops of one corner, and pictures that are padded on one side only."""
+    config = DataConfig(augment="scale", scale_range=(0.5, 0.5))
+    draws = np.random.default_rng(0).random((500, NUM_RANDOM))
+    left, top = np.array([geometry.train_box(90, 60, config, u)[:2] for u in draws]).T
+    assert (left.min(), left.max(), top.min(), top.max()) == (-30, 0, -60, 0)
+    config = DataConfig(augment="scale", scale_range=(2.0, 2.0))
+    left, top = np.array([geometry.train_box(90, 60, config, u)[:2] for u in draws]).T
+    assert (left.min(), left.max(), top.min(), top.max()) == (0, 60, 0, 30)

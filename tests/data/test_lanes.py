@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import tracemalloc
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,35 @@ def test_an_epoch_reads_samples_at_most_once_and_nearly_all(global_batch: int, b
         seen = epoch_of_samples(order, epoch)
         assert len(set(seen)) == len(seen) > sum(COUNTS) - global_batch - order.lanes.num_lanes
         assert all(0 <= index < COUNTS[shard] for shard, index in seen)
+
+
+@pytest.mark.parametrize("share", [Fraction(1, 16), Fraction(1, 8), Fraction(2, 3), Fraction(1)])
+def test_a_share_of_the_samples_is_the_same_in_every_order(share: Fraction) -> None:
+    """Catches shares that depend on the seed or the batch, that come from the beginning of each shard, or
+    that do not contain the smaller ones, and samples that cannot be found again."""
+
+    def seen(share: Fraction, seed: int, global_batch: int) -> set[tuple[int, int]]:
+        order = Order(Lanes(COUNTS, 1, seed, 16, share), global_batch)
+        epoch = epoch_of_samples(order, seed)
+        shard, index = np.array(epoch).T
+        steps = order.steps_of(shard, index, (seed + 1) * steps_per_epoch(order))
+        first = seed * steps_per_epoch(order)
+        assert [found[-1] - first for found in steps] == [at // global_batch for at in range(len(epoch))]
+        return set(epoch)
+
+    mine = seen(share, 0, 1)
+    starts = np.cumsum(COUNTS) - COUNTS
+    numbers = sorted(int(starts[shard] + index) for shard, index in mine)
+    assert len(numbers) == int(sum(COUNTS) * share)
+    assert set(np.diff(numbers)) <= {math.floor(1 / share), math.ceil(1 / share)}
+    assert seen(share, 3, 4) <= mine == seen(share, 5, 1)
+    assert seen(Fraction(1, 16), 0, 1) <= seen(Fraction(1, 8), 0, 1)
+    whole = Lanes(COUNTS, 1, 0, 16)
+    left_out = [(s, i) for s, count in enumerate(COUNTS) for i in range(count) if (s, i) not in mine]
+    if left_out:
+        shard, index = np.array(left_out).T
+        assert (Lanes(COUNTS, 1, 0, 16, share).turns_of(0, shard, index) == -1).all()
+    assert (whole.turns_of(0, *np.array(list(mine)).T) >= 0).all()
 
 
 def test_ranks_share_out_the_global_batch() -> None:
@@ -191,6 +221,9 @@ def test_what_is_fixed_in_a_run_cannot_change() -> None:
     for other in (order_of(24, seed=1), order_of(24, lanes=12), order_of(24, block=32)):
         with pytest.raises(ValueError, match="cannot change within a run"):
             Order(other.lanes, 24, state=state(order_of(24), 4))
+    fewer = Lanes(COUNTS, 24, 0, 16, Fraction(1, 2))
+    with pytest.raises(ValueError, match=r"reads 1 of the samples, this run 1/2.*--data\.fraction"):
+        Order(fewer, 24, state=state(order_of(24), 4))
 
 
 def test_a_block_names_the_shards_that_it_reads() -> None:

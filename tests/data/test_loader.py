@@ -315,16 +315,18 @@ def test_several_labels(tmp_path: Path) -> None:
 
 
 def test_pairs_are_mixed_alike_in_every_layout(train: str) -> None:
-    """Catches blends that depend on how the batch is cut, and pairs whose halves differ."""
-    whole = next(train_loader(train, micro=48, mixup=0.8, cutmix=1.0).batches(3, 4))
+    """Catches blends and colours that depend on how the batch is cut, and pairs whose halves differ."""
+    changes = {"mixup": 0.8, "cutmix": 1.0, "contrast": 0.5}
+    whole = next(train_loader(train, micro=48, **changes).batches(3, 4))
     assert torch.equal(whole.blends[::2], whole.blends[1::2]) and len(whole.blends.unique(dim=0)) > 20
     parts = [
-        b
-        for rank in (0, 1)
-        for b in train_loader(train, Share(rank, 2), micro=8, mixup=0.8, cutmix=1.0).batches(3, 4)
+        b for rank in (0, 1) for b in train_loader(train, Share(rank, 2), micro=8, **changes).batches(3, 4)
     ]
     assert torch.equal(torch.cat([part.blends for part in parts]), whole.blends)
     assert torch.equal(torch.cat([part.flips for part in parts]), whole.flips)
+    assert torch.equal(torch.cat([part.colors for part in parts]), whole.colors)
+    assert torch.equal(torch.cat([part.numbers for part in parts]), whole.numbers)
+    assert len(whole.colors.unique(dim=0)) == len(whole.numbers.unique()) == 48
     with pytest.raises(ValueError, match="micro-batch must be even, got 3"):
         train_loader(train, micro=3, mixup=0.8)
 

@@ -349,9 +349,9 @@ def test_built_in_tasks_have_their_flags() -> None:
     named."""
     task = parse_run([*START, "--task", "depth", "--task.head", "bins", "--task.align", "median"]).run.task
     assert isinstance(task, DepthConfig) and (task.head, task.align) == ("bins", "median")
-    assert DepthConfig().taps(48, 4) == [11, 23, 35, 47]
-    assert DepthConfig(layers="-1").taps(48, 4) == [47] * 4
-    assert SegmentConfig(classes=2, layers="44").taps(48, 1) == [44]
+    assert DepthConfig().taps(48) == [11, 23, 35, 47]
+    assert DepthConfig(layers="-1").taps(48) == [47] * 4
+    assert SegmentConfig(classes=2, layers="44").taps(48) == [44]
 
 
 def test_the_trunk_decides_the_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -366,6 +366,9 @@ def test_the_trunk_decides_the_architecture(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         parse_run([*start[:-1], str(tmp_path / "nothing")])
     assert "--trunk" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_run([*start, "--init_from", "runs/other"])
+    assert "two exports to start from" in capsys.readouterr().err
 
 
 def test_classes_are_counted_from_their_names(tmp_path: Path) -> None:
