@@ -89,7 +89,7 @@ def hour_setting(out: Path) -> Setting:
         learner_batch=64,
         learner_steps=200,
         whole=model_preset("vit_22b"),
-        whole_batches=(16, 8, 32, 48),
+        whole_batches=(16, 8, 32, 64),
         steps=10,
         kernel_s=0.1,
         sustained_s=8.0,

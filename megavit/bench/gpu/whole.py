@@ -2,8 +2,7 @@
 
 A GPU of 80 GB holds its bfloat16 weights (44.8 GB) and activations, but not all gradients as well, and no
 optimizer's states. So each gradient moves its weight as soon as it is there, by plain gradient descent, and
-goes: forward, backward and update at full size, without communication. What the trainer itself would do, with
-the optimizer in host memory, is taken as one step of its engine where the host has the memory.
+goes: forward, backward and update at full size, without communication.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +36,7 @@ def cases(setting: Setting) -> Iterator[Case]:
     ways += [("selective", batch) for batch in others] + [("full", setting.whole_batches[-1])]
     for recompute, batch in ways:
         names = {"model": setting.whole.name, "recompute": recompute, "micro_batch": batch}
-        yield Case(names | {"update": "each gradient as it comes"}, partial(_step, setting, model, recompute, batch))
-    names = {"model": setting.whole.name, "recompute": "selective", "micro_batch": first}
-    yield Case(names | {"update": "the trainer's, optimizer in host memory"}, partial(_offloaded, setting, model))
+        yield Case(names, partial(_step, setting, model, recompute, batch))
 
 
 def needed_bytes(config: ModelConfig, recompute: Recompute, batch: int, itemsize: int) -> int:
@@ -69,10 +65,10 @@ def _build(setting: Setting) -> MegaVit:
     return model
 
 
-@torch.no_grad()
 def _descend(weight: Tensor) -> None:
     assert weight.grad is not None
-    weight.sub_(weight.grad, alpha=_LR)
+    # Its version stays: a recomputed block may ask for the weight once more.
+    weight.data.sub_(weight.grad, alpha=_LR)
     weight.grad = None
 
 
@@ -95,7 +91,7 @@ def _step(setting: Setting, model: Callable[[], MegaVit], recompute: Recompute, 
     def step() -> None:
         loss = F.binary_cross_entropy_with_logits(whole(images), targets, reduction="sum") / batch
         loss.backward()
-        losses.append(float(loss))
+        losses.append(loss.item())
 
     step()
     if on_gpu:
@@ -125,28 +121,3 @@ def require_memory(setting: Setting, needed: float, what: str) -> None:
             f"does not fit: {what} takes {needed / 1e9:.1f} GB and {_MARGIN / 1e9:g} GB stay free, and "
             f"{free / 1e9:.1f} GB are"
         )
-
-
-def _offloaded(setting: Setting, model: Callable[[], MegaVit]) -> Row:
-    """One step of the trainer's engine, all of ViT-22B on this GPU, its optimizer in host memory."""
-    from megavit.bench.gpu.rehearse import measured_beside_plan, plan_for
-    from megavit.bench.gpu.stage import free_memory
-
-    model.cache_clear()  # type: ignore[attr-defined]
-    free_memory()
-    plan = plan_for(setting, gpus=1, only="tp=1,stage=3,recompute=selective,offload=optimizer")
-    host_bytes, free = plan.memory.host_bytes, _free_host_bytes()
-    if host_bytes > free:
-        raise Unavailable(
-            f"does not fit: master weights, moments and gradients take {host_bytes / 1e9:.1f} GB of host "
-            f"memory, and {free / 1e9:.1f} GB are free"
-        )
-    require_memory(setting, plan.memory.peak_bytes, "what stays on the GPU")
-    return measured_beside_plan(setting, plan, steps=2)
-
-
-def _free_host_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise Unavailable("/proc/meminfo does not say how much host memory is free")
