@@ -92,7 +92,7 @@ def run(setting: Setting, way: Way, ceilings: dict[int, float]) -> Row:
     with _attention(way.attention), _norm(way.own_norm):
         forward, blocks = make_blocks(setting, config, way)
         memory = memory_of_step(forward, lambda: blocks.zero_grad(set_to_none=False))
-        seconds = median_s(_step(forward, blocks), setting.steps, device)
+        seconds = median_s(step_of(forward, blocks), setting.steps, device)
     rate = trunk_flops_per_token(config) * tokens / seconds
     # The first block's input is there before the step: its 1 D is added.
     kept = memory.kept / dtype.itemsize / (tokens * config.dim * config.depth) + 1 / config.depth
@@ -111,7 +111,7 @@ def where_time_goes(setting: Setting, way: Way) -> Row:
     """Milliseconds of one forward and backward pass by kind of kernel, and of gaps between kernels: wall time
     without the profiler, less the sum of the kernels' times."""
     forward, blocks = make_blocks(setting, setting.block, way)
-    step = _step(forward, blocks)
+    step = step_of(forward, blocks)
     wall_ms = median_s(step, setting.steps, setting.device) * 1e3
     times = time_by_kind(step, setting.device)
     gaps_ms = wall_ms - sum(time for name, time in times.items() if name.endswith("_ms"))
@@ -152,10 +152,12 @@ def make_blocks(
     return forward, blocks
 
 
-def _step(forward: Callable[[], Tensor], blocks: nn.ModuleList) -> Callable[[], None]:
+def step_of(forward: Callable[[], Tensor], blocks: nn.ModuleList) -> Callable[[], None]:
+    """Forward, backward, and what begins every optimizer step."""
+
     def step() -> None:
         forward().backward()
-        blocks.zero_grad()  # as at the start of every optimizer step
+        blocks.zero_grad()
 
     return step
 
