@@ -5,7 +5,7 @@
     python launch/bench.py data         the input pipeline, stock webdataset, bare decoding
     python launch/bench.py features     the feature pass of an evaluation, a bare loop of decode and forward
     python launch/bench.py checkpoint   saving and restoring, torch's own ways
-    python launch/bench.py gpu          blocks of ViT-22B's width on one GPU: batches, recompute, kernels
+    python launch/bench.py gpu          the first hour on one GPU: stages, each a file in the folder --out
 
 Every result is a row: Markdown on the terminal, and in --out FILE.json and --markdown FILE after every row.
 megavit/bench/README.md explains the columns and holds figures.
@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from megavit.cli import Parser
+from megavit.fields import nearest
 
 SHAPES = ["384x6x6x8", "1024x2x16x8"]
-MODES = ["eager", "compiled"]
 
 # Each of these functions checks its flags and returns the rows, which are measured when they are asked for.
 
@@ -74,24 +74,34 @@ def bench_trainer(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     return (row for config, batch in shapes for row in compare(config, batch, arguments.stages, **options))
 
 
-def bench_gpu(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    import torch
+def run_gpu(arguments: argparse.Namespace) -> int:
+    """The stages named, each in a process of its own; a single one in this process."""
+    from megavit.bench.gpu import hour
 
-    from megavit.bench.gpu import measure
-    from megavit.bench.peers import parse_shape
+    out, names = arguments.out, arguments.stage or list(hour.STAGES)
+    for name in names:
+        if name not in hour.STAGES:
+            known = [*hour.STAGES]
+            raise ValueError(
+                f"--stage {name}: no such stage{nearest(name, known)}; known: {', '.join(known)}"
+            )
+    if arguments.minutes <= 0:
+        raise ValueError(f"--minutes {arguments.minutes:g}: must be positive")
+    device = hour.setting_of(out, dry=arguments.dry).device
+    if len(names) == 1:
+        stage = hour.STAGES[names[0]]
+        hour.run_one(stage, out, min(stage.limit_s, 60 * arguments.minutes), dry=arguments.dry)
+    else:
+        print(hour.budget(), flush=True)
+        same = ["gpu", "--out", str(out), *(["--dry"] if arguments.dry else [])]
 
-    side = round(arguments.tokens**0.5)
-    if side**2 != arguments.tokens:
-        raise ValueError(f"--tokens {arguments.tokens} is not the square of a number of patches")
-    config, _ = parse_shape(f"{arguments.width}x{arguments.blocks}x{arguments.heads}x1", side, 1, 0)
-    return measure(
-        config,
-        arguments.batch,
-        modes=arguments.modes,
-        dtype=getattr(torch, arguments.dtype),
-        count=arguments.rounds,
-        device=arguments.device,
-    )
+        def command(name: str, limit_s: float) -> list[str]:
+            words = [*same, "--stage", name, "--minutes", str(limit_s / 60)]
+            return [sys.executable, "-m", "megavit", "bench", *words]
+
+        hour.run_each(names, out, arguments.minutes, command)
+        hour.conclude(out, device)
+    return 0
 
 
 def _shapes(arguments: argparse.Namespace) -> list[tuple[Any, int]]:
@@ -135,12 +145,15 @@ def _parser() -> argparse.ArgumentParser:
     saving = command("checkpoint", bench_checkpoint, "saving and restoring one rank's state", 3)
     saving.add_argument("--gib", type=float, default=1.0, help="weights and moments, in GiB")
     saving.add_argument("--folder", type=Path, help="where to write: measures its file system")
-    gpu = command("gpu", bench_gpu, "blocks of ViT-22B's width on one GPU, under 10 minutes", 10)
-    for name, default in {"blocks": 4, "width": 6144, "heads": 48, "tokens": 256}.items():
-        gpu.add_argument(f"--{name}", type=int, default=default)
-    gpu.add_argument("--batch", type=int, nargs="+", default=[8, 16, 32], help="micro-batches")
-    gpu.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
-    gpu.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    gpu = commands.add_parser(
+        "gpu",
+        help="the first hour on one GPU, in stages",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    gpu.add_argument("--out", type=Path, default=Path("gpu_hour"), help="folder: a JSON and a table a stage")
+    gpu.add_argument("--stage", nargs="+", help="which of them, in this order (all)")
+    gpu.add_argument("--minutes", type=float, default=45.0, help="begin no further case after so long")
+    gpu.add_argument("--dry", action="store_true", help="tiny sizes, on any machine: no figures")
     return parser
 
 
@@ -166,9 +179,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megavit.bench.report import Report
 
     torch.set_num_threads(1)
-    if arguments.command in ("trainer", "gpu"):
+    if arguments.command == "trainer":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if arguments.command == "gpu":
+            return run_gpu(arguments)
         if arguments.rounds < 1:
             raise ValueError(f"--rounds {arguments.rounds}: give at least 1")
         rows = arguments.function(arguments)

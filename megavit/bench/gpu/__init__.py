@@ -1,1 +1,1 @@
-"""The first hour on a GPU, in stages: what each answers, and how to run it, is in `megavit/bench/README.md`."""
+"""The first hour on a GPU, in stages; `megavit/bench/README.md` says how to run them and what each answers."""

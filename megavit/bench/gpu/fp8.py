@@ -43,7 +43,11 @@ def cases(setting: Setting) -> Iterator[Case]:
             yield Case(names, partial(_product, setting, *product_of(rows, fan_in, fan_out, which)))
     # What another order of the images alone would change says what a difference means.
     for dtype, seed in (("bfloat16", 0), ("bfloat16", 1), ("fp8", 0)):
-        names = {"work": f"{setting.learner_steps} steps of {setting.learner.name}", "dtype": dtype, "seed": seed}
+        names = {
+            "work": f"{setting.learner_steps} steps of {setting.learner.name}",
+            "dtype": dtype,
+            "seed": seed,
+        }
         yield Case(names, partial(_learn, setting, dtype, seed, losses))
     for dtype in ("bfloat16", "fp8"):
         names = {"work": "blocks", "dtype": dtype, "compiled": False}
@@ -73,8 +77,14 @@ def _product(setting: Setting, m: int, n: int, k: int) -> Row:
         kernel_s(one, setting.kernel_s, setting.device) * 1e3 for one in (lambda: a @ b.t(), call, cast)
     )
     return {
-        **{"M": m, "N": n, "K": k, "bf16_ms": bf16, "fp8_ms": fp8, "eager_casts_ms": casts},
-        **{"speedup": bf16 / fp8, "speedup_with_eager_casts": bf16 / (fp8 + casts)},
+        "M": m,
+        "N": n,
+        "K": k,
+        "bf16_ms": bf16,
+        "fp8_ms": fp8,
+        "eager_casts_ms": casts,
+        "speedup": bf16 / fp8,
+        "speedup_with_eager_casts": bf16 / (fp8 + casts),
     }
 
 

@@ -142,9 +142,14 @@ def _sustained(setting: Setting) -> Row:
     rate = sustained_rate(setting)
     clock, watts = _clock_and_power(setting.device)
     return {
-        **{"M": setting.micro_batches[0] * setting.block.num_tokens, "N": None, "K": None, "ms": None},
-        **{"tflop_per_s": rate / 1e12, "of_peak": setting.of_peak(rate)},
-        **{"sm_mhz": clock, "watts": watts},
+        "M": setting.micro_batches[0] * setting.block.num_tokens,
+        "N": None,
+        "K": None,
+        "ms": None,
+        "tflop_per_s": rate / 1e12,
+        "of_peak": setting.of_peak(rate),
+        "sm_mhz": clock,
+        "watts": watts,
     }
 
 
