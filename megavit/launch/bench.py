@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from megavit.cli import Parser
-from megavit.fields import nearest
 
 SHAPES = ["384x6x6x8", "1024x2x16x8"]
 
@@ -74,34 +73,11 @@ def bench_trainer(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     return (row for config, batch in shapes for row in compare(config, batch, arguments.stages, **options))
 
 
-def run_gpu(arguments: argparse.Namespace) -> int:
-    """The stages named, each in a process of its own; a single one in this process."""
+def run_gpu(arguments: argparse.Namespace) -> None:
     from megavit.bench.gpu import hour
 
-    out, names = arguments.out, arguments.stage or list(hour.STAGES)
-    for name in names:
-        if name not in hour.STAGES:
-            known = [*hour.STAGES]
-            raise ValueError(
-                f"--stage {name}: no such stage{nearest(name, known)}; known: {', '.join(known)}"
-            )
-    if arguments.minutes <= 0:
-        raise ValueError(f"--minutes {arguments.minutes:g}: must be positive")
-    device = hour.setting_of(out, dry=arguments.dry).device
-    if len(names) == 1:
-        stage = hour.STAGES[names[0]]
-        hour.run_one(stage, out, min(stage.limit_s, 60 * arguments.minutes), dry=arguments.dry)
-    else:
-        print(hour.budget(), flush=True)
-        same = ["gpu", "--out", str(out), *(["--dry"] if arguments.dry else [])]
-
-        def command(name: str, limit_s: float) -> list[str]:
-            words = [*same, "--stage", name, "--minutes", str(limit_s / 60)]
-            return [sys.executable, "-m", "megavit", "bench", *words]
-
-        hour.run_each(names, out, arguments.minutes, command)
-        hour.conclude(out, device)
-    return 0
+    names = arguments.stage or [*hour.STAGES, hour.ANCHORS]
+    hour.run(names, arguments.out, arguments.minutes, dry=arguments.dry)
 
 
 def _shapes(arguments: argparse.Namespace) -> list[tuple[Any, int]]:
@@ -182,8 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "trainer":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if arguments.command == "gpu":
-            return run_gpu(arguments)
+        if arguments.command == "gpu":  # its results are several files
+            run_gpu(arguments)
+            return 0
         if arguments.rounds < 1:
             raise ValueError(f"--rounds {arguments.rounds}: give at least 1")
         rows = arguments.function(arguments)

@@ -1,1 +1,1 @@
-"""The first hour on a GPU, in stages; `megavit/bench/README.md` says how to run them and what each answers."""
+"""The first hour on a GPU, in stages; `megavit/bench/README.md` says what each of them answers."""

@@ -10,6 +10,7 @@ import dataclasses
 import statistics
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,8 @@ def _in(config: ModelConfig, dtype: str, setting: Setting) -> ModelConfig:
     if _OPTION not in {field.name for field in dataclasses.fields(ModelConfig)}:
         raise Unavailable(f"this version of megavit has no option --model.{_OPTION} fp8")
     require_fp8(setting)
-    return dataclasses.replace(config, **{_OPTION: "fp8"})
+    option: dict[str, Any] = {_OPTION: "fp8"}
+    return dataclasses.replace(config, **option)
 
 
 def _product(setting: Setting, m: int, n: int, k: int) -> Row:
@@ -113,7 +115,7 @@ def _learn(setting: Setting, dtype: str, seed: int, losses: dict[str, float]) ->
     with torch.device(setting.device):
         model = MegaVit.from_config(config).to(setting.dtype)
         prototypes = torch.randn(config.num_classes, config.channels, 8, 8)
-    weights = list(model.parameters())
+    weights: list[Tensor] = list(model.parameters())
     masters = [weight.detach().float().requires_grad_() for weight in weights]
     optimizer = torch.optim.AdamW(masters, lr=_LR, fused=True)
     generator = torch.Generator(setting.device).manual_seed(seed)

@@ -1,7 +1,7 @@
 """The stages of the hour, each a process and a file of its own, and what they come to.
 
-A stage that runs out of its time leaves out cases and says which; one that hangs is ended; whatever becomes of
-it, its rows so far are in its file and the next stage starts on a fresh process.
+A stage that runs out of its time leaves out cases and says which; one that hangs is ended; whatever becomes
+of it, its rows so far are in its file and the next stage has a fresh process.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+import torch
 
 from megavit.bench.gpu import anchors, block, fp8, matmul, rates, rehearse, trainer, whole
 from megavit.bench.gpu.setting import Setting, dry_setting, hour_setting
 from megavit.bench.gpu.stage import Stage, run_stage
 from megavit.bench.report import Report
+from megavit.fields import nearest
 
 # The most valuable first.
 STAGES = {
@@ -32,6 +35,8 @@ STAGES = {
         Stage("offload", "ViT-22B with its optimizer in host memory", 120, rehearse.offload_cases),
     )
 }
+ANCHORS = "anchors"  # what they come to; measures nothing
+_LEAST_S = 30.0  # of a stage: less is not worth its start
 _GRACE_S = 90.0  # for the case that a stage is in when its time is over, and for its start
 _LONGEST_S = 585.0  # of a stage with its grace: it must end within a command of 10 minutes
 
@@ -46,8 +51,6 @@ def budget() -> str:
 
 def setting_of(out: Path, *, dry: bool) -> Setting:
     """ValueError without a GPU, unless it is dry."""
-    import torch
-
     if dry:
         return dry_setting(out)
     if not torch.cuda.is_available():
@@ -72,34 +75,59 @@ def _plain(setting: Setting) -> dict[str, object]:
     return found | {"out": str(setting.out), "dtype": str(setting.dtype)}
 
 
-def run_each(
-    names: Sequence[str],
-    out: Path,
-    minutes: float,
-    command: Callable[[str, float], list[str]],
-) -> None:
-    """One process after the other, as long as `minutes` last. `command` starts one stage with a limit in
-    seconds."""
+def run(names: Sequence[str], out: Path, minutes: float, *, dry: bool) -> None:
+    """The stages called `names`, one process after the other as long as `minutes` last, and at last what
+    they come to, if that is among them. A single stage is measured in this process. ValueError for an
+    unknown name."""
+    known = [*STAGES, ANCHORS]
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"--stage {name}: no such stage{nearest(name, known)}; known: {', '.join(known)}"
+            )
+    if minutes <= 0:
+        raise ValueError(f"--minutes {minutes:g}: give more than 0")
+    stages = [STAGES[name] for name in names if name != ANCHORS]
+    if stages:
+        setting_of(out, dry=dry)  # a mistake is said once
+    if len(names) == len(stages) == 1:
+        run_one(stages[0], out, min(stages[0].limit_s, 60 * minutes), dry=dry)
+        return
+    if stages:
+        print(budget(), flush=True)
+        run_each(stages, out, minutes, dry=dry)
+    if ANCHORS in names:
+        conclude(out)
+
+
+def run_each(stages: Sequence[Stage], out: Path, minutes: float, *, dry: bool) -> None:
+    """Each in a process of its own; those for which `minutes` leave no time are named."""
     ends = time.monotonic() + 60 * minutes
-    for place, name in enumerate(names):
-        left = ends - time.monotonic() - _GRACE_S
-        limit_s = min(STAGES[name].limit_s, left)
-        if limit_s < min(30.0, STAGES[name].limit_s):
-            print(f"left out, {minutes:g} minutes are over: {', '.join(names[place:])}", file=sys.stderr)
-            break
-        most = min(limit_s + _GRACE_S, _LONGEST_S)
-        print(f"\nstage {name}: {STAGES[name].answers} (at most {most / 60:.1f} minutes)", flush=True)
+    for place, stage in enumerate(stages):
+        limit_s = min(stage.limit_s, ends - time.monotonic() - _GRACE_S)
+        if limit_s < _LEAST_S:
+            late = ", ".join(stage.name for stage in stages[place:])
+            print(f"left out, the {minutes:g} minutes are over: {late}", file=sys.stderr)
+            return
+        most_s = min(limit_s + _GRACE_S, _LONGEST_S)
+        print(f"\nstage {stage.name}: {stage.answers} (at most {most_s / 60:.1f} minutes)", flush=True)
+        words = ["gpu", "--out", str(out), "--stage", stage.name, "--minutes", str(limit_s / 60)]
+        words += ["--dry"] if dry else []
         try:
-            code = subprocess.run(command(name, limit_s), timeout=most).returncode
-            if code:
-                print(f"stage {name} ended with {code}; what it has is in {out / name}.json", file=sys.stderr)
+            code = subprocess.run(
+                [sys.executable, "-m", "megavit", "bench", *words], timeout=most_s
+            ).returncode
         except subprocess.TimeoutExpired:
-            print(f"stage {name} was ended after {most:.0f} s", file=sys.stderr)
+            print(f"stage {stage.name} was ended after {most_s:.0f} s", file=sys.stderr)
+            continue
+        if code:
+            print(f"stage {stage.name} ended with {code}", file=sys.stderr)
 
 
-def conclude(out: Path, device: str) -> None:
+def conclude(out: Path) -> None:
     """What the files in `out` hold beside published figures: `out`/anchors.json and anchors.md."""
-    files = (out / "anchors.json", out / "anchors.md")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    files = (out / f"{ANCHORS}.json", out / f"{ANCHORS}.md")
     report = Report("gpu, beside published figures", {"out": str(out)}, device, *files)
     for row in anchors.verdicts(out):
         report.add(row)
