@@ -90,7 +90,7 @@ def machine_name(device: str) -> str:
 def versions() -> dict[str, str]:
     """Of the packages that take part in any comparison and are installed, and of the CUDA that torch is built
     for."""
-    found = {"cuda": torch.version.cuda} if torch.cuda.is_available() else {}
+    found = {"cuda": torch.version.cuda or "none"} if torch.cuda.is_available() else {}
     for package in _OURS + _PEERS:
         try:
             found[package] = importlib.metadata.version(package)

@@ -56,11 +56,12 @@ def ways(micro_batches: tuple[int, ...]) -> Iterator[Way]:
     """Every policy, compiled and eager, at the first micro-batch; compiled ones at the others; attention
     backends and our own norm at the first."""
     first, *others = micro_batches
-    for recompute in ("none", "selective"):
+    kept: tuple[Recompute, ...] = ("none", "selective")
+    for recompute in kept:
         for compiled in (True, False):
             yield Way(first, recompute, compiled)
     for micro_batch in others:
-        for recompute in ("none", "selective"):
+        for recompute in kept:
             yield Way(micro_batch, recompute, True)
     for compiled in (True, False):
         yield Way(first, "full", compiled)
@@ -76,8 +77,7 @@ def cases(setting: Setting) -> Iterator[Case]:
     found = list(ways(setting.micro_batches))
     for way in found[:4]:
         yield Case(vars(way), partial(run, setting, way, ceilings))
-    for recompute, compiled in (("none", True), ("none", False), ("selective", True)):
-        way = Way(first, recompute, compiled)  # type: ignore[arg-type]
+    for way in (Way(first, compiled=True), Way(first), Way(first, "selective", compiled=True)):
         yield Case({"profile of": _in_words(way)}, partial(where_time_goes, setting, way))
     for way in found[4:]:
         yield Case(vars(way), partial(run, setting, way, ceilings))

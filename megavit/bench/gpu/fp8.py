@@ -44,12 +44,10 @@ def cases(setting: Setting) -> Iterator[Case]:
             yield Case(names, partial(_product, setting, *product_of(rows, fan_in, fan_out, which)))
     # What another order of the images alone would change says what a difference means.
     for dtype, seed in (("bfloat16", 0), ("bfloat16", 1), ("fp8", 0)):
-        names = {
-            "work": f"{setting.learner_steps} steps of {setting.learner.name}",
-            "dtype": dtype,
-            "seed": seed,
-        }
-        yield Case(names, partial(_learn, setting, dtype, seed, losses))
+        work = f"{setting.learner_steps} steps of {setting.learner.name}"
+        yield Case(
+            {"work": work, "dtype": dtype, "seed": seed}, partial(_learn, setting, dtype, seed, losses)
+        )
     for dtype in ("bfloat16", "fp8"):
         names = {"work": "blocks", "dtype": dtype, "compiled": False}
         yield Case(names, partial(_blocks, setting, dtype, False, times))

@@ -69,12 +69,12 @@ def attempt(measure: Callable[[], Row]) -> Row:
         kind = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
         return {"error": f"{kind}{lines[0]}"[:_MOST_CHARACTERS]}
     finally:
-        free_memory()
+        _free_memory()
 
 
-def free_memory() -> None:
-    gc.collect()
+def _free_memory() -> None:
     if torch.cuda.is_initialized():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -79,7 +79,7 @@ def _step(setting: Setting, model: Callable[[], MegaVit], recompute: Recompute, 
     require_memory(setting, needed - num_params(config) * setting.dtype.itemsize, "what comes on top")
     torch.compiler.reset()
     for block in whole.blocks:
-        block.recompute = recompute
+        block.recompute = recompute  # type: ignore[assignment]
         block.__dict__.pop("forward", None)  # compiled for another policy
         block.forward = torch.compile(block.forward, backend=setting.compiler)
     side = config.image_size
