@@ -103,7 +103,13 @@ def _described(text: str) -> Gpu:
 
 def peak_flops(device: str) -> float | None:
     """Dense bf16 FLOP/s of the GPU that CUDA calls `device`; None if it is not in the table."""
+    gpu = gpu_of_device(device)
+    return gpu.tflops * 1e12 if gpu else None
+
+
+def gpu_of_device(device: str) -> Gpu | None:
+    """The GPU that CUDA calls `device`; None if it is not in the table. Of two with one name the larger."""
     for gpu in _GPUS:  # the longer name comes first
         if re.search(rf"\b{gpu.device}\b(?! (D|Laptop|Max-Q)\b)", device):
-            return gpu.tflops * 1e12
+            return gpu
     return None

@@ -63,7 +63,7 @@ def compare(
         flops[name] = 3 * forward_flops(build(contestant, config.depth, False), images)
         model = build(contestant, config.depth, compiled)
         peak[name] = memory(model).peak
-        ways[name] = _step(model, images, labels)
+        ways[name] = training_step(model, images, labels)
     matmuls = BlockMatmuls(config, batch, dtype, device)
     seconds = rounds(ways | {_MATMULS: matmuls}, count, clock_of(device))
     reference = REFERENCE if REFERENCE in ways else next(iter(ways))
@@ -82,7 +82,8 @@ def compare(
         }
 
 
-def _step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
+def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    """Forward, cross-entropy, backward and torch's fused AdamW, on one batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LR, fused=True)
 
     def step() -> None:

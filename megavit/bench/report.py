@@ -18,7 +18,7 @@ import torch
 
 Row = dict[str, Any]
 
-_OURS = ("torch", "megavit", "deepspeed", "webdataset", "pillow", "simplejpeg")
+_OURS = ("torch", "megavit", "deepspeed", "webdataset", "pillow", "simplejpeg", "triton")
 _PEERS = ("timm", "vit-pytorch", "mega-vit", "transformers")
 
 
@@ -43,15 +43,15 @@ class Report:
         markdown_file: Path | None = None,
     ):
         self._machine = machine_name(device)
-        versions = _versions() | {"processor" if device == "cpu" else "gpu": self._machine}
+        used = versions() | {"processor" if device == "cpu" else "gpu": self._machine}
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        self._content = {"command": command, "settings": settings, "versions": versions, "date": date}
+        self._content = {"command": command, "settings": settings, "versions": used, "date": date}
         self._rows: list[Row] = []
         self._columns: list[str] = []  # of the table that is being written
         self._lines: list[str] = []
         self._json_file, self._markdown_file = json_file, markdown_file
         self._write(f"# {command}", "", f"Settings: {_listed(settings)}.")
-        self._write(f"Versions: {_listed(versions)}.", f"Date: {date}.")
+        self._write(f"Versions: {_listed(used)}.", f"Date: {date}.")
 
     def add(self, row: Row) -> None:
         """Write one result. A column that the table does not have yet begins a new table; a missing one is
@@ -87,9 +87,10 @@ def machine_name(device: str) -> str:
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def _versions() -> dict[str, str]:
-    """Of the packages that take part in any comparison and are installed."""
-    found = {}
+def versions() -> dict[str, str]:
+    """Of the packages that take part in any comparison and are installed, and of the CUDA that torch is built
+    for."""
+    found = {"cuda": torch.version.cuda or "none"} if torch.cuda.is_available() else {}
     for package in _OURS + _PEERS:
         try:
             found[package] = importlib.metadata.version(package)

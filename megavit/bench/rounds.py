@@ -54,3 +54,30 @@ def ratio_to(base: str, seconds: dict[str, list[float]], name: str) -> Row:
         "ratio_low": min(ratios),
         "ratio_high": max(ratios),
     }
+
+
+def median_s(step: Callable[[], object], count: int, device: str) -> float:
+    """Median seconds of a step, of `count` after one that is not counted."""
+    clock = clock_of(device)
+    seconds = []
+    for _ in range(count + 1):
+        started = clock()
+        step()
+        seconds.append(clock() - started)
+    return statistics.median(seconds[1:])
+
+
+def kernel_s(call: Callable[[], object], least_s: float, device: str) -> float:
+    """Seconds of a short call: the median of five timings, each of as many calls in a row as fill `least_s`,
+    so that neither the start nor the end of a GPU's queue counts."""
+    clock = clock_of(device)
+
+    def timed(times: int) -> float:
+        started = clock()
+        for _ in range(times):
+            call()
+        return (clock() - started) / times
+
+    timed(1)
+    times = max(1, int(least_s / max(timed(1), 1e-9)))
+    return statistics.median(timed(times) for _ in range(5))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,9 @@ from megavit.tasks.task import Task, blank_samples, make_task
 from megavit.train.config import RunConfig
 from megavit.train.ds_config import has_cuda_compiler, resolve_ds_config
 from megavit.train.optim import optimizer_groups
+
+if TYPE_CHECKING:
+    from megavit.train.engine import StepResult
 
 BARE = "bare model, torch AdamW"
 _LR, _DECAY, _CLIP = 1e-4, 0.03, 1.0
@@ -44,18 +47,13 @@ def compare(
 
     Starts a process group of one rank.
     """
-    from megavit.train.engine import Engine
-
     mesh = Mesh.from_environment()
     run = RunConfig(model=model, task=ClassifyConfig(loss="sigmoid"), compile=compiled)
     task = make_task(run.task, run.model, run.data)
     inputs = _inputs(task, batch, mesh)
     ways: dict[str, Callable[[], Any]] = {BARE: _bare_step(run, task, inputs, mesh, dtype)}
     for stage in stages:
-        ds_config, device = _ds_config(batch, stage, dtype), mesh.device.type
-        resolved = resolve_ds_config(ds_config, 1, device, has_compiler=has_cuda_compiler())
-        engine = Engine(run, resolved, mesh)
-        ways[f"trainer, ZeRO stage {stage}"] = partial(engine.train_step, [inputs], inputs.weights.sum(), _LR)
+        ways[f"trainer, ZeRO stage {stage}"] = engine_step(run, batch, stage, dtype, mesh)
     seconds = rounds(ways, count, clock_of(mesh.device.type))
     for name in ways:
         yield {
@@ -64,6 +62,21 @@ def compare(
             "images_per_s": batch / statistics.median(seconds[name]),
             **ratio_to(BARE, seconds, name),
         }
+
+
+def engine_step(
+    run: RunConfig, batch: int, stage: int, dtype: torch.dtype, mesh: Mesh, **adam: Any
+) -> Callable[[], StepResult]:
+    """A step of the trainer's engine at a ZeRO stage on one micro-batch of noise; `adam` are further
+    parameters of the optimizer. The engine is never freed."""
+    from megavit.train.engine import Engine
+
+    ds_config = _ds_config(batch, stage, dtype)
+    ds_config["optimizer"]["params"] |= adam
+    resolved = resolve_ds_config(ds_config, 1, mesh.device.type, has_compiler=has_cuda_compiler())
+    engine = Engine(run, resolved, mesh)
+    inputs = _inputs(engine.task, batch, mesh)
+    return partial(engine.train_step, [inputs], inputs.weights.sum(), _LR)
 
 
 def _ds_config(batch: int, stage: int, dtype: torch.dtype) -> dict[str, Any]:

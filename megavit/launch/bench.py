@@ -6,7 +6,7 @@
     python launch/bench.py features     the feature pass of an evaluation, a bare loop of decode and forward
     python launch/bench.py dense        a step of a dense head on a trained trunk, a frozen one, a cached one
     python launch/bench.py checkpoint   saving and restoring, torch's own ways
-    python launch/bench.py gpu          blocks of ViT-22B's width on one GPU: batches, recompute, kernels
+    python launch/bench.py gpu          the first hour on one GPU: stages, each a file in the folder --out
 
 Every result is a row: Markdown on the terminal, and in --out FILE.json and --markdown FILE after every row.
 megavit/bench/README.md explains the columns and holds figures.
@@ -25,7 +25,6 @@ from typing import Any
 from megavit.cli import Parser
 
 SHAPES = ["384x6x6x8", "1024x2x16x8"]
-MODES = ["eager", "compiled"]
 
 # Each of these functions checks its flags and returns the rows, which are measured when they are asked for.
 
@@ -83,24 +82,11 @@ def bench_trainer(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     return (row for config, batch in shapes for row in compare(config, batch, arguments.stages, **options))
 
 
-def bench_gpu(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    import torch
+def run_gpu(arguments: argparse.Namespace) -> None:
+    from megavit.bench.gpu import hour
 
-    from megavit.bench.gpu import measure
-    from megavit.bench.peers import parse_shape
-
-    side = round(arguments.tokens**0.5)
-    if side**2 != arguments.tokens:
-        raise ValueError(f"--tokens {arguments.tokens} is not the square of a number of patches")
-    config, _ = parse_shape(f"{arguments.width}x{arguments.blocks}x{arguments.heads}x1", side, 1, 0)
-    return measure(
-        config,
-        arguments.batch,
-        modes=arguments.modes,
-        dtype=getattr(torch, arguments.dtype),
-        count=arguments.rounds,
-        device=arguments.device,
-    )
+    names = arguments.stage or [*hour.STAGES, hour.ANCHORS]
+    hour.run(names, arguments.out, arguments.minutes, dry=arguments.dry)
 
 
 def _shapes(arguments: argparse.Namespace) -> list[tuple[Any, int]]:
@@ -148,12 +134,15 @@ def _parser() -> argparse.ArgumentParser:
     saving = command("checkpoint", bench_checkpoint, "saving and restoring one rank's state", 3)
     saving.add_argument("--gib", type=float, default=1.0, help="weights and moments, in GiB")
     saving.add_argument("--folder", type=Path, help="where to write: measures its file system")
-    gpu = command("gpu", bench_gpu, "blocks of ViT-22B's width on one GPU, under 10 minutes", 10)
-    for name, default in {"blocks": 4, "width": 6144, "heads": 48, "tokens": 256}.items():
-        gpu.add_argument(f"--{name}", type=int, default=default)
-    gpu.add_argument("--batch", type=int, nargs="+", default=[8, 16, 32], help="micro-batches")
-    gpu.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
-    gpu.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    gpu = commands.add_parser(
+        "gpu",
+        help="the first hour on one GPU, in stages",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    gpu.add_argument("--out", type=Path, default=Path("gpu_hour"), help="folder: a JSON and a table a stage")
+    gpu.add_argument("--stage", nargs="+", help="which of them, in this order (all)")
+    gpu.add_argument("--minutes", type=float, default=45.0, help="begin no further case after so long")
+    gpu.add_argument("--dry", action="store_true", help="tiny sizes, on any machine: no figures")
     return parser
 
 
@@ -179,9 +168,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megavit.bench.report import Report
 
     torch.set_num_threads(1)
-    if arguments.command in ("trainer", "gpu"):
+    if arguments.command == "trainer":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if arguments.command == "gpu":  # its results are several files
+            run_gpu(arguments)
+            return 0
         if arguments.rounds < 1:
             raise ValueError(f"--rounds {arguments.rounds}: give at least 1")
         rows = arguments.function(arguments)

@@ -19,6 +19,7 @@ from megavit.fields import check_types
 from megavit.gpus import GPUS, gpu_named
 from megavit.scale.choices import Only, require_choice
 from megavit.scale.cluster import Cluster
+from megavit.scale.rates import rates_for
 from megavit.train.config import with_max_steps
 from megavit.train.ds_config import load_ds_config
 
@@ -51,6 +52,8 @@ class PlanConfig:
             how long a checkpoint takes.
         host_gib: host memory of a node, in GiB; offloading may use 90% of it.
         cores_per_gpu: CPU cores that decode images for one GPU.
+        rates: file of rates measured on such a GPU, as launch/bench.py gpu --stage rates writes; without it
+            the file that comes with megavit for this kind of GPU, if there is one, else assumed rates.
         only: consider only these choices, e.g. tp=8,stage=3,recompute=selective,offload=none,micro_batch=8.
             stage is ZeRO's (2 or 3), recompute is none, selective or full, offload is none, optimizer (master
             weights and Adam's states wait in host memory) or params (the weights too); offload=true means
@@ -74,6 +77,7 @@ class PlanConfig:
     filesystem_gb_per_s: float = 50.0
     host_gib: float = 1024.0
     cores_per_gpu: int = 12
+    rates: str = ""
     only: str = ""
     rows: int = 8
     out: str = ""
@@ -99,15 +103,18 @@ class PlanConfig:
             raise ValueError("--plot needs matplotlib: pip install 'megavit[plot]'")
 
     def cluster(self) -> Cluster:
-        """ValueError for a kind of GPU that is not known, or a size that is not positive."""
+        """ValueError for a kind of GPU that is not known, a size that is not positive, or a file of rates
+        that is none."""
+        gpu = gpu_named(self.gpu)
         return Cluster(
-            gpu_named(self.gpu),
+            gpu,
             self.nodes,
             self.gpus_per_node,
             self.network_gb_per_s,
             self.filesystem_gb_per_s,
             self.host_gib,
             self.cores_per_gpu,
+            rates_for(gpu.name, self.rates),
         )
 
 
@@ -176,6 +183,7 @@ def plan(
         _parent_of(flags.json).write_text(json.dumps(facts, indent=2) + "\n")
     say = functools.partial(print, file=sys.stderr if flags.json == "-" else sys.stdout, flush=True)
     say(f"{run.model.name} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}")
+    say(cluster.rates.describe())
     say(report.trained(run))
     say(report.table(plans, flags.rows))
     say("\n" + report.details(best, run))

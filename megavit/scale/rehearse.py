@@ -69,8 +69,8 @@ def rehearse(
         started = time.perf_counter()
         with CollectiveCounter() as counter:
             engine.train_step(inputs, weight, 1e-3, norm_limit=math.inf)
+        peak = meter.peak()  # waits for the device
         step_s = time.perf_counter() - started
-        peak = meter.peak()
     del samples, inputs  # what stays has no batch in it
     return Rehearsal(build_s, build_peak, step_s, meter.now(), peak, dict(counter.bytes))
 
@@ -88,7 +88,7 @@ def fitting_depth(plan: Plan, limit_gib: float, *, on_cpu: bool) -> int:
     included. ValueError if not even one does."""
 
     def peak(depth: int) -> float:
-        return _predicted(plan, depth, on_cpu=on_cpu)[1] / 2**30
+        return predicted_memory(plan, depth, on_cpu=on_cpu)[1] / 2**30
 
     for depth in range(plan.model.depth, 0, -1):
         if peak(depth) <= limit_gib:
@@ -101,7 +101,7 @@ def fitting_depth(plan: Plan, limit_gib: float, *, on_cpu: bool) -> int:
 
 def compare(plan: Plan, depth: int, measured: Rehearsal, *, on_cpu: bool) -> str:
     """The rehearsal with `depth` blocks beside the prediction for it, and the prediction for all blocks."""
-    predicted, whole = (_predicted(plan, blocks, on_cpu=on_cpu) for blocks in (depth, plan.model.depth))
+    predicted, whole = (predicted_memory(plan, blocks, on_cpu=on_cpu) for blocks in (depth, plan.model.depth))
     cut = with_depth(plan, depth)
     traffic = step_traffic(cut.model, cut.recompute, cut.layout, cut.zero, cut.freeze, cut.task)
     layout = plan.layout
@@ -127,7 +127,7 @@ def compare(plan: Plan, depth: int, measured: Rehearsal, *, on_cpu: bool) -> str
     return "\n".join(lines)
 
 
-def _predicted(plan: Plan, depth: int, *, on_cpu: bool) -> tuple[int, int]:
+def predicted_memory(plan: Plan, depth: int, *, on_cpu: bool) -> tuple[int, int]:
     """Bytes of (persistent memory, peak) with `depth` blocks; on a CPU the host's memory is the same one."""
     cut = with_depth(plan, depth)
     memory = predict_memory(

@@ -1,8 +1,8 @@
 """How long an optimizer step takes on a cluster, predicted part by part.
 
 Compute follows from FLOPs and bytes, communication from the bytes of `communication.py` and the slowest link
-on their way, and what can overlap does. The shares of nominal rates below are assumptions, from published
-measurements, not fitted to runs of this program: trust differences between plans more than the figures.
+on their way, and what can overlap does. The shares of nominal rates (`rates.py`) are assumptions, unless they
+have been measured on a card: trust differences between plans more than the figures.
 """
 
 from __future__ import annotations
@@ -20,19 +20,7 @@ from megavit.scale.job import Layout, ZeroSettings
 from megavit.scale.program import Program, program
 from megavit.tasks.config import TaskConfig
 
-MATMUL_SHARE = 0.80  # of the nominal rate, large matmuls: 790 to 795 of an H100's 989 TFLOP/s
-SUSTAINED_SHARE = 0.87  # of such sums: clocks under full power, processors that communication takes
-ATTENTION_SHARE = 0.45  # of the nominal rate, fused attention of 256 tokens, forward and backward
-MEMORY_SHARE = 0.85  # of the nominal memory bandwidth
-LINK_SHARE = 0.80  # of a link's nominal bandwidth: large collectives, copies to and from pinned host memory
-OVERLAP_TAX = 0.10  # of hidden communication: it takes processors and bandwidth from compute
-LATENCY_S = 20e-6  # of a collective within a node
-LATENCY_PER_NODE_S = 2e-6  # more for each node it spans
-KERNEL_S = 5e-6  # between the starts of two kernels: blocks that are too small wait for Python
-_KERNELS = 75  # of a block, forward and backward, eager
 _TILE_ROWS, _TILE_COLUMNS = 128, 256  # of a matmul's result, the work of one processor at a time
-HOST_ADAM_GB_PER_S = 100.0  # of host memory, by DeepSpeed's Adam on all cores of a node
-DECODE_PER_CORE_S = 1000.0  # images a second and core (`launch/bench.py data`)
 
 
 @dataclass(frozen=True)
@@ -75,7 +63,7 @@ def predict_step(
     sharding, update = _data_parallel_s(layout, zero, cluster, passes)
     compute = passes.forward_s + passes.backward_s
     images = layout.micro_batch * times
-    decoded = images / layout.tp_size / (cluster.cores_per_gpu * DECODE_PER_CORE_S)
+    decoded = images / layout.tp_size / (cluster.cores_per_gpu * cluster.rates.decode_per_core_s)
     host_copies = _host_copies_s(job, layout, zero, cluster)
     busy = times * (compute + tensor_parallel) + sharding + update + host_copies
     return StepTime(
@@ -124,23 +112,23 @@ class _Passes:
         self.job = job
         self.work = work = _Work(model, job)
         traced = job.numbers(layout.micro_batch)
-        gpu, t, batch = cluster.gpu, layout.tp_size, layout.micro_batch
-        rate = gpu.tflops * 1e12 * SUSTAINED_SHARE
+        gpu, rates, t, batch = cluster.gpu, cluster.rates, layout.tp_size, layout.micro_batch
+        rate = gpu.tflops * 1e12 * rates.sustained_share
         self.num_blocks = depth = len(job.blocks())
         attention_flops = 3 * 4 * model.num_tokens**2 * model.dim * depth * batch / t
         matmul_flops = train_flops(model) * batch / t - attention_flops
         if job.traces:
             matmul_flops = 3 * 2 * model.num_tokens * block_matrices(model) / model.depth * depth * batch / t
-        share = MATMUL_SHARE * _wave_share(model, layout, gpu)
+        share = rates.matmul_share * wave_share(model, layout, gpu)
         # Forward, gradients of inputs, gradients of weights: a third each. Attention has no weights.
         matmuls_s = matmul_flops / (rate * share)
-        attention_s = attention_flops / (rate * ATTENTION_SHARE)
+        attention_s = attention_flops / (rate * rates.attention_share)
         self.matmul_pass_s = matmuls_s / 3
-        outside_s = [traced["flops", backward] / (rate * MATMUL_SHARE) for backward in (False, True)]
+        outside_s = [traced["flops", backward] / (rate * rates.matmul_share) for backward in (False, True)]
         self.matmuls_s = matmuls_s * ((1 + work.inputs + work.weights) / 3) + sum(outside_s)
         self.attention_s = attention_s * ((1 + 2 * work.blocks) / 3)
-        bytes_per_s = gpu.memory_gb_per_s * 1e9 * MEMORY_SHARE
-        stream_s = batch * model.num_tokens * model.dim * 2 / bytes_per_s
+        bytes_per_s = gpu.memory_gb_per_s * 1e9 * rates.memory_share
+        stream_s = batch * model.num_tokens * model.dim * 2 * rates.elementwise_traffic / bytes_per_s
         # Reads and writes of [B, N, D] tensors by norms, GELU, attention's layout and sums, counted by hand
         # (+-30%): forward 14 + 4 F/D, backward 18 + 5 F/D, most of it on a rank's own heads and hidden units.
         ratio = model.mlp_dim / model.dim
@@ -157,15 +145,15 @@ class _Passes:
         forward_s += outside_s[0] + moved_s[0]
         self.recomputation_s = repeated_s * work.blocks
         backward_launches = 2 * work.blocks / (1 + 2 * work.blocks)
-        kernels = _KERNELS * depth * (1 + 2 * work.blocks) / 3
-        launches = KERNEL_S * (kernels + traced["kernels", False] + traced["kernels", True])
+        kernels = rates.kernels * depth * (1 + 2 * work.blocks) / 3
+        launches = rates.kernel_s * (kernels + traced["kernels", False] + traced["kernels", True])
         busy = self.matmuls_s + self.attention_s + self.elementwise_s + self.recomputation_s
         self.launches_s = max(0.0, launches - busy)
         self.forward_s = forward_s + self.launches_s * (1 - backward_launches)
         self.backward_s = busy - forward_s + self.launches_s * backward_launches
 
 
-def _wave_share(model: ModelConfig, layout: Layout, gpu: Gpu) -> float:
+def wave_share(model: ModelConfig, layout: Layout, gpu: Gpu) -> float:
     """How full the last wave of tiles leaves the processors, over a block's matmuls."""
     rows = layout.micro_batch * model.num_tokens
     dim, t = model.dim, layout.tp_size
@@ -203,8 +191,8 @@ def _tensor_parallel_s(
     pass_s = passes.matmul_pass_s / (4 * square + 2 * up)  # of a matrix entry
     reduced = up if model.block == "parallel" else up + square
     forward_s = reduce_s / (1 + work.blocks)
-    chunk = sum(_overlap(forward_s / 2, pass_s * reduced / 2))
-    backward = _overlap(reduce_s - forward_s, pass_s * (3 * square + up) * work.weights)
+    chunk = sum(_overlap(forward_s / 2, pass_s * reduced / 2, cluster))
+    backward = _overlap(reduce_s - forward_s, pass_s * (3 * square + up) * work.weights, cluster)
     return forward_s / 2 + chunk + sum(backward)
 
 
@@ -232,7 +220,7 @@ def _data_parallel_s(
     whole = trained.numel()
     if zero.stage < 3:
         reduce_s = 2 * scatter_s(whole) + latency_s * max(1, whole / zero.reduce_bucket)
-        exposed, tax = _overlap(reduce_s, passes.backward_s)
+        exposed, tax = _overlap(reduce_s, passes.backward_s, cluster)
         every = layout.grad_accum if zero.stage == 2 else 1
         return every * (exposed + tax) + (gather_s(whole) if zero.stage else 0.0), update_s
     trace = job.gathers(dp, zero.gathers)
@@ -243,7 +231,10 @@ def _data_parallel_s(
         + scatter_s(trained.shared(dp) * dp)
         + 2 * calls * passes.work.blocks * latency_s
     )
-    sums = [_overlap(forward_s, passes.forward_s), _overlap(backward_s, passes.backward_s)]
+    sums = [
+        _overlap(forward_s, passes.forward_s, cluster),
+        _overlap(backward_s, passes.backward_s, cluster),
+    ]
     # Nothing runs yet while the first weights come, and nothing any more while the last gradients go.
     largest, reduced = (max(unit.numel() for unit in part.children) for part in (tree, trained))
     ends_s = gather_s(largest) + scatter_s(reduced)
@@ -251,10 +242,10 @@ def _data_parallel_s(
     return per_micro_step * layout.grad_accum + gather_s(trace.padded_persistent), update_s
 
 
-def _overlap(communication_s: float, compute_s: float) -> tuple[float, float]:
+def _overlap(communication_s: float, compute_s: float, cluster: Cluster) -> tuple[float, float]:
     """(what sticks out, what hiding the rest costs)."""
     hidden = min(communication_s, compute_s)
-    return communication_s - hidden, OVERLAP_TAX * hidden
+    return communication_s - hidden, cluster.rates.overlap_tax * hidden
 
 
 def _ring_s(size: float, in_node: int, nodes: int, groups: int, cluster: Cluster) -> float:
@@ -262,19 +253,21 @@ def _ring_s(size: float, in_node: int, nodes: int, groups: int, cluster: Cluster
     `groups` such groups share each node's network. An all-reduce takes two."""
     inside = (in_node - 1) / in_node * size / (cluster.gpu.link_gb_per_s * 1e9)
     outside = (nodes - 1) / nodes * size * groups / (cluster.network_gb_per_s * 1e9)
-    return max(inside, outside) / LINK_SHARE
+    return max(inside, outside) / cluster.rates.link_share
 
 
 def _latency(ranks: int, cluster: Cluster) -> float:
-    return LATENCY_S + LATENCY_PER_NODE_S * math.ceil(ranks / cluster.gpus_per_node)
+    nodes = math.ceil(ranks / cluster.gpus_per_node)
+    return cluster.rates.latency_s + cluster.rates.latency_per_node_s * nodes
 
 
 def _update_s(share: int, zero: ZeroSettings, cluster: Cluster) -> float:
-    """Adam reads and writes 28 bytes a weight: on a GPU as much again in temporaries, on a host all of its
-    ranks at once."""
+    """Adam reads and writes 28 bytes a weight: on a GPU, if nothing else is measured, as much again in
+    temporaries, on a host all of its ranks at once."""
+    rates = cluster.rates
     if not zero.offload_optimizer:
-        return 2 * 28 * share / (cluster.gpu.memory_gb_per_s * 1e9 * MEMORY_SHARE)
-    return 28 * share * cluster.gpus_per_node / (HOST_ADAM_GB_PER_S * 1e9)
+        return rates.update_bytes * share / (cluster.gpu.memory_gb_per_s * 1e9 * rates.memory_share)
+    return 28 * share * cluster.gpus_per_node / (rates.host_adam_gb_per_s * 1e9)
 
 
 def _host_copies_s(job: Program, layout: Layout, zero: ZeroSettings, cluster: Cluster) -> float:
@@ -294,4 +287,4 @@ def _host_copies_s(job: Program, layout: Layout, zero: ZeroSettings, cluster: Cl
         size += (trace.gathered * times + trace.padded_persistent) // dp * zero.element_bytes
     else:
         size += share * zero.element_bytes
-    return size / (cluster.gpu.host_gb_per_s * 1e9 * LINK_SHARE)
+    return size / (cluster.gpu.host_gb_per_s * 1e9 * cluster.rates.host_link_share)

@@ -13,8 +13,8 @@ from megavit.scale.choices import Only
 from megavit.scale.cluster import Cluster
 from megavit.scale.inventory import inventory
 from megavit.scale.job import Offload, ZeroSettings
+from megavit.scale.rates import Rates
 from megavit.scale.report import planned_ds_config
-from megavit.scale.roofline import LINK_SHARE
 from megavit.scale.search import Plan, advice, reason, scaling, search
 
 RUN = read_recipe(RECIPES / "vit_22b_jft.yaml")
@@ -147,7 +147,7 @@ def test_offloaded_weights_cross_the_link_with_every_gather() -> None:
     assert copies(slow, "none", 32) == 0
     # Gradients: down, and down once more to Adam; weights: up once, or twice if they are gathered twice.
     elements = inventory(RUN.model, 1).shared(8)
-    link = 64e9 * LINK_SHARE
+    link = 64e9 * Rates().host_link_share
     assert copies(slow, "optimizer", 32) == pytest.approx((8 + 2) * elements / link, rel=1e-3)
     assert copies(slow, "params", 32) == pytest.approx((8 + 2 * 2) * elements / link, rel=0.05)
     assert copies(slow, "params", 8) == pytest.approx(4 * copies(slow, "params", 32), rel=1e-3)
