@@ -88,7 +88,7 @@ def _grad_norm(optimizer: Any, gradients: Any, parameters: Any, norm_type: float
     return total ** (1.0 / norm_type)
 
 
-_stage3.DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct = _grad_norm  # type: ignore[attr-defined]
+_stage3.DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct = _grad_norm
 
 
 def without_waits(ds_config: dict[str, Any]) -> dict[str, Any]:

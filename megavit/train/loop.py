@@ -114,6 +114,8 @@ class Trainer:
 
     _unread: _Taken | None  # the step whose result the device still owes
     _unlogged: _Taken | None  # the step that has been read, and not been accounted for
+    _some_rank_stops: bool  # as far as has been read
+    _is_under_way: bool  # a step of this start has been taken
 
     def __init__(
         self,
