@@ -23,7 +23,7 @@ from megavit.tasks.classify import Inputs
 from megavit.tasks.config import ClassifyConfig
 from megavit.tasks.task import Task, blank_samples, make_task
 from megavit.train.config import RunConfig
-from megavit.train.ds_config import has_cuda_compiler, resolve_ds_config
+from megavit.train.ds_config import resolve_ds_config
 from megavit.train.optim import optimizer_groups
 
 BARE = "bare model, torch AdamW"
@@ -53,7 +53,7 @@ def compare(
     ways: dict[str, Callable[[], Any]] = {BARE: _bare_step(run, task, inputs, mesh, dtype)}
     for stage in stages:
         ds_config, device = _ds_config(batch, stage, dtype), mesh.device.type
-        resolved = resolve_ds_config(ds_config, 1, device, has_compiler=has_cuda_compiler())
+        resolved = resolve_ds_config(ds_config, 1, device)
         engine = Engine(run, resolved, mesh)
         ways[f"trainer, ZeRO stage {stage}"] = partial(engine.train_step, [inputs], inputs.weights.sum(), _LR)
     seconds = rounds(ways, count, clock_of(mesh.device.type))

@@ -29,7 +29,7 @@ from megavit.train.checkpoint.run_lock import RunLock
 from megavit.train.checkpoint.saver import SaveError, Saver, open_latest, restore
 from megavit.train.checkpoint.shared_io import run_together
 from megavit.train.config import RunConfig, plain_config, with_max_steps
-from megavit.train.ds_config import batch_advice, has_cuda_compiler, resolve_ds_config, slow_parts
+from megavit.train.ds_config import batch_advice, resolve_ds_config, slow_parts
 from megavit.train.engine import Engine
 from megavit.train.evaluation import evaluate
 from megavit.train.guard import Guard, TooManySkipped
@@ -125,11 +125,7 @@ class Trainer:
         ds_overrides: Mapping[str, Any] | None = None,
     ):
         self.run, self.mesh = run, mesh
-        # Hosts may differ in what is installed: all ranks take the same optimizer.
-        has_compiler = not mesh.any(not has_cuda_compiler())
-        self.ds_config = resolve_ds_config(
-            raw_ds_config, mesh.dp_size, mesh.device.type, has_compiler=has_compiler
-        )
+        self.ds_config = resolve_ds_config(raw_ds_config, mesh.dp_size, mesh.device.type)
         if advice := batch_advice(self.ds_config, raw_ds_config):
             self._say(f"warning: {advice}")
         self.global_batch: int = self.ds_config["train_batch_size"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megavit.model.config import ModelConfig
 from megavit.model.vit import MegaVit
+from megavit.parallel.layout import layout_of
 
 on_both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
@@ -32,7 +33,17 @@ POLICIES = ("none", "selective", "full")
 
 def small_model(device: str, dtype: torch.dtype, recompute: str = "none", **changes: Any) -> MegaVit:
     config = dataclasses.replace(SMALL, **changes)
-    return MegaVit.from_config(config, seed=3, recompute=recompute).to(device, dtype)
+    return fill_head(MegaVit.from_config(config, seed=3, recompute=recompute).to(device, dtype))  # type: ignore
+
+
+def fill_head(model: MegaVit) -> MegaVit:
+    """With weights in the classifier, which starts at zero and lets no gradient through."""
+    assert model.head is not None
+    layout = layout_of(model.head.weight)
+    values = torch.randn(layout.shape, generator=torch.Generator().manual_seed(5)) * 0.1
+    with torch.no_grad():
+        model.head.weight.copy_(layout.take(values, model.mesh.tp_rank, model.mesh.tp_size))
+    return model
 
 
 def pictures(count: int, device: str, step: int = 0, config: ModelConfig = SMALL) -> tuple[Tensor, Tensor]:
