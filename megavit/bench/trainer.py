@@ -23,7 +23,7 @@ from megavit.tasks.classify import Inputs
 from megavit.tasks.config import ClassifyConfig
 from megavit.tasks.task import Task, blank_samples, make_task
 from megavit.train.config import RunConfig
-from megavit.train.ds_config import has_cuda_compiler, resolve_ds_config
+from megavit.train.ds_config import resolve_ds_config
 from megavit.train.optim import optimizer_groups
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def engine_step(
 
     ds_config = _ds_config(batch, stage, dtype)
     ds_config["optimizer"]["params"] |= adam
-    resolved = resolve_ds_config(ds_config, 1, mesh.device.type, has_compiler=has_cuda_compiler())
+    resolved = resolve_ds_config(ds_config, 1, mesh.device.type)
     engine = Engine(run, resolved, mesh)
     inputs = _inputs(engine.task, batch, mesh)
     return partial(engine.train_step, [inputs], inputs.weights.sum(), _LR)

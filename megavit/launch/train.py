@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
 from megavit.parallel.rendezvous import wait_asleep
 from megavit.train.preempt import StopRequest
 
+# How the user may have set up PyTorch's allocator of GPU memory.
+_ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     stop = StopRequest().install()  # before the slow imports: a notice may come at any time
+    if not _ALLOCATOR & os.environ.keys():  # torch reads it when it is imported
+        # Weights that ZeRO-3 gathers and activations of many sizes leave gaps between fixed segments.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     wait_asleep()
 
     from megavit.cli import parse_run

@@ -22,7 +22,7 @@ from megavit.scale.memory import predict_memory
 from megavit.scale.search import Plan
 from megavit.tasks.task import blank_samples
 from megavit.train.config import RunConfig
-from megavit.train.ds_config import has_cuda_compiler, resolve_ds_config
+from megavit.train.ds_config import resolve_ds_config
 from megavit.train.engine import Engine
 
 _SCALARS = 1024  # bytes: collectives of single numbers (loss, norm, flags) are not worth a line
@@ -56,7 +56,7 @@ def rehearse(
     mesh = Mesh.fake(tp_size, dp_size, device)
     meter = _CudaMeter() if device.type == "cuda" else _ResidentMeter()
     run = replace(run, tensor_parallel_size=tp_size)
-    ds_config = resolve_ds_config(raw_ds_config, dp_size, device.type, has_compiler=has_cuda_compiler())
+    ds_config = resolve_ds_config(raw_ds_config, dp_size, device.type)
     meter.reset_peak()
     started = time.perf_counter()
     engine = Engine(run, ds_config, mesh)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -174,15 +172,11 @@ def batch_advice(resolved: dict[str, Any], raw: dict[str, Any]) -> str:
     )
 
 
-def resolve_ds_config(
-    raw: dict[str, Any], dp_size: int, device_type: str, *, has_compiler: bool = False
-) -> dict[str, Any]:
+def resolve_ds_config(raw: dict[str, Any], dp_size: int, device_type: str) -> dict[str, Any]:
     """The dictionary handed to DeepSpeed: batch split, precision and Adam's implementation decided for this
     launch.
 
-    Depends on its arguments only, so that all ranks that pass the same ones agree. `has_compiler` says
-    whether every rank can compile DeepSpeed's fused Adam for a GPU (`has_cuda_compiler`); without it torch's
-    is used.
+    Depends on its arguments only, and on nothing of the host, so that all ranks agree.
     """
     config = copy.deepcopy({key: value for key, value in raw.items() if key not in SWITCHED_OFF})
     micro_batch, grad_accum = split_batch(
@@ -196,13 +190,12 @@ def resolve_ds_config(
         raise ValueError("\n".join(problems))
     if uses_bf16(config):
         _reduce_in_float32(config)
-    if not _offloads_optimizer(config) and (device_type == "cpu" or not has_compiler):
-        # DeepSpeed's fused Adam would have to be compiled first: not worth it on a CPU, impossible without
-        # nvcc.
+    if not _offloads_optimizer(config):
+        # One pass over the weights, as DeepSpeed's own fused Adam, which must be compiled first, with an nvcc
+        # on each host, and cannot be told on the device to refuse an update.
         params = config["optimizer"].setdefault("params", {})
-        params.setdefault("torch_adam", True)
-        if device_type == "cpu" and params["torch_adam"]:
-            params.setdefault("fused", True)  # torch's default there is ten passes over the weights
+        if params.setdefault("torch_adam", True):
+            params.setdefault("fused", True)
     config.setdefault("steps_per_print", 10**9)  # the trainer prints its own line
     return config
 
@@ -236,9 +229,3 @@ def slow_parts(config: dict[str, Any], device_type: str) -> Iterator[str]:
             "bfloat16 is slow on most CPUs, and the first step may take minutes; --ds.bf16.enabled false "
             "trains in float32"
         )
-
-
-def has_cuda_compiler() -> bool:
-    """Whether this host can compile DeepSpeed's ops for GPUs."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") is not None or (Path(home) / "bin" / "nvcc").is_file()

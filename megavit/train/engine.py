@@ -8,37 +8,32 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megavit.model.block import ParallelBlock, SequentialBlock
 from megavit.model.vit import MegaVit
-from megavit.parallel.collectives import reduce_from_tp, sum_over_dp, sum_over_world
+from megavit.parallel.collectives import reduce_from_tp
 from megavit.parallel.init import Initializer, logical_parameters, logical_statistics
 from megavit.parallel.layout import layout_of
 from megavit.parallel.mesh import Mesh
 from megavit.tasks.task import Sums, Task, make_task
 from megavit.train.config import RunConfig
 from megavit.train.ds_config import uses_bf16
-from megavit.train.ds_patches import deepspeed, safe_get_full_fp32_param, set_z3_leaf_modules
+from megavit.train.ds_patches import (
+    deepspeed,
+    keep_the_host_ahead,
+    safe_get_full_fp32_param,
+    set_z3_leaf_modules,
+    without_waits,
+)
 from megavit.train.optim import freeze, frozen_parts, keep_until_backward, optimizer_groups
+from megavit.train.step import PendingStep, StepResult
 from megavit.train.zero_state import ZeroState
-
-
-class StepResult(NamedTuple):
-    """One optimizer step, the same on every rank. `grad_norm` is the global one before clipping; `refused` is
-    empty, or says why the weights and moments were left as they were; `read` are the numbers that the caller
-    asked for; `metrics` are the task's, per unit."""
-
-    loss: float
-    grad_norm: float
-    refused: str
-    read: tuple[float, ...] = ()
-    metrics: Mapping[str, float] = {}
 
 
 class Engine:
@@ -66,10 +61,11 @@ class Engine:
         self._deepspeed, *_ = deepspeed.initialize(
             model=_Root(self.module),
             model_parameters=groups,
-            config=ds_config,
+            config=without_waits(ds_config),
             mpu=mesh,
             dist_init_required=False,
         )
+        keep_the_host_ahead(self._deepspeed.optimizer)
         self._statistics = logical_statistics(self.module)
         self.state = ZeroState(self._deepspeed, self.parameters, mesh, self._statistics)
         self._check_state()
@@ -77,7 +73,7 @@ class Engine:
             self.state.initialise()
         self._update = self._deepspeed.basic_optimizer.step
         self._deepspeed.basic_optimizer.step = self._update_unless_refused
-        self._step: _Step | None = None
+        self._step: PendingStep | None = None
 
     def train_step(
         self,
@@ -87,14 +83,27 @@ class Engine:
         norm_limit: float = math.inf,
         read: Tensor | None = None,
     ) -> StepResult:
+        """`start_step`, and wait for its result."""
+        return self.start_step(micro_batches, total_weight, lr, lambda: norm_limit, read).result()
+
+    def start_step(
+        self,
+        micro_batches: Iterable[Any],
+        total_weight: Tensor,
+        lr: float,
+        norm_limit: Callable[[], float],
+        read: Tensor | None = None,
+    ) -> PendingStep:
         """One optimizer step on `grad_accum` micro-batches, each as `Task.inputs` gives it.
 
         The loss and the task's metrics are their sums over the global batch divided by `total_weight`, its
         number of units: bad samples take no part. The update is refused, on all ranks alike, when some rank
-        finds the gradient's norm not finite or above `norm_limit`.
+        finds the gradient's norm not finite or above `norm_limit()`, which is called once, when the backward
+        passes have been queued: it may read the result of the step before without making the device wait.
 
         Beside DeepSpeed's own communication one all-reduce of two numbers and the metrics, and one copy to
-        the host, in which `read` (numbers on the device) comes along.
+        the host, in which `read` (numbers on the device) comes along. Nothing waits for it here, unless the
+        optimizer is one that cannot be told on the device to refuse (`_decides_on_device`).
         """
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
@@ -115,16 +124,15 @@ class Engine:
             self._deepspeed.backward(loss * (self.grad_accum * self.mesh.dp_size))
             if index + 1 < self.grad_accum:
                 self._deepspeed.step()  # counts the micro-batch; the weights move on the last one only
-        self._step = step = _Step(total, metrics, norm_limit, read)
+        self._step = step = PendingStep(self.mesh, total, metrics, norm_limit, read)
         if self._keeps_gradients_whole:
             step.grad_norm = self._whole_grad_norm()
         self._deepspeed.step()
-        result = self._agree(step)
-        if result.refused:
-            for statistic, before in zip(self._statistics.values(), statistics, strict=True):
-                statistic.copy_(before)
+        refused = self._decide(step) > 0
+        for statistic, before in zip(self._statistics.values(), statistics, strict=True):
+            statistic.copy_(torch.where(refused, before, statistic))
         self._step = None
-        return result
+        return step
 
     @torch.no_grad()
     def evaluate(self, inputs: Any) -> Sums:
@@ -164,46 +172,31 @@ class Engine:
                 squares[sharded] = squares[sharded] + parameter.grad.float().square().sum()
         return (squares[0] + reduce_from_tp(self.mesh, squares[1])).sqrt()
 
+    @property
+    def _decides_on_device(self) -> bool:
+        """Whether the optimizer leaves weights and moments as they are when a number on the device says so:
+        torch's fused Adam does. Others are not called, for which the host has to wait."""
+        optimizer = self._deepspeed.basic_optimizer
+        groups_are_fused = all(group.get("fused") for group in optimizer.param_groups)
+        return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and groups_are_fused
+
     def _update_unless_refused(self, *arguments: Any, **options: Any) -> Any:
         """In the optimizer's place: DeepSpeed calls it for each of its buffers, when the norm is known and
-        nothing has moved yet, and then goes on as after any step. (If the norm is not finite it leaves out
-        such a call by itself at stages 2 and 3.)"""
-        assert self._step is not None
-        return None if self._agree(self._step).refused else self._update(*arguments, **options)
+        nothing has moved yet, and then goes on as after any step."""
+        step = self._step
+        assert step is not None
+        refused = self._decide(step)
+        if self._decides_on_device:
+            self._deepspeed.basic_optimizer.found_inf = refused
+        elif step.result().refused:
+            return None
+        return self._update(*arguments, **options)
 
-    def _agree(self, step: _Step) -> StepResult:
-        """The step's result, found at the first call: the ranks' losses are added, and what one rank refuses
-        all refuse. Collective over the world."""
-        if step.result is None:
-            mesh = self.mesh
-            norm = step.grad_norm
-            if norm is None:
-                norm = self._deepspeed.optimizer._global_grad_norm
-            norm = torch.as_tensor(norm, dtype=torch.float64, device=mesh.device)
-            refused = ~(norm.isfinite() & (norm <= step.norm_limit))
-            mine = torch.stack([step.local_loss, *step.metrics.values()]).double()
-            mine = mine if mesh.tp_rank == 0 else torch.zeros_like(mine)
-            shared = sum_over_world(mesh, torch.cat([mine, refused.double()[None]]))
-            read = torch.empty(0, device=mesh.device) if step.read is None else step.read
-            numbers = torch.cat([shared, norm[None], read.double()]).tolist()  # waits for the device, once
-            loss_sum, *metrics = numbers[: len(mine)]
-            refusals, grad_norm, *others = numbers[len(mine) :]
-            reason = self._reason_to_refuse(step, loss_sum, grad_norm) if refusals else ""
-            named = dict(zip(step.metrics, metrics, strict=True))
-            step.result = StepResult(loss_sum, grad_norm, reason, tuple(others), named)
-        return step.result
-
-    def _reason_to_refuse(self, step: _Step, loss: float, grad_norm: float) -> str:
-        if math.isfinite(loss):
-            what = "not finite" if not math.isfinite(grad_norm) else f"above {step.norm_limit:.4g}"
-            return f"gradient norm {grad_norm:.4g} is {what}"
-        flags = torch.zeros(self.mesh.dp_size, device=step.local_loss.device)
-        flags[self.mesh.dp_rank] = float(not math.isfinite(float(step.local_loss)))
-        bad = sum_over_dp(self.mesh, flags).nonzero().flatten().tolist()
-        ranks = (
-            ", ".join(str(dp_rank * self.mesh.tp_size) for dp_rank in bad) or "none alone (the sum overflows)"
-        )
-        return f"loss is {loss} on rank(s) {ranks}"
+    def _decide(self, step: PendingStep) -> Tensor:
+        if step.refused is None:
+            known = step.grad_norm is not None
+            return step.decide(step.grad_norm if known else self._deepspeed.optimizer._global_grad_norm)
+        return step.refused
 
     def _check_state(self) -> None:
         """Write a pattern into one parameter through `state`, and read it through DeepSpeed's public API.
@@ -246,18 +239,6 @@ def _without_gradients(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_()
         for part, own in hooks.items():
             part._backward_hooks = own
-
-
-class _Step:
-    """What an optimizer step knows before its update, and its result as soon as the ranks have agreed."""
-
-    def __init__(
-        self, local_loss: Tensor, metrics: dict[str, Tensor], norm_limit: float, read: Tensor | None
-    ):
-        self.local_loss, self.metrics = local_loss, metrics
-        self.norm_limit, self.read = norm_limit, read
-        self.grad_norm: Tensor | None = None  # where DeepSpeed does not tell
-        self.result: StepResult | None = None
 
 
 class _Root(nn.Module):

@@ -51,5 +51,10 @@ class Guard:
     def gives_up(self) -> bool:
         return self.in_a_row >= self._config.max_skipped
 
+    @property
+    def may_give_up(self) -> bool:
+        """Whether one more refusal is one too many."""
+        return self.in_a_row + 1 >= self._config.max_skipped
+
     def state(self) -> dict[str, Any]:
         return {"norms": list(self._norms), "skipped": self.skipped, "in_a_row": self.in_a_row}

@@ -15,7 +15,7 @@ from megavit.data.bad import BadSample
 from megavit.data.cache import ShardCache
 from megavit.data.color import change_colors
 from megavit.data.config import DataConfig
-from megavit.data.device import mirror
+from megavit.data.device import mirror, to_device
 from megavit.data.fields import Batch, Field
 from megavit.data.lanes import DataState
 from megavit.data.loader import EvalLoader, Share, TrainLoader
@@ -90,7 +90,7 @@ def to_samples(batch: Batch, fields: Sequence[Field], data: DataConfig, mesh: Me
     size, flips = len(batch.flips), batch.flips if batch.flips.any() else None
 
     def whole(part: Tensor) -> Tensor:
-        part = part.to(mesh.device, non_blocking=True)
+        part = to_device(part, mesh.device)
         return gather_from_tp(mesh, part, 0)[:size] if data.tp == "split" else part
 
     found = {field.name: whole(batch.fields[field.name]) for field in fields}
@@ -100,7 +100,8 @@ def to_samples(batch: Batch, fields: Sequence[Field], data: DataConfig, mesh: Me
         found |= {
             field.name: change_colors(found[field.name], batch.colors) for field in fields if field.is_color
         }
-    return DeviceBatch(found, whole(batch.weights), batch.blends, batch.numbers)
+    blends = None if batch.blends is None else to_device(batch.blends, mesh.device)
+    return DeviceBatch(found, whole(batch.weights), blends, batch.numbers)
 
 
 @torch.no_grad()
@@ -113,7 +114,7 @@ def start_counts(batches: list[Batch], stop: bool, task: Task, data: DataConfig,
     counts = torch.stack([units, usable, torch.tensor(float(stop))])
     if data.tp == "replicate" and mesh.tp_rank:
         counts[:2] = 0
-    return sum_over_world(mesh, counts.to(mesh.device, non_blocking=True))
+    return sum_over_world(mesh, to_device(counts, mesh.device))
 
 
 def gather_bad(mine: list[BadSample], data: DataConfig, mesh: Mesh) -> list[BadSample]:

@@ -6,12 +6,14 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from megavit.data.bad import BAD_SAMPLES_FILE, BadSamples, TooManyBadSamples
+from megavit.data.bad import BAD_SAMPLES_FILE, BadSample, BadSamples, TooManyBadSamples
 from megavit.data.lanes import DataState, mix
 from megavit.data.loader import Batch, EvalLoader
 from megavit.data.manifest import DATA_FILE
@@ -28,8 +30,8 @@ from megavit.train.checkpoint.run_lock import RunLock
 from megavit.train.checkpoint.saver import SaveError, Saver, open_latest, restore
 from megavit.train.checkpoint.shared_io import run_together
 from megavit.train.config import RunConfig, plain_config, with_max_steps
-from megavit.train.ds_config import batch_advice, has_cuda_compiler, resolve_ds_config, slow_parts, uses_bf16
-from megavit.train.engine import Engine, StepResult
+from megavit.train.ds_config import batch_advice, resolve_ds_config, slow_parts, uses_bf16
+from megavit.train.engine import Engine
 from megavit.train.evaluation import evaluate
 from megavit.train.guard import Guard, TooManySkipped
 from megavit.train.inputs import (
@@ -46,6 +48,7 @@ from megavit.train.logging.log_file import LogFile
 from megavit.train.logging.monitor import LOG_FILE, Monitor, choose_run_dir, reference_results, say
 from megavit.train.preempt import PREEMPTED_FILE, StopRequest, stop_signals_blocked
 from megavit.train.schedule import lr_at
+from megavit.train.step import PendingStep, StepResult
 from megavit.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -61,6 +64,19 @@ class UselessRun(RuntimeError):
 
 class OutOfMemory(RuntimeError):
     """This rank's device, or its host, has no memory left; the message says what it was doing."""
+
+
+@dataclass
+class _Taken:
+    """An optimizer step that has been started: what its log line will need."""
+
+    step: int  # from 0
+    pending: PendingStep
+    lr: float
+    epoch: float
+    bad: list[BadSample]  # of this rank
+    data_time_s: float
+    step_time_s: float = 0.0
 
 
 def train(
@@ -97,6 +113,11 @@ class Trainer:
     keeps them.
     """
 
+    _unread: _Taken | None  # the step whose result the device still owes
+    _unlogged: _Taken | None  # the step that has been read, and not been accounted for
+    _some_rank_stops: bool  # as far as has been read
+    _is_under_way: bool  # a step of this start has been taken
+
     def __init__(
         self,
         run: RunConfig,
@@ -105,11 +126,7 @@ class Trainer:
         ds_overrides: Mapping[str, Any] | None = None,
     ):
         self.run, self.mesh = run, mesh
-        # Hosts may differ in what is installed: all ranks take the same optimizer.
-        has_compiler = not mesh.any(not has_cuda_compiler())
-        self.ds_config = resolve_ds_config(
-            raw_ds_config, mesh.dp_size, mesh.device.type, has_compiler=has_compiler
-        )
+        self.ds_config = resolve_ds_config(raw_ds_config, mesh.dp_size, mesh.device.type)
         if run.model.matmul == "fp8":
             check_device(mesh.device, bf16=uses_bf16(self.ds_config))
         if advice := batch_advice(self.ds_config, raw_ds_config):
@@ -214,13 +231,14 @@ class Trainer:
         result = self._evaluate_if_due(resuming=True)
         while self.step < self.last_step:
             taken = self._take_step(stop)
+            if taken is None:
+                continue  # nothing depends on what became of it, which is read while the device goes on
             if taken.refused and self.guard.gives_up:
                 self._roll_back(taken.refused)
                 continue
             if _is_due(self.step, self.run.checkpoint.every):
                 self._save()
-            *_, some_rank_stops = taken.read
-            if some_rank_stops:
+            if self._some_rank_stops:
                 self._stop_on_request(stop)
                 return None
             result = self._evaluate_if_due()
@@ -240,10 +258,9 @@ class Trainer:
         self.watchdog.stop()
         self.monitor.close()
 
-    def _take_step(self, stop: StopRequest) -> StepResult:
-        """One optimizer step: data, forward and backward, update or refusal, accounts, log line. The result's
-        `read` are the units and the usable samples of the global batch, and the number of ranks that were
-        asked to stop."""
+    def _take_step(self, stop: StopRequest) -> StepResult | None:
+        """One optimizer step: data, forward and backward, update or refusal. What became of it, if something
+        depends on it; else None, and the next step reads it, once the device has work to go on with."""
         started, step = time.perf_counter(), self.step
         self.monitor.begin_step(step)
         self.watchdog.at(f"waiting for the data of step {step + 1}")
@@ -258,30 +275,79 @@ class Trainer:
         micro_batches = self._inputs(batches)
         _seed_dropout(self.run.seed, step, self.mesh)
         lr = lr_at(step, self.run.max_steps, self.peak_lr, self.run.schedule)
-        result = self.engine.train_step(micro_batches, counts[0], lr, self.guard.limit, read=counts)
+        read = counts if largest is None else torch.cat([counts, largest[None].to(counts.dtype)])
+        pending = self.engine.start_step(micro_batches, counts[0], lr, self._norm_limit, read=read)
         self.step += 1
-        self.guard.record(not result.refused, result.grad_norm)
-        if result.refused:
-            self.monitor.log_skipped(self.step, result.refused, result.loss, result.grad_norm)
-        self._align_replicas_if_due()
-        self._account_for_bad_samples(batches, int(result.read[1]))
+        bad = [found for batch in batches for found in batch.bad]
+        self._unread = taken = _Taken(step, pending, lr, self.loader.passes(self.step), bad, data_time_s)
         self._log_saves()
+        self._account()
+        if self._is_known_now():
+            self._read()
+            taken.step_time_s = time.perf_counter() - started
+            return self._account()
+        taken.step_time_s = time.perf_counter() - started
+        return None
+
+    def _is_known_now(self) -> bool:
+        """Whether the device is waited for after this step, because something depends on what became of it.
+        The same on all ranks."""
+        run, step = self.run, self.step
+        everies = [run.checkpoint.every, run.check_every if self.mesh.tp_size > 1 else 0]
+        everies += [run.eval_every if one.every is None else one.every for one in self.eval_loaders]
+        is_first_of_start = not self._is_under_way
+        self._is_under_way = True
+        return (
+            is_first_of_start
+            or step == self.last_step
+            or any(_is_due(step, every) for every in everies)
+            or self.guard.may_give_up
+            or self._some_rank_stops
+            or (self._unread is not None and self._unread.pending.is_read)
+        )
+
+    def _norm_limit(self) -> float:
+        """For the update that comes next. What became of the one before has a part in it."""
+        self._read()
+        return self.guard.limit
+
+    def _read(self) -> None:
+        """Wait until the device has decided on the step that is not read yet."""
+        if taken := self._unread:
+            self._unread, self._unlogged = None, taken
+            result = taken.pending.result()
+            self.guard.record(not result.refused, result.grad_norm)
+
+    def _account(self) -> StepResult | None:
+        """Accounts and log line of the step that was read last; what became of it, None if all are done.
+        The `read` of a result are the units and the usable samples of the global batch, the number of ranks
+        that were asked to stop, and the largest attention score if it was measured."""
+        taken, self._unlogged = self._unlogged, None
+        if taken is None:
+            return None
+        result, done = taken.pending.result(), taken.step + 1
+        _, usable, stopping, *largest = result.read
+        self._some_rank_stops = self._some_rank_stops or bool(stopping)
+        if result.refused:
+            self.monitor.log_skipped(done, result.refused, result.loss, result.grad_norm)
+        self._align_replicas_if_due(done)
+        self._account_for_bad_samples(done, taken.bad, int(usable))
         self.monitor.log_step(
-            step,
+            taken.step,
             loss=result.loss,
             metrics=result.metrics,
-            lr=lr,
+            lr=taken.lr,
             grad_norm=result.grad_norm,
-            epoch=self.loader.passes(self.step),
+            epoch=taken.epoch,
             bad_samples=self.bad_samples.total,
             skipped_updates=self.guard.skipped,
-            step_time_s=time.perf_counter() - started,
-            data_time_s=data_time_s,
-            max_logit=largest,
+            step_time_s=taken.step_time_s,
+            data_time_s=taken.data_time_s,
+            max_logit=largest[0] if largest else None,
         )
         return result
 
-    def _max_attention(self, batch: Batch) -> float | None:
+    def _max_attention(self, batch: Batch) -> Tensor | None:
         # Before dropout is seeded and with inputs of its own: the step that follows is the same to the bit.
         samples = to_samples(batch, self._fields, self.run.data, self.mesh)
         return max_attention(self.engine, self.task.inputs(samples, self.mesh, training=True))
@@ -294,25 +360,26 @@ class Trainer:
                 self.monitor.show_pictures("train", 0, self.task.pictures(samples, inputs, _NUM_SHOWN))
             yield inputs
 
-    def _align_replicas_if_due(self) -> None:
+    def _align_replicas_if_due(self, step: int) -> None:
         """Keep the copies of replicated parameters equal to TP rank 0's, which is the one that is saved."""
-        if self.mesh.tp_size == 1 or not _is_due(self.step, self.run.check_every):
+        if self.mesh.tp_size == 1 or not _is_due(step, self.run.check_every):
             return
         if drifted := self.engine.state.align_replicas():
-            self.monitor.event(self.step, "replicas drifted", parameters=drifted)
+            self.monitor.event(step, "replicas drifted", parameters=drifted)
             self._say(
-                f"note: after step {self.step} the TP ranks' copies of {', '.join(drifted[:5])}"
+                f"note: after step {step} the TP ranks' copies of {', '.join(drifted[:5])}"
                 f"{f' and {len(drifted) - 5} more' if len(drifted) > 5 else ''} were not the same; all have "
                 f"TP rank 0's now"
             )
 
-    def _account_for_bad_samples(self, batches: list[Batch], usable: int) -> None:
+    def _account_for_bad_samples(self, step: int, mine: list[BadSample], usable: int) -> None:
         # The number of usable samples, and so this decision, is the same on every rank.
-        mine = [bad for batch in batches for bad in batch.bad]
         bad = gather_bad(mine, self.run.data, self.mesh) if usable < self.global_batch else []
         try:
-            self.bad_samples.add(self.step, self.global_batch, bad)
+            self.bad_samples.add(step, self.global_batch, bad)
         except TooManyBadSamples:
+            self._read()  # the step that has been taken meanwhile
+            self._account()
             self._save_and_wait()
             raise
 
@@ -467,6 +534,8 @@ class Trainer:
             self._shards, self.task, self.run, self.ds_config, self.mesh, data, left_out
         )
         self._batches = self.loader.batches(self.step, self.run.max_steps)
+        self._unread = self._unlogged = None
+        self._some_rank_stops = self._is_under_way = False
 
     def _export(self) -> None:
         out = Path(self.run.export_dir) if self.run.export_dir else self.run_dir / "export"

@@ -45,7 +45,8 @@ def measured(tp_size: int, changes: dict[str, Any], raw: dict[str, Any]) -> floa
     micro_batch = inputs(run, mesh, 0, BATCH // mesh.dp_size)[0]
     if engine.dtype == torch.bfloat16:
         micro_batch = micro_batch._replace(images=micro_batch.images.bfloat16())
-    return max_attention(engine, micro_batch)
+    found = max_attention(engine, micro_batch)
+    return None if found is None else float(found)
 
 
 @pytest.mark.parametrize(

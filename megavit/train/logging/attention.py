@@ -17,9 +17,10 @@ from megavit.train.engine import Engine
 
 
 @torch.no_grad()
-def max_attention(engine: Engine, inputs: Any) -> float | None:
+def max_attention(engine: Engine, inputs: Any) -> Tensor | None:
     """The largest |q . k| / sqrt(K) over the blocks and heads of the task's trunk and over all ranks'
-    micro-batches `inputs`; None if the task has no `trunk`. Infinite if one of them is not a number.
+    micro-batches `inputs`: [] on the device, infinite if one of them is not a number; None if the task has
+    no `trunk`.
 
     Costs a forward pass in evaluation mode, in which compiled blocks run uncompiled, and holds the matrices
     of one image. Collective over the world.
@@ -27,7 +28,7 @@ def max_attention(engine: Engine, inputs: Any) -> float | None:
     if not isinstance(getattr(engine.module, "trunk", None), MegaVit):
         return None
     largest = engine.call(_observe_largest, inputs)
-    return float(max_over_world(engine.mesh, largest.nan_to_num(nan=torch.inf)))
+    return max_over_world(engine.mesh, largest.nan_to_num(nan=torch.inf))
 
 
 def _observe_largest(module: Any, inputs: Any) -> Tensor:
