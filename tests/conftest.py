@@ -1,8 +1,8 @@
 """Fixtures shared by all tests; real shards, real processes.
 
-`make test` runs the files in two processes at once, so each test keeps to its `tmp_path` and to ports that it asked
-for (`tests.ranks.free_port`), counts only its own process and those below it, and never relies on how soon another
-process goes on. A file is the smallest part that moves between the two: split one that takes more than a minute.
+`make test` runs two files at a time, in two processes. So a test keeps to its `tmp_path` and to ports that it
+asked for (`tests.ranks.free_port`), counts its own process and those below it only, and never relies on how
+soon another process goes on. A file is the smallest part that is moved: split one that takes over a minute.
 """
 
 from __future__ import annotations
