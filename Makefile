@@ -12,11 +12,11 @@ MOSAICS := tests/explain/test_mosaics.py
 LABS := tests/cluster/test_lab.py tests/cluster/test_jobs.py tests/test_faults.py $(MOSAICS)
 # One job on each kind of cluster: SLURM, two hosts, mpirun, torchrun.
 SMOKE := tests/cluster/test_smoke.py tests/cluster/test_launchers.py
-# Two workers keep two cores busy: most tests are one thread, and those of several ranks wait. The tests of a file run
-# in one worker, in their order. A worker with its ranks takes up to 4 GiB.
+# Two workers keep two cores busy: most tests are one thread, and ranks wait for each other. A worker runs whole files,
+# the long ones first (tests/conftest.py), and takes up to 4 GiB with its ranks.
 WORKERS ?= 2
-TEST := python -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore=tests/cluster --ignore=tests/test_faults.py \
-	--ignore=$(MOSAICS)
+TEST := python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore=tests/cluster \
+	--ignore=tests/test_faults.py --ignore=$(MOSAICS)
 
 .PHONY: train evaluate explain test test-fast test-smoke test-cluster lint data clean
 .DELETE_ON_ERROR:
