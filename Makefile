@@ -14,7 +14,11 @@ REAL := tests/tasks/test_real.py
 LABS := tests/cluster/test_lab.py tests/cluster/test_jobs.py tests/test_faults.py $(MOSAICS) $(REAL)
 # One job on each kind of cluster: SLURM, two hosts, mpirun, torchrun.
 SMOKE := tests/cluster/test_smoke.py tests/cluster/test_launchers.py
-TEST := python -m pytest --ignore=tests/cluster --ignore=tests/test_faults.py --ignore=$(MOSAICS) --ignore=$(REAL)
+# Two workers keep two cores busy: most tests are one thread, and ranks wait for each other. A worker runs whole files,
+# the long ones first (tests/conftest.py), and takes up to 4 GiB with its ranks.
+WORKERS ?= 2
+TEST := python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore=tests/cluster \
+	--ignore=tests/test_faults.py --ignore=$(MOSAICS) --ignore=$(REAL)
 
 .PHONY: train evaluate explain dense test test-fast test-smoke test-cluster lint data clean
 .DELETE_ON_ERROR:

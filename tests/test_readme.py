@@ -25,19 +25,25 @@ SNIPPETS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SNIPPETS)
-def test_snippets_run(name: str, tmp_path: Path) -> None:
+def test_snippets_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches documentation that no longer works."""
     snippet = SNIPPETS[name]
     write_export(tmp_path / "exported")
     for photo in ("photo.jpg", "other.png"):
         Image.new("RGB", (40, 30), "red").save(tmp_path / photo)
-    command = [sys.executable, "-c", snippet]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    if "Engine" in snippet:  # a process of its own, since an engine is never freed
+        done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+    else:
+        exec(snippet, {"__name__": "__main__"})
+    printed = capsys.readouterr().out
     if "megavit.load" in snippet:
-        assert done.stdout.startswith("[[('")
+        assert printed.startswith("[[('")
     if "# 22385134489" in snippet:
-        assert done.stdout.strip() == "22385134489"
+        assert printed.strip() == "22385134489"
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def same(found: Evaluation, expected: Evaluation) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("ranks", "tp_size"), [(2, 1), (3, 1), (4, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(("ranks", "tp_size"), [(3, 1), (4, 2)])
 def test_all_layouts_find_the_same(
     ranks: int, tp_size: int, model: Path, colours: Path, outside: Path, single: Evaluation, tmp_path: Path
 ) -> None:
@@ -124,7 +124,7 @@ def main_that_cannot_write(argv: list[str]) -> tuple[int, str, str]:
 def test_with_the_launcher(
     model: Path, colours: Path, outside: Path, single: Evaluation, tmp_path: Path
 ) -> None:
-    """Catches a launcher's own words that are taken for the model."""
+    """Catches a launcher's own words that are taken for the model, and shards of it whose results differ."""
     more = ["--out", tmp_path / "out", "--cache_dir", tmp_path / "cache", "--tensor_parallel_size", 2]
     done = subprocess.run(
         [*starter(2), PROGRAM, str(model), *map(str, [*words(colours, outside), *more])],

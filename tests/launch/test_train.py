@@ -77,12 +77,12 @@ def test_same_seed_twice_is_bitwise_equal_and_another_seed_is_not(
     """Catches any source of randomness that the seed does not fix, and threads that spin while they wait."""
     monkeypatch.setenv("OMP_DISPLAY_ENV", "true")
     again = launch(reference.folder.with_name("again"), digits, *SHORT, ranks=None)
-    other = train(reference.folder.with_name("other"), digits, *SHORT, "--seed", "1")
+    other = train(reference.folder.with_name("other"), digits, *SHORT, "--seed", "1", "--stop_at_step", "2")
     assert again.code == other.code == 0, again.output
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in again.output  # as OpenMP has read it
     assert [row["loss"] for row in again.steps] == [row["loss"] for row in reference.steps]
     assert all(torch.equal(again.weights[name], w) for name, w in reference.weights.items())
-    assert not torch.equal(other.weights["head.weight"], reference.weights["head.weight"])
+    assert other.steps[1]["loss"] != reference.steps[1]["loss"]
 
 
 @pytest.mark.dist

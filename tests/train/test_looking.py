@@ -31,8 +31,6 @@ BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 # ranks, tp_size, ZeRO configuration, fields of the model and of the run
 CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "stage 3, one rank": (1, 1, ds_config(3), {}, {}),
-    "stage 3, dp 2": (2, 1, ds_config(3, micro_batch=2), {}, {}),
-    "stage 3, tp 2": (2, 2, ds_config(3), {}, {}),
     "stage 3, tp 3": (3, 3, ds_config(3), {}, {}),
     "stage 3, dp 2 x tp 2": (4, 2, ds_config(3, micro_batch=2), {}, {}),
     "stage 3, dp 2, persistent": (
@@ -45,7 +43,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], dict[str, Any]]
     "stage 3, dp 2, frozen": (2, 1, ds_config(3), {}, {"freeze": "trunk.embed,trunk.prefix,trunk.blocks.0"}),
     "stage 2, dp 2 x tp 2": (4, 2, ds_config(2, micro_batch=2), {}, {"recompute": "selective"}),
     "stage 0, dp 2": (2, 1, ds_config(0), {}, {}),
-    "stage 3, dp 2 x tp 2, bf16": (4, 2, ds_config(3, **BF16), {}, {}),
+    "stage 3, tp 2, bf16": (2, 2, ds_config(3, **BF16), {}, {}),
 }
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.ranks import run_ranks
 from tests.train.runs import ds_config, log_of, small_run, steps_of, train_here
 
-STEPS, STOP = 12, 5
+STEPS, STOP = 8, 3
 # (tp, dp, ZeRO configuration)
 LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "tp 2, dp 2, stage 3": (2, 2, ds_config(3)),
