@@ -1,5 +1,5 @@
-"""What goes wrong in runs of dense heads: kills, damage, changed exports, drifting copies; and exact results of
-uneven batches."""
+"""What goes wrong in runs of dense heads: kills, damage, changed exports, drifting copies; and exact results
+of uneven batches."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def trunk(tmp_path: Path) -> Path:
 
 
 def train_until_killed(run: RunConfig, raw: dict[str, Any]) -> str:
-    """In a fresh rank: `train_here`, in which rank 1 is killed in the middle of its first evaluation, with all
-    saves committed."""
+    """In a fresh rank: `train_here`, in which rank 1 is killed in the middle of the first evaluation, with
+    all saves committed."""
     from megavit.train import loop
 
     def die(done: int) -> None:
@@ -56,7 +56,8 @@ def train_until_killed(run: RunConfig, raw: dict[str, Any]) -> str:
     def evaluate(self: loop.Trainer, name: str, loader: EvalLoader) -> dict[str, float]:
         self.saver.wait()
         loop.evaluate(self.engine, loader, self.bad_samples, self.step, self.watchdog, die)
-        raise AssertionError("rank 1 should have been killed")
+        signal.pause()  # until the test ends the others
+        return {}
 
     loop.Trainer._evaluate = evaluate  # type: ignore[method-assign]
     return train_here(run, raw)
@@ -105,14 +106,10 @@ def test_kills_damage_and_changed_exports(data: Path, trunk: Path, tmp_path: Pat
     assert again(dataclasses.replace(run, checkpoint=previous)) == ""
     assert [row["step"] for row in log_of(Path(run.run_dir)) if row.get("event") == "resumed"][-1:] == [3]
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
-    evaluated = [
-        [row["step"] for row in log_of(tmp_path / one) if row.get("eval") == "val"]
-        for one in ("run", "whole")
-    ]
-    assert evaluated[0] == evaluated[1] == [8, 12]
-    assert result(tmp_path / "run", "abs_rel") == pytest.approx(
-        result(tmp_path / "whole", "abs_rel"), rel=1e-4
-    )
+    for one in ("run", "whole"):
+        assert [row["step"] for row in log_of(tmp_path / one) if row.get("eval") == "val"] == [8, 12]
+    expected = result(tmp_path / "whole", "abs_rel")
+    assert result(tmp_path / "run", "abs_rel") == pytest.approx(expected, rel=1e-4)
 
 
 def drift(run: RunConfig, names: list[str]) -> tuple[list[str], list[str]]:
@@ -144,13 +141,14 @@ def test_uneven_batches_are_measured_exactly(data: Path, tmp_path: Path, name: s
     """Catches images that count twice, or not at all, where the last batches of the ranks are not full, and
     means over batches or ranks: 7 images over 2 ranks with micro-batches of 2, and over 4 ranks with TP."""
     found = []
-    for ranks, tp, micro_batch in ((1, 1, 8), (2, 1, 2), (4, 2, 2)):
+    for ranks, tp, micro_batch in ((1, 1, 4), (2, 1, 2), (4, 2, 2)):
         changes = {"tensor_parallel_size": tp, "max_steps": 1, "eval_every": 1}
         run = dense_run(data, tmp_path / str(ranks), HEADS[name], **changes)
-        raw = ds_config(2, batch=8, micro_batch=micro_batch)
+        raw = ds_config(2, batch=4, micro_batch=micro_batch)
         raw["optimizer"]["params"] |= {"lr": 1e-12, "weight_decay": 0.0}
         assert run_ranks(ranks, train_here, run, raw) == [""] * ranks
         (row,) = (row for row in log_of(tmp_path / str(ranks)) if row.get("eval") == "val")
         found.append({key: value for key, value in row.items() if key.startswith("eval/val/")})
     assert found[0]["eval/val/samples"] == 7 and len(found[0]) > 4
-    assert found[1:] == [pytest.approx(found[0], abs=1e-6)] * 2
+    assert found[1] == pytest.approx(found[0], abs=1e-6)
+    assert found[2] == pytest.approx(found[0], rel=1e-5)  # TP adds in another order, and a logarithm follows
