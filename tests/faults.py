@@ -1,5 +1,5 @@
 """Injects faults into real training jobs and measures what they cost: `python -m tests.faults [--saves N]
-[NAME ...]`.
+[--task TASK] [NAME ...]`.
 
 Prints a Markdown table: what happened, seconds until every process of the job was gone, steps that had to be
 done again, and whether the resumed run's losses equal an uninterrupted run's to the bit. Each job is two
@@ -26,6 +26,7 @@ from tests.data.shards import flip_bit, reading_hangs, truncate
 from tests.disks import fill, small_disk
 from tests.jobs import EVERY, LIMIT_S, RANKS, STEPS, TIMEOUT_S, HostsJob, Job
 from tests.lab.hosts import HostsLab, hosts_missing
+from tests.tasks.dense_data import SIDE, write_dense
 from tests.train.runs import steps_of
 
 
@@ -50,27 +51,41 @@ HEADER = (
 )
 
 
-class Faults:
-    """The faults, each a method; `whole` is the run that has none."""
+# What the jobs train: a recipe, and flags. The heads stand on a frozen trunk, of the seed's weights.
+_DENSE = ("--init_from=", "--model.name", "vit_tiny", "--model.image_size", str(SIDE))
+TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "classify": ("digits", ()),
+    "depth": ("depth_dpt", ("--task.head_width", "8", *_DENSE)),
+    "segment": ("ade20k_linear", ("--task.classes", "3", *_DENSE)),
+}
 
-    def __init__(self, folder: Path, saves: int = 20):
-        self.folder, self.saves = folder, saves
-        self.data = folder / "digits"
-        write_splits(digits_splits(), self.data, shard_size=100, workers=2)
+
+class Faults:
+    """The faults, each a method; `whole` is the run that has none. Those of other tasks than `classify` have
+    one shard only."""
+
+    def __init__(self, folder: Path, saves: int = 20, task: str = "classify"):
+        self.folder, self.saves, self.task = folder, saves, task
+        self.data = folder / "data"
+        if task == "classify":
+            write_splits(digits_splits(), self.data, shard_size=100, workers=2)
+        else:
+            write_dense(self.data)
         self._whole: dict[tuple[str, ...], list[tuple[int, float]]] = {}
         self._random = random.Random(0)
 
     def whole(self, *flags: str) -> list[tuple[int, float]]:
         """Losses of an uninterrupted run with these flags."""
         if flags not in self._whole:
-            job = Job(self.folder / f"whole-{len(self._whole)}", self.data, *flags)
+            job = self.job(f"whole-{len(self._whole)}", *flags)
             _, code = job.finish()
             assert code == 0, job.output.read_text()[-3000:]
             self._whole[flags] = job.losses()
         return self._whole[flags]
 
     def job(self, name: str, *flags: str) -> Job:
-        return Job(self.folder / name, self.data, *flags)
+        recipe, own = TASKS[self.task]
+        return Job(self.folder / name, self.data, *own, *flags, recipe=recipe)
 
     def end(
         self, job: Job, fault: str, happened: str, gone_s: float | None, flags: tuple[str, ...] = ()
@@ -301,12 +316,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"faults to inject ({', '.join(NAMES)})")
+    parser.add_argument("--task", choices=TASKS, default="classify", help="what the jobs train (classify)")
     parser.add_argument("--saves", type=int, default=20, help="random moments in a row (20)")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(NAMES):
         parser.error(f"unknown fault {sorted(unknown)[0]!r}; there are {', '.join(NAMES)}")
     with tempfile.TemporaryDirectory() as folder:
-        faults = Faults(Path(folder), arguments.saves)
+        faults = Faults(Path(folder), arguments.saves, arguments.task)
         print(HEADER, flush=True)
         outcomes = []
         for name in arguments.names or NAMES:

@@ -26,8 +26,8 @@ LIMIT_S = 900  # for what takes a minute on a quiet machine
 class Job:
     """A training job in a run folder of its own; `start` again on the same one goes on with it."""
 
-    def __init__(self, folder: Path, data: Path, *flags: str):
-        self.folder, self.data, self.flags = folder, data, flags
+    def __init__(self, folder: Path, data: Path, *flags: str, recipe: str = "digits"):
+        self.folder, self.data, self.flags, self.recipe = folder, data, flags, recipe
         self.run_dir = folder / "run"
         self.output = folder / "output.txt"
         self.process: subprocess.Popen[bytes] | None = None
@@ -52,7 +52,7 @@ class Job:
                 "--run_dir",
                 str(self.run_dir),
                 "--config",
-                str(ROOT / "launch" / "recipes" / "digits.yaml"),
+                str(ROOT / "launch" / "recipes" / f"{self.recipe}.yaml"),
                 "--data.shards",
                 f"{self.data}/train-*.tar",
                 "--data.val_shards=",

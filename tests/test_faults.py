@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import Faults
+from tests.jobs import EVERY
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -28,6 +29,21 @@ def test_kill_while_saving(faults: Faults) -> None:
     """Catches a half-written checkpoint that counts, and one that is lost by it."""
     outcome = faults.kill_in_save()
     assert outcome.equal == "yes" and outcome.lost_steps <= 3 and outcome.gone_s is not None, outcome
+
+
+@pytest.fixture(scope="module", params=["depth", "segment"])
+def dense(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Faults:
+    return Faults(tmp_path_factory.mktemp(request.param), saves=2, task=request.param)
+
+
+@pytest.mark.parametrize("fault", ["kill_rank", "kill_in_save", "flipped_bit"])
+def test_heads_on_a_frozen_trunk(dense: Faults, fault: str) -> None:
+    """Catches a decoder, or its running statistics, that come back otherwise than a classifier does: after a
+    kill, after one in the middle of a save, and from a damaged checkpoint."""
+    outcome = getattr(dense, fault)()
+    # From the checkpoint before the damaged one it is as many steps more.
+    lost = 3 + EVERY * (fault == "flipped_bit")
+    assert outcome.equal == "yes" and outcome.lost_steps <= lost and outcome.gone_s is not None, outcome
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

@@ -74,8 +74,7 @@ def test_a_frozen_trunk_keeps_the_taps_only() -> None:
 
 
 def test_tp_sizes_that_the_head_cannot_have_are_left_out() -> None:
-    """Catches a search that ends at a head of a single attention head, and one that forgets why it found
-    none."""
+    """Catches a search that a head of a single attention head ends, and one that does not say why."""
     task = SegmentConfig(classes=5, head="segmenter", head_width=64)
     run = RunConfig(model=MODEL, task=task)
     cluster = Cluster(gpu_named("h100"), 1, 2)
