@@ -28,7 +28,7 @@ def losses(device: str, dtype: torch.dtype) -> list[float]:
     """Ten steps with float32 master weights, as ZeRO keeps them, and a model of `dtype`."""
     model, found = small_model(device, dtype), []
     masters = [parameter.detach().float().requires_grad_() for parameter in model.parameters()]
-    optimizer = torch.optim.AdamW(masters, lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(masters, lr=3e-4, fused=True)
     for step in range(STEPS):
         images, labels = pictures(BATCH, device, step % 2)
         loss = F.cross_entropy(model(images.to(dtype)), labels)
@@ -48,8 +48,8 @@ def losses(device: str, dtype: torch.dtype) -> list[float]:
 def test_ten_steps_in_bfloat16_follow_float32(device: str) -> None:
     """Catches kernels that compute something else than the CPU's: the losses come apart at once."""
     expected = losses("cpu", torch.float32)
-    assert losses(device, BF16) == pytest.approx(expected, rel=3e-2)
-    assert losses(device, torch.float32) == pytest.approx(expected, rel=1e-2)  # TF32 is off, sums differ
+    assert losses(device, BF16) == pytest.approx(expected, abs=0.1)  # they fall from 2.2 to 0.1
+    assert losses(device, torch.float32) == pytest.approx(expected, abs=0.02)  # sums in another order
     assert expected[-1] < 0.8 * expected[0]
 
 
@@ -103,8 +103,16 @@ def _allocates(event: Any) -> bool:
     return any(child.name.startswith("aten::empty") or _allocates(child) for child in own)
 
 
-@on_both
-@pytest.mark.parametrize(("head_dim", "tokens"), [(64, 256), (64, 257), (80, 50), (88, 197), (128, 257)])
+@pytest.mark.parametrize(
+    ("device", "head_dim", "tokens"),
+    [
+        ("cpu", 64, 257),
+        *(
+            pytest.param("cuda", *sizes, marks=pytest.mark.gpu)
+            for sizes in [(64, 256), (64, 257), (80, 50), (88, 197), (96, 256), (104, 256), (128, 257)]
+        ),
+    ],
+)
 def test_a_fused_kernel_does_the_attention(device: str, head_dim: int, tokens: int) -> None:
     """Catches attention through a matrix of scores, and a kernel that selective recomputation does not know
     and so computes twice."""

@@ -106,8 +106,13 @@ def tensor_parallel(rank: int, size: int, store: str, device: str, policy: str) 
     return found
 
 
-@on_both
-@pytest.mark.parametrize("policy", ["none", "selective"])
+@pytest.mark.parametrize(
+    ("device", "policy"),
+    [
+        ("cpu", "selective"),
+        *(pytest.param("cuda", policy, marks=pytest.mark.gpu) for policy in ("none", "selective", "full")),
+    ],
+)
 def test_two_ranks_on_one_device_are_one_model(device: str, policy: str, tmp_path: Path) -> None:
     """Catches collectives that overtake the kernels whose results they send: wrong sums, on a GPU only."""
     two = in_processes(2, tensor_parallel, 2, str(tmp_path / "store"), device, policy)
