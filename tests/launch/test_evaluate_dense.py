@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -161,6 +162,20 @@ def test_nyu_in_both_forms_and_kitti(depth: Path, tmp_path: Path) -> None:
     found = evaluate(depth, tmp_path / "val", "--tasks", "kitti", "--data_root", root)
     assert found.recorded.results[0].settings["images"] == "val of the annotated depth"
     assert found.recorded.results[0].count == (3, 3, 0)
+
+
+def test_a_folder_of_pngs_says_its_scale(depth: Path, tmp_path: Path) -> None:
+    """Catches depth in an unknown unit that is taken for metres, and a dense.json that is not looked at."""
+    root = tmp_path / "own"
+    planes = make_depthfolder(root, "png", ("train", "val"))["val"]
+    words = ["--tasks", "depth", "--data", root]
+    found = evaluate(depth, tmp_path / "out", *words)
+    assert found.code == 1 and str(root / "dense.json") in found.recorded.failed[0].error
+    (root / "dense.json").write_text(json.dumps({"depth": {"scale": 0.0005, "max_m": 20}}))
+    found = evaluate(depth, tmp_path / "out", *words)
+    maps = maps_of(depth, [root / name for name in planes], tmp_path / "maps")
+    pairs = [(one, plane * 0.0005) for one, plane in zip(maps, planes.values(), strict=True)]
+    check(found, "depth", "own", depth_reference(pairs, 20), (3, 3, 0))
 
 
 def segmentation_reference(pairs: Sequence[tuple[np.ndarray, np.ndarray]], classes: int) -> dict[str, float]:
