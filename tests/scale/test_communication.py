@@ -91,7 +91,7 @@ FROZEN = [
 DENSE = [
     case(stage=3, stage3_param_persistence_threshold=100, freeze="trunk", task=DepthConfig(head_width=8)),
     case(stage=3, bf16=True, accum=2, task=SegmentConfig(classes=3, layers="3")),
-    case(tp=2, stage=2, task=SegmentConfig(classes=3, head="segmenter")),
+    case(tp=2, stage=2, task=SegmentConfig(classes=3, head="segmenter", head_width=128)),
     case(tp=2, stage=3, freeze="trunk", task=SegmentConfig(classes=3, head="upernet", head_width=8)),
 ]
 # Four ranks are for what two cannot be: tensor- and data-parallel at once, and shares of more than a half.

@@ -132,7 +132,7 @@ def test_each_recipe_runs_and_leaves_pictures(tmp_path: Path) -> None:
         words += ["--config", str(ROOT / "launch" / "recipes" / f"{name}.yaml"), "--max_steps", "2"]
         words += ["--ds.train_batch_size", "8", "--schedule.warmup_steps", "0"]
         words += ["--data.shards", f"{data}/train-*.tar", "--data.val_shards", f"{data}/test-*.tar"]
-        run = train_with([*words, "--run_dir", str(tmp_path / "runs" / name)], tmp_path / "runs" / name)
+        run = train_with([*words, "--run_dir", str(tmp_path / f"{name}-run")], tmp_path / f"{name}-run")
         assert run.code == 0, run.output
         assert f"eval/val/{metric}" in run.evaluations[-1]
         assert run.output.index("this run") > run.output.index(f"final {metric}")

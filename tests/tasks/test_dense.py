@@ -301,9 +301,9 @@ def bad_planes(name: str) -> dict[str, tuple[dict[str, bytes], str]]:
 def test_bad_planes_are_bad_samples_with_a_reason(tmp_path: Path, name: str) -> None:
     """Catches planes that stop a run, that are learned from or measured silently, or that are unpickled; and
     evaluations in which they count."""
-    data, folder = write_dense(tmp_path / "data", train=40), tmp_path / "run"
+    bad, folder = bad_planes(name), tmp_path / "run"
+    data = write_dense(tmp_path / "data", train=48 - len(bad))  # an epoch of one batch
     picture, _, _ = scene(np.random.default_rng(3))
-    bad = bad_planes(name)
     for copy in ("bad-train", "bad-val"):
         with wds.TarWriter(str(data / f"{copy}.tar"), encoder=False, mtime=0) as tar:
             for kind, (members, _) in bad.items():
