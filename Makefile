@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DIGITS := data/digits/baselines.json
-DENSE := data/motorcycle/baselines.json data/mosaics/baselines.json
+DENSE := data/motorcycle/baselines.json data/mosaics/baselines.json data/moving_digits/baselines.json
 MASTER_PORT ?= 29500
 
 # Whole clusters, SLURM's limits in minutes, jobs killed again and again, models trained to be explained: tests for
@@ -39,7 +39,8 @@ explain: $(DIGITS)
 		$${run%/export} --data data/digits --num 8 --train data/digits --methods located,frozen,relevance,occlusion_3x3
 
 # Decoders on real pictures, a minute or two each: depth in a photo; the digits of mosaics, on a trunk of random weights and
-# on that of the demo's newest run. What they see and say is in runs/dense-*/*/pictures.
+# on that of the demo's newest run; where digits move, by one frame and by four. What they see and say is in
+# runs/dense-*/*/pictures.
 DENSE_RUNS := runs/dense-$(shell date +%Y%m%d-%H%M%S)
 DENSE_TRAIN := . $(BIN)/activate && OMP_NUM_THREADS=1 python launch/train.py --deepspeed_config ds_configs/zero3_fp32.json
 dense: $(DIGITS) $(DENSE)
@@ -48,7 +49,11 @@ dense: $(DIGITS) $(DENSE)
 	$(DENSE_TRAIN) --config launch/recipes/mosaics.yaml --ds.train_batch_size 64 --run_dir $(DENSE_RUNS)/segment-random
 	$(DENSE_TRAIN) --config launch/recipes/mosaics.yaml --ds.train_batch_size 64 --run_dir $(DENSE_RUNS)/segment \
 		--trunk "$$(ls -td runs/vit_tiny-*/export | head -n 1)"
-# the clips of moving digits come here
+	$(DENSE_TRAIN) --config launch/recipes/moving_digits.yaml --ds.train_batch_size 32 --ds.optimizer.params.lr 3e-3 \
+		--run_dir $(DENSE_RUNS)/video-one-frame --trunk "$$(ls -td runs/vit_tiny-*/export | head -n 1)" \
+		--task.head attentive --task.frames 1
+	$(DENSE_TRAIN) --config launch/recipes/moving_digits.yaml --ds.train_batch_size 32 --ds.optimizer.params.lr 3e-3 \
+		--run_dir $(DENSE_RUNS)/video --trunk "$$(ls -td runs/vit_tiny-*/export | head -n 1)"
 
 data: $(DIGITS)
 

@@ -1,7 +1,7 @@
 """WebDataset shards: write them from a data set, index them, check them, and see what a step reads.
 
     python launch/shards.py digits | cifar10 | cifar100 | imagefolder   [--root R] [--out O]
-    python launch/shards.py motorcycle | mosaics   --out O
+    python launch/shards.py motorcycle | mosaics | moving_digits   --out O
     python launch/shards.py nyu | kitti | depthfolder | ade20k | voc | segfolder | kinetics   --root R --out O
     python launch/shards.py index 'data/train-{000000..000099}.tar' --out data
     python launch/shards.py verify data/train.manifest.json
@@ -66,6 +66,7 @@ def _add_writers(commands: argparse._SubParsersAction[Parser]) -> None:
     add("imagefolder", "folders of images: ROOT[/train|val|test]/CLASS/*.jpg", 1000, True, None)
     add("motorcycle", "depth: strips of scikit-image's stereo_motorcycle", 100, False, None)
     add("mosaics", "masks: mosaics of scikit-learn's digits", 100, False, None)
+    add("moving_digits", "videos: scikit-learn's digits, moving in one of four directions", 100, False, None)
     for name, help in _DENSE.items():
         _add_options(name, add(name, help, 1000 if name != "kinetics" else 200, True, None))
 
@@ -182,6 +183,10 @@ def _data_set(arguments: argparse.Namespace) -> DataSet:
             return write_demo.motorcycle_set()
         case "mosaics":
             return write_demo.mosaics_set()
+        case "moving_digits":
+            from megavit.data.write_demo_videos import moving_digits_set
+
+            return moving_digits_set()
         case "imagefolder":
             splits = write.folder_splits(root)
             kinds = f"samples are made of {', '.join(IMAGE_EXTENSIONS)} in class folders"

@@ -22,7 +22,7 @@ from megavit.parallel.layout import Layout
 from megavit.parallel.linear import Linear
 
 # Of the size of a token behind the trunk's norm. ViT's usual 0.02 is lost among these: on digits that move
-# (tests/tasks/moving_digits.py) heads then told the axis and not the direction after 200 steps.
+# heads then told the axis and not the direction after 200 steps.
 _TIME_STD = 0.5
 
 

@@ -41,6 +41,26 @@ def test_depth_is_better_than_that_of_each_row(tmp_path: Path, seed: int) -> Non
     assert run.evaluations[-1]["eval/val/abs_rel"] < 0.176
 
 
+def test_only_the_order_of_frames_tells_where_a_digit_moves(digits: Path, tmp_path: Path) -> None:
+    """Catches videos of which one frame tells the direction, frames in another order than the video's, and a
+    head that does not look at their order: a quarter of the answers would be right by chance."""
+    demo = train(tmp_path / "demo", digits)
+    assert demo.code == 0, demo.output
+    heads = {
+        "temporal": [],
+        "attentive": ["--task.head", "attentive"],
+        "one frame": ["--task.head", "attentive", "--task.frames", "1"],
+        "no order": ["--task.head", "attentive", "--task.time_embedding", "false"],
+    }
+    found = {}
+    for name, flags in heads.items():
+        words = ["--trunk", str(demo.folder), "--ds.optimizer.params.lr", "3e-3", *flags]
+        run = run_recipe("moving_digits", tmp_path / name, 32, *words)
+        found[name] = run.evaluations[-1]["eval/val/top1"]
+    assert min(found["temporal"], found["attentive"]) > 0.8, found
+    assert max(found["one frame"], found["no order"]) < 0.4, found
+
+
 def test_a_trunk_that_knows_digits_segments_them(digits: Path, tmp_path: Path) -> None:
     """Catches a trunk that is not loaded, or whose patches say no more than those of random weights do."""
     demo = train(tmp_path / "demo", digits)

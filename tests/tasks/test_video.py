@@ -17,6 +17,8 @@ from torch import nn
 
 from megavit.cli import parse_run
 from megavit.data.config import DataConfig
+from megavit.data.write_demo_videos import DIRECTIONS, moving, moving_digits_set, places
+from megavit.launch.shards import main as shards
 from megavit.model.config import ModelConfig
 from megavit.model.video import AttentiveProbe, TemporalTransformer
 from megavit.parallel.init import Initializer
@@ -32,7 +34,6 @@ from tests.train.runs import ds_config, log_of, small_run, steps_of, train_here
 
 pytest.importorskip("av", reason="videos need PyAV: pip install 'megavit[video]'")
 from megavit.tasks.video import VideoModule, VideoTask
-from tests.tasks.moving_digits import DIRECTIONS, moving, places, write_videos
 
 ROOT = Path(__file__).parents[2]
 SIDE, TRAINED, TESTED = 16, 40, 13
@@ -47,7 +48,16 @@ HEADS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_videos(tmp_path_factory.mktemp("videos"), TRAINED, TESTED)
+    """Some of the moving digits in folders, as Kinetics comes, and shards of them."""
+    folder = tmp_path_factory.mktemp("videos")
+    for split, count in zip(moving_digits_set().splits, (TRAINED, TESTED), strict=True):
+        name = "val" if split.name == "test" else split.name
+        for number in range(count):
+            path = folder / "videos" / name / list(DIRECTIONS)[number % 4] / f"{number:05}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(split.load(number)["mp4"])
+    assert shards(["kinetics", "--root", str(folder / "videos"), "--out", str(folder)]) == 0
+    return folder
 
 
 def video_run(data: Path, folder: Path, task: TaskConfig, **changes: Any) -> RunConfig:
@@ -152,7 +162,7 @@ def test_no_frame_of_a_moving_digit_tells_its_direction() -> None:
     ]
     assert all(one == found[0] for one in found)
     assert places("left", (3, 5), 1)[::-1] == places("right", (3, 5), 1)
-    ink = np.full((8, 8), 16)
+    ink = np.full((8, 8), 255, np.uint8)
     frames = moving(ink, places("down", (4, 4), 0))
     assert [int(frame.any(1).argmax()) for frame in frames[2:]] == [3, 5, 7, 9]
     assert frames.shape == (6, SIDE, SIDE) and len({frame.tobytes() for frame in frames}) == 6
