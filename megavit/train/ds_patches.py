@@ -91,6 +91,22 @@ def _grad_norm(optimizer: Any, gradients: Any, parameters: Any, norm_type: float
 _stage3.DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct = _grad_norm
 
 
+class _Accelerator:
+    """DeepSpeed's, which does not wait when it is told to."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(deepspeed.accelerator.get_accelerator(), name)
+
+    def synchronize(self, *device: Any) -> None:
+        pass
+
+
+# Stage 3 gathers what is never partitioned again after each update, and waits for the whole device; but the
+# collectives' own handles have made the current stream wait for them before.
+_partition_parameters = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
+_partition_parameters.get_accelerator = _Accelerator  # type: ignore[attr-defined]
+
+
 def without_waits(ds_config: dict[str, Any]) -> dict[str, Any]:
     """The configuration without what makes the host wait for the device in each step to no purpose here: the
     timer of DeepSpeed's own throughput, and a second look at what the norm tells."""

@@ -125,7 +125,7 @@ def test_the_commands_of_make_dense_are_understood(tmp_path: Path, monkeypatch: 
 @pytest.mark.slow
 def test_each_recipe_runs_and_leaves_pictures(tmp_path: Path) -> None:
     """Catches shards that a recipe cannot read, and a demo that shows nothing."""
-    for name, metric, sheet in (("motorcycle", "abs_rel", 2), ("mosaics", "miou", 2)):
+    for name, metric, rows in (("motorcycle", "abs_rel", 1), ("mosaics", "miou", 2)):
         data = tmp_path / name
         assert shards([name, "--out", str(data), "--workers", "2"]) == 0
         words = ["--deepspeed_config", str(ROOT / "ds_configs/zero3_fp32.json")]
@@ -137,5 +137,5 @@ def test_each_recipe_runs_and_leaves_pictures(tmp_path: Path) -> None:
         assert f"eval/val/{metric}" in run.evaluations[-1]
         assert run.output.index("this run") > run.output.index(f"final {metric}")
         picture = Image.open(run.folder / "pictures" / "step_00000002_val.png")
-        assert picture.width > 4 * 128 and picture.height > sheet * 128
+        assert picture.width > 4 * 128 and picture.height > rows * 128
         assert (run.folder / "export" / "task.safetensors").is_file()

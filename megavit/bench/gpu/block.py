@@ -53,8 +53,8 @@ class Way:
 
 
 def ways(micro_batches: tuple[int, ...]) -> Iterator[Way]:
-    """Every policy, compiled and eager, at the first micro-batch; compiled ones at the others; attention
-    backends and our own norm at the first."""
+    """At the first micro-batch both policies with few repeated FLOPs, compiled and eager; compiled at the
+    others; then, eager, full recomputation, attention backends and our own norm."""
     first, *others = micro_batches
     kept: tuple[Recompute, ...] = ("none", "selective")
     for recompute in kept:
@@ -63,8 +63,7 @@ def ways(micro_batches: tuple[int, ...]) -> Iterator[Way]:
     for micro_batch in others:
         for recompute in kept:
             yield Way(micro_batch, recompute, True)
-    for compiled in (True, False):
-        yield Way(first, "full", compiled)
+    yield Way(first, "full")
     for backend in BACKENDS:
         yield Way(first, attention=backend)
     yield Way(first, own_norm=True)
