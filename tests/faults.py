@@ -70,7 +70,7 @@ class Faults:
         if task == "classify":
             write_splits(digits_splits(), self.data, shard_size=100, workers=2)
         else:
-            write_dense(self.data)
+            write_dense(self.data, train=1500)
         self._whole: dict[tuple[str, ...], list[tuple[int, float]]] = {}
         self._random = random.Random(0)
 

@@ -272,7 +272,7 @@ def bad_planes(name: str) -> dict[str, tuple[dict[str, bytes], str]]:
         "infinite": (metres + np.inf, empty),
         "negative": (-metres - 1, empty),
         "too large": (metres.astype(np.float64) + 1e300, "no float32"),
-        "complex": (metres + 1j, "holds complex128, not numbers"),
+        "complex": (metres + 1j, "holds complex64, not numbers"),
         "words": (np.full((SIDE, SIDE), "far"), "holds <U3, not numbers"),
         "objects": (objects, "holds object, not numbers"),
         "flat": (metres.ravel(), "has shape [256]"),
