@@ -53,6 +53,7 @@ HEADER = (
 
 # What the jobs train: a recipe, and flags. The heads stand on a frozen trunk, of the seed's weights.
 _DENSE = ("--init_from=", "--model.name", "vit_tiny", "--model.image_size", str(SIDE))
+_DENSE += ("--ds.train_batch_size", "32", "--ds.train_micro_batch_size_per_gpu", "16")
 TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "classify": ("digits", ()),
     "depth": ("depth_dpt", ("--task.head_width", "8", *_DENSE)),
@@ -70,7 +71,7 @@ class Faults:
         if task == "classify":
             write_splits(digits_splits(), self.data, shard_size=100, workers=2)
         else:
-            write_dense(self.data, train=1500)
+            write_dense(self.data)
         self._whole: dict[tuple[str, ...], list[tuple[int, float]]] = {}
         self._random = random.Random(0)
 
