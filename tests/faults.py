@@ -53,6 +53,7 @@ HEADER = (
 
 # What the jobs train: a recipe, and flags. The heads stand on a frozen trunk, of the seed's weights.
 _DENSE = ("--init_from=", "--model.name", "vit_tiny", "--model.image_size", str(SIDE))
+_DENSE += ("--ds.train_batch_size", "32", "--ds.train_micro_batch_size_per_gpu", "16")
 TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "classify": ("digits", ()),
     "depth": ("depth_dpt", ("--task.head_width", "8", *_DENSE)),

@@ -91,8 +91,11 @@ def fitting_depth(plan: Plan, limit_gib: float, *, on_cpu: bool) -> int:
         return predicted_memory(plan, depth, on_cpu=on_cpu)[1] / 2**30
 
     for depth in range(plan.model.depth, 0, -1):
-        if peak(depth) <= limit_gib:
-            return depth
+        try:
+            if peak(depth) <= limit_gib:
+                return depth
+        except ValueError as error:  # a head reads later blocks
+            raise ValueError(f"--rehearse_gib {limit_gib:g} is too little: {error}") from error
     raise ValueError(
         f"one block needs {peak(1):.1f} GiB, more than --rehearse_gib {limit_gib:g}; lower "
         f"--rehearse_micro_batch, or shard over more ranks"
