@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from megavit.gpus import Gpu
 from megavit.model.config import ModelConfig, Recompute
 from megavit.model.count import forward_flops, repeated_flops, train_flops
 from megavit.scale.cluster import Cluster
@@ -18,8 +17,7 @@ from megavit.scale.communication import tp_bytes
 from megavit.scale.gathers import replay
 from megavit.scale.inventory import Unit, inventory
 from megavit.scale.job import Layout, ZeroSettings
-
-_TILE_ROWS, _TILE_COLUMNS = 128, 256  # of a matmul's result, the work of one processor at a time
+from megavit.scale.rates import wave_share
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class _Passes:
         rate = gpu.tflops * 1e12 * rates.sustained_share
         attention_flops = 3 * 4 * model.num_tokens**2 * model.dim * model.depth * batch / t
         matmul_flops = train_flops(model) * batch / t - attention_flops
-        share = rates.matmul_share * wave_share(model, layout, gpu)
+        share = rates.matmul_share * wave_share(model, layout.micro_batch, t, gpu)
         # Forward, gradients of inputs, gradients of weights: a third each. Attention has no weights.
         matmuls_s = matmul_flops / (rate * share)
         attention_s = attention_flops / (rate * rates.attention_share)
@@ -138,19 +136,6 @@ class _Passes:
         self.launches_s = max(0.0, launches - busy)
         self.forward_s = forward_s + self.launches_s * (1 - backward_launches)
         self.backward_s = busy - forward_s + self.launches_s * backward_launches
-
-
-def wave_share(model: ModelConfig, layout: Layout, gpu: Gpu) -> float:
-    """How full the last wave of tiles leaves the processors, over a block's matmuls."""
-    rows = layout.micro_batch * model.num_tokens
-    dim, t = model.dim, layout.tp_size
-    shapes = [(3 * dim // t, dim), (dim, dim // t), (model.mlp_dim // t, dim), (dim, model.mlp_dim // t)]
-    ideal = real = 0.0
-    for columns, depth in shapes:
-        tiles = math.ceil(rows / _TILE_ROWS) * math.ceil(columns / _TILE_COLUMNS)
-        ideal += rows * columns / (_TILE_ROWS * _TILE_COLUMNS) / gpu.processors * depth
-        real += math.ceil(tiles / gpu.processors) * depth
-    return ideal / real
 
 
 def _tensor_parallel_s(
