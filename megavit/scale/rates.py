@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megavit.fields import nearest
+from megavit.gpus import Gpu
+from megavit.model.config import ModelConfig
 
+_TILE_ROWS, _TILE_COLUMNS = 128, 256  # of a matmul's result, the work of one processor at a time
 MEASURED = Path(__file__).parent / "measured"
 
 
@@ -78,6 +82,19 @@ class Rates:
 RATE_NAMES = tuple(
     field.name for field in dataclasses.fields(Rates) if field.name not in ("source", "measured")
 )
+
+
+def wave_share(model: ModelConfig, micro_batch: int, tp_size: int, gpu: Gpu) -> float:
+    """How full the last wave of tiles leaves the processors, over a block's matmuls: `matmul_share` is of
+    matmuls that fill every wave."""
+    rows, dim, t = micro_batch * model.num_tokens, model.dim, tp_size
+    shapes = [(3 * dim // t, dim), (dim, dim // t), (model.mlp_dim // t, dim), (dim, model.mlp_dim // t)]
+    ideal = real = 0.0
+    for columns, depth in shapes:
+        tiles = math.ceil(rows / _TILE_ROWS) * math.ceil(columns / _TILE_COLUMNS)
+        ideal += rows * columns / (_TILE_ROWS * _TILE_COLUMNS) / gpu.processors * depth
+        real += math.ceil(tiles / gpu.processors) * depth
+    return ideal / real
 
 
 def rates_for(gpu: str, file: str = "") -> Rates:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 
-from megavit.gpus import Gpu
 from megavit.model.config import ModelConfig, Recompute
 from megavit.model.count import block_matrices, forward_flops, repeated_flops, train_flops
 from megavit.scale.cluster import Cluster
@@ -18,9 +17,8 @@ from megavit.scale.communication import tp_bytes
 from megavit.scale.inventory import Unit
 from megavit.scale.job import Layout, ZeroSettings
 from megavit.scale.program import Program, program
+from megavit.scale.rates import wave_share
 from megavit.tasks.config import TaskConfig
-
-_TILE_ROWS, _TILE_COLUMNS = 128, 256  # of a matmul's result, the work of one processor at a time
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ class _Passes:
         matmul_flops = train_flops(model) * batch / t - attention_flops
         if job.traces:
             matmul_flops = 3 * 2 * model.num_tokens * block_matrices(model) / model.depth * depth * batch / t
-        share = rates.matmul_share * wave_share(model, layout, gpu)
+        share = rates.matmul_share * wave_share(model, layout.micro_batch, t, gpu)
         # Forward, gradients of inputs, gradients of weights: a third each. Attention has no weights.
         matmuls_s = matmul_flops / (rate * share)
         attention_s = attention_flops / (rate * rates.attention_share)
@@ -151,19 +149,6 @@ class _Passes:
         self.launches_s = max(0.0, launches - busy)
         self.forward_s = forward_s + self.launches_s * (1 - backward_launches)
         self.backward_s = busy - forward_s + self.launches_s * backward_launches
-
-
-def wave_share(model: ModelConfig, layout: Layout, gpu: Gpu) -> float:
-    """How full the last wave of tiles leaves the processors, over a block's matmuls."""
-    rows = layout.micro_batch * model.num_tokens
-    dim, t = model.dim, layout.tp_size
-    shapes = [(3 * dim // t, dim), (dim, dim // t), (model.mlp_dim // t, dim), (dim, model.mlp_dim // t)]
-    ideal = real = 0.0
-    for columns, depth in shapes:
-        tiles = math.ceil(rows / _TILE_ROWS) * math.ceil(columns / _TILE_COLUMNS)
-        ideal += rows * columns / (_TILE_ROWS * _TILE_COLUMNS) / gpu.processors * depth
-        real += math.ceil(tiles / gpu.processors) * depth
-    return ideal / real
 
 
 def _tensor_parallel_s(

@@ -22,7 +22,7 @@ from megavit.bench.gpu.stage import Case, Unavailable
 from megavit.bench.kernels import time_by_kind
 from megavit.bench.report import Row, machine_name, versions
 from megavit.bench.rounds import kernel_s, median_s
-from megavit.scale.rates import Rates, write_rates
+from megavit.scale.rates import Rates, wave_share, write_rates
 
 _NARROW = (256, 4, 2, 4)  # width, blocks, heads, side: so little work that a GPU waits for every launch
 
@@ -59,11 +59,8 @@ def cases(setting: Setting) -> Iterator[Case]:
 
 def _matmul_share(setting: Setting, so_far: Rates) -> float:
     """Beyond what tiles that do not fill the last wave cost, which the planner counts by itself."""
-    from megavit.scale.job import Layout
-    from megavit.scale.roofline import wave_share
-
     gpu, micro_batch = gpu_here(setting), setting.micro_batches[0]
-    waves = wave_share(setting.block, Layout(1, 1, micro_batch), gpu)
+    waves = wave_share(setting.block, micro_batch, 1, gpu)
     return matmul_rate(setting, micro_batch) / (gpu.tflops * 1e12 * waves)
 
 
