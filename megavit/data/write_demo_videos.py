@@ -2,8 +2,8 @@
 down. Nothing is downloaded.
 
 A frame that is drawn from a video at random shows the digit in the same places whatever the direction is, so
-one frame says nothing: a quarter is right by chance. Frames without their order tell neither axis nor
-direction.
+one frame says nothing: a quarter is right by chance. Frames without their order tell the axis, but not the
+direction: a half.
 
 Letters: n videos, T frames of a video.
 """

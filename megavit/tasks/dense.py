@@ -151,6 +151,14 @@ class DenseModule(DecoderModule):
         return maps
 
 
+def num_shown(weights: Tensor, most: int) -> int:
+    """How many samples of a micro-batch are shown: at most `most`, one at least, and none of the empty places
+    at the end of a short last batch, whose `weights` [b] are 0."""
+    usable = weights.nonzero()
+    filled = int(usable[-1]) + 1 if len(usable) else 1
+    return max(1, min(most, filled))
+
+
 # Colours from low to high that differ in lightness too (points of matplotlib's viridis).
 _RAMP = (
     (0.267, 0.005, 0.329),

@@ -21,7 +21,7 @@ from megavit.model.vit import MegaVit
 from megavit.parallel.init import Initializer
 from megavit.parallel.mesh import Mesh
 from megavit.tasks.config import DepthConfig
-from megavit.tasks.dense import DenseModule, DenseTask, shown_picture, shown_values
+from megavit.tasks.dense import DenseModule, DenseTask, num_shown, shown_picture, shown_values
 from megavit.tasks.dense_loss import gradient_error, silog_error, squared_error
 from megavit.tasks.metrics import crop_mask, depth_metrics, per_image
 from megavit.tasks.task import AnyBatch, DeviceBatch, Pictures, Sums
@@ -107,7 +107,7 @@ class Depth(DenseTask):
     def pictures(
         self, samples: DeviceBatch, inputs: Inputs, count: int, module: nn.Module | None = None
     ) -> Pictures:
-        count = min(max(1, count // 4), len(inputs.images))
+        count = num_shown(inputs.weights, count // 4)
         images, truth, weights = (part[:count] for part in inputs[:3])
         known = known_depth(truth, self.limits())
         predicted = module.metres(images, weights) if isinstance(module, DepthModule) else None

@@ -22,7 +22,7 @@ from megavit.model.vit import MegaVit
 from megavit.parallel.init import Initializer
 from megavit.parallel.mesh import Mesh
 from megavit.tasks.config import SegmentConfig
-from megavit.tasks.dense import DenseModule, DenseTask, shown_classes, shown_picture
+from megavit.tasks.dense import DenseModule, DenseTask, num_shown, shown_classes, shown_picture
 from megavit.tasks.dense_loss import dice_error
 from megavit.tasks.metrics import class_iou, confusion, segmentation_results
 from megavit.tasks.task import AnyBatch, DeviceBatch, Group, Pictures, Sums
@@ -131,7 +131,7 @@ class Segment(DenseTask):
     def pictures(
         self, samples: DeviceBatch, inputs: Inputs, count: int, module: nn.Module | None = None
     ) -> Pictures:
-        count = min(max(1, count // 4), len(inputs.images))
+        count = num_shown(inputs.weights, count // 4)
         images, truth, weights = (part[:count] for part in inputs[:3])
         predicted = None
         if isinstance(module, SegmentModule):

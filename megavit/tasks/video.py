@@ -26,7 +26,7 @@ from megavit.model.vit import MegaVit
 from megavit.parallel.init import Initializer
 from megavit.parallel.mesh import Mesh
 from megavit.tasks.config import VideoConfig
-from megavit.tasks.dense import DecoderModule, DecoderTask, shown_picture
+from megavit.tasks.dense import DecoderModule, DecoderTask, num_shown, shown_picture
 from megavit.tasks.loss import image_losses, local_targets
 from megavit.tasks.task import DeviceBatch, Group, Pictures, Sums
 
@@ -137,7 +137,7 @@ class VideoTask(DecoderTask):
         self, samples: DeviceBatch, inputs: Inputs, count: int, module: nn.Module | None = None
     ) -> Pictures:
         """Frames of the middle view of `count` / 2 videos, those of one side by side."""
-        count = min(max(1, count // 2), len(inputs.videos))
+        count = num_shown(inputs.weights, count // 2)
         videos, labels = inputs.videos[:count], inputs.labels[:count]
         captions = [
             f"label: {self._name(label)}" if label >= 0 else "not usable" for label in labels.tolist()

@@ -24,7 +24,7 @@ from megavit.data.plane_facts import PlaneFacts
 from megavit.data.write import DataSet
 from megavit.launch.shards import main as shards
 from megavit.model.config import model_preset
-from megavit.tasks.config import DepthConfig, SegmentConfig
+from megavit.tasks.config import DepthConfig, SegmentConfig, VideoConfig
 from megavit.tasks.metrics import confusion, depth_metrics, per_image, segmentation_results
 from tests.launch.commands import train_with
 
@@ -118,7 +118,14 @@ def test_the_commands_of_make_dense_are_understood(tmp_path: Path, monkeypatch: 
             folder = Path(run.data.shards).parent
             # Shards that are there already are not written again.
             assert ["shards.py", folder.name, "--out", str(folder)] in lines or folder.is_dir()
-    assert tasks == [(DepthConfig, ""), (SegmentConfig, ""), (SegmentConfig, str(tmp_path))]
+    demo = str(tmp_path)
+    assert tasks == [
+        (DepthConfig, ""),
+        (SegmentConfig, ""),
+        (SegmentConfig, demo),
+        (VideoConfig, demo),
+        (VideoConfig, demo),
+    ]
 
 
 @pytest.mark.dist

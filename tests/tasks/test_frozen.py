@@ -98,7 +98,7 @@ def train_counting(run: RunConfig, raw: dict[str, Any]) -> tuple[str, int]:
         import inspect
 
         names = {frame.function for frame in inspect.stack()}
-        passes.append("train_step" in names)
+        passes.append("start_step" in names)
         return plain(self, *arguments, **options)
 
     MegaVit.forward_intermediates = counted  # type: ignore[method-assign]

@@ -43,7 +43,8 @@ def test_depth_is_better_than_that_of_each_row(tmp_path: Path, seed: int) -> Non
 
 def test_only_the_order_of_frames_tells_where_a_digit_moves(digits: Path, tmp_path: Path) -> None:
     """Catches videos of which one frame tells the direction, frames in another order than the video's, and a
-    head that does not look at their order: a quarter of the answers would be right by chance."""
+    head that does not look at their order. By chance a quarter of the answers are right, and half of them if
+    the axis is known."""
     demo = train(tmp_path / "demo", digits)
     assert demo.code == 0, demo.output
     heads = {
@@ -58,7 +59,7 @@ def test_only_the_order_of_frames_tells_where_a_digit_moves(digits: Path, tmp_pa
         run = run_recipe("moving_digits", tmp_path / name, 32, *words)
         found[name] = run.evaluations[-1]["eval/val/top1"]
     assert min(found["temporal"], found["attentive"]) > 0.8, found
-    assert max(found["one frame"], found["no order"]) < 0.4, found
+    assert found["one frame"] < 0.4 and found["no order"] < 0.65, found
 
 
 def test_a_trunk_that_knows_digits_segments_them(digits: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def dry_setting(out: Path) -> Setting:
         device="cuda" if on_gpu else "cpu",
         dry=True,
         out=out,
-        block=blocks_of(32, 2, 2, 4),
+        block=blocks_of(32, 3, 2, 4),
         micro_batches=(2,),
         trained=tiny,
         trained_batch=2,
