@@ -23,7 +23,7 @@ MULTIPLE = 16
 _CAPABILITY = (8, 9)
 
 
-def _rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
+def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
     """[n, k] as e4m3 and the float32 scales [n, 1] to multiply it by. NaN and infinity make their whole row
     NaN, so that a poisoned gradient is noticed as it is without fp8."""
     rows = rows.float()
@@ -41,7 +41,14 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     padding = -left.shape[1] % MULTIPLE  # for the gradient of a weight: k counts tokens there
     if padding:
         left, right = F.pad(left, (0, padding)), F.pad(right, (0, padding))
-    (left_8, left_scales), (right_8, right_scales) = _rounded(left), _rounded(right)
+    return product_of_rounded(rounded(left), rounded(right), left.dtype, bias)
+
+
+def product_of_rounded(
+    left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """As `product`, of factors that are `rounded` already."""
+    (left_8, left_scales), (right_8, right_scales) = left, right
     out: Tensor = F.scaled_mm(
         left_8,
         right_8.t(),
@@ -50,7 +57,7 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
         right_scales.t(),
         ScalingType.RowWise,
         bias=bias,
-        output_dtype=left.dtype,
+        output_dtype=dtype,
     )
     return out
 
@@ -59,6 +66,14 @@ def check_device(device: torch.device, *, bf16: bool) -> None:
     """ValueError, with the fix, unless `product` runs on this device for an engine that computes in bfloat16
     (or else float32). A CPU rounds as a GPU does, and is slower than without."""
     if device.type != "cuda":
+        some = torch.ones(MULTIPLE, MULTIPLE, device=device)
+        try:
+            product(some, some)
+        except RuntimeError as error:
+            raise ValueError(
+                f"model.matmul fp8 is not in torch {torch.__version__} for a {device.type}; leave it out, or "
+                f"install torch 2.15"
+            ) from error
         return
     if (found := torch.cuda.get_device_capability(device)) < _CAPABILITY:
         raise ValueError(

@@ -44,9 +44,8 @@ class PendingStep:
         self._mesh, self._local_loss, self._metrics = mesh, local_loss, metrics
         self._norm_limit, self._read = norm_limit, read
         self.grad_norm: Tensor | None = None  # where DeepSpeed does not tell
-        self.refused: Tensor | None = (
-            None  # once decided: float32 [] on the device, 1 or 0, on all ranks alike
-        )
+        # Once decided: float32 [] on the device, 1 or 0, on all ranks alike.
+        self.refused: Tensor | None = None
         self._result: StepResult | None = None
 
     def decide(self, grad_norm: Any) -> Tensor:

@@ -1,7 +1,5 @@
 """fp8 against bfloat16: a block's four matmuls with the casts that fp8 needs, whole blocks, and what a model
-learns in the same steps.
-
-Blocks and model take the option `ModelConfig.matmul`. Without it only the matmuls are measured.
+learns in the same steps. Blocks and model take the option `ModelConfig.matmul`.
 """
 
 from __future__ import annotations
@@ -10,24 +8,23 @@ import dataclasses
 import statistics
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megavit.bench.gpu.block import Way, make_blocks, step_of
-from megavit.bench.gpu.matmul import PASSES, fp8_product, layers, product_of, require_fp8, to_fp8
+from megavit.bench.gpu.matmul import PASSES, fp8_product, layers, product_of, require_fp8
 from megavit.bench.gpu.setting import Setting
-from megavit.bench.gpu.stage import Case, Unavailable
+from megavit.bench.gpu.stage import Case
 from megavit.bench.report import Row
 from megavit.bench.rounds import kernel_s, median_s
 from megavit.model.config import ModelConfig
 from megavit.model.count import trunk_flops_per_token
 from megavit.model.vit import MegaVit
+from megavit.parallel.fp8 import rounded
 
 _LR = 3e-4
-_OPTION = "matmul"  # the field of ModelConfig
 _TAIL = 0.1  # of the steps, whose mean loss is compared
 
 
@@ -54,14 +51,11 @@ def cases(setting: Setting) -> Iterator[Case]:
 
 
 def _in(config: ModelConfig, dtype: str, setting: Setting) -> ModelConfig:
-    """The architecture with its matmuls in `dtype`. Unavailable where the option or the units are missing."""
+    """The architecture with its matmuls in `dtype`. Unavailable where the library or the GPU has no fp8."""
     if dtype != "fp8":
         return config
-    if _OPTION not in {field.name for field in dataclasses.fields(ModelConfig)}:
-        raise Unavailable(f"this version of megavit has no option --model.{_OPTION} fp8")
     require_fp8(setting)
-    option: dict[str, Any] = {_OPTION: "fp8"}
-    return dataclasses.replace(config, **option)
+    return dataclasses.replace(config, matmul="fp8")
 
 
 def _product(setting: Setting, m: int, n: int, k: int) -> Row:
@@ -70,8 +64,8 @@ def _product(setting: Setting, m: int, n: int, k: int) -> Row:
     call = fp8_product(setting, m, n, k, by_row=True)
 
     def cast() -> None:
-        to_fp8(a, by_row=True)
-        to_fp8(b, by_row=True)
+        rounded(a)
+        rounded(b)
 
     bf16, fp8, casts = (
         kernel_s(one, setting.kernel_s, setting.device) * 1e3 for one in (lambda: a @ b.t(), call, cast)

@@ -20,11 +20,10 @@ from megavit.bench.gpu.stage import Case, Unavailable
 from megavit.bench.report import Row
 from megavit.bench.rounds import clock_of, kernel_s
 from megavit.model.config import ModelConfig
+from megavit.parallel.fp8 import check_device, product_of_rounded, rounded
 
 PASSES = ("forward", "input gradient", "weight gradient")
 DTYPES = ("bfloat16", "fp8 by row", "fp8 by tensor")  # the last two: what has a scale of its own
-_E4M3, _LARGEST = torch.float8_e4m3fn, 448.0
-_FP8_CAPABILITY = (8, 9)  # Ada, Hopper and later
 
 
 def layers(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -97,32 +96,31 @@ def _product(setting: Setting, which: str, dtype: str, m: int, n: int, k: int) -
 
 
 def require_fp8(setting: Setting) -> None:
-    """Unavailable on a GPU without fp8 units."""
-    if setting.device == "cuda" and torch.cuda.get_device_capability() < _FP8_CAPABILITY:
-        raise Unavailable("this GPU has no fp8 units: they came with compute capability 8.9")
+    """Unavailable where the library or the GPU has no fp8."""
+    try:
+        check_device(torch.device(setting.device), bf16=True)
+    except ValueError as error:
+        raise Unavailable(str(error)) from error
 
 
 def fp8_product(setting: Setting, m: int, n: int, k: int, *, by_row: bool) -> Callable[[], Tensor]:
-    """The product of operands that are there in e4m3, the second one as [N, K]: the units want both along
-    K."""
+    """The product of operands that are there in e4m3, the second one as [N, K]: the units want both along K.
+    By row it is what the layers call."""
     require_fp8(setting)
-    a, scale_a = to_fp8(_random(setting, m, k), by_row=by_row)
-    b, scale_b = to_fp8(_random(setting, n, k), by_row=by_row)
-
-    def call() -> Tensor:
-        return torch._scaled_mm(
-            a, b.t(), scale_a=scale_a, scale_b=scale_b.t(), out_dtype=setting.dtype, use_fast_accum=True
-        )
-
-    return call
-
-
-def to_fp8(x: Tensor, *, by_row: bool) -> tuple[Tensor, Tensor]:
-    """(x / scale in e4m3, the scale: [M, 1] by row or a number) of x [M, K]."""
-    wide = x.float()
-    largest = wide.abs().amax(1, keepdim=True) if by_row else wide.abs().amax()
-    scale = largest.clamp(min=1e-12) / _LARGEST
-    return (wide / scale).to(_E4M3), scale
+    a, b = _random(setting, m, k), _random(setting, n, k)
+    if by_row:
+        return partial(product_of_rounded, rounded(a), rounded(b), setting.dtype)
+    # One scale for all rows: that of the operand as a single row.
+    (a_8, a_scale), (b_8, b_scale) = (rounded(operand.view(1, -1)) for operand in (a, b))
+    return partial(
+        torch._scaled_mm,
+        a_8.view(m, k),
+        b_8.view(n, k).t(),
+        scale_a=a_scale.view(()),
+        scale_b=b_scale.view(()),
+        out_dtype=setting.dtype,
+        use_fast_accum=True,
+    )
 
 
 def _with_sum(setting: Setting, m: int, n: int, k: int) -> Row:
