@@ -168,10 +168,17 @@ def load_classifier(
     ValueError, naming the file and the fix, for a folder that is no whole export (one of an earlier version
     lacks preprocessing.json), for a model without classes, and for a device that is not here.
     """
+    from megavit.tasks.exported import task_of_export
+
     # Mistakes come before the weights, which take long to read.
     chosen_device, chosen_dtype = mesh.device if mesh else device_called(device), dtype_called(dtype)
     folder = export_folder(Path(folder))
     config, preprocessing = read_description(folder)
+    if not config.num_classes and (task := task_of_export(folder)):
+        raise ValueError(
+            f"{folder} holds a model of --task {task.name}, not a classifier of photos; "
+            f"megavit.tasks.exported reads it"
+        )
     if not config.num_classes:
         raise ValueError(
             f"{folder} holds a model without a classifier (num_classes is 0): it has features and no "

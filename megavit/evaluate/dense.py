@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megavit.data.images import DecodeError
 from megavit.data.loader import Items, Share, load_items, worker_log
 from megavit.dense_predictor import DensePredictor, Fit, Fitted
-from megavit.evaluate.images import Bad
+from megavit.evaluate.images import Bad, bad_of
 from megavit.evaluate.sets.dense import DenseSet
 from megavit.parallel.mesh import Mesh
 
@@ -56,13 +55,8 @@ class _Reading(Items["_Loaded | Bad"]):
             fitted = self.fit(sample.image)
             truth = self.images.values(sample.member, sample.plane, fitted.height, fitted.width)
             return _Loaded(row, fitted, truth)
-        except DecodeError as error:
-            return Bad(row, f"{key}: it cannot be decoded: {error}")
-        except (ValueError, OSError) as error:
-            reason = str(error)
-            return Bad(row, reason if key in reason else f"{key}: {reason}")
         except Exception as error:  # one picture must not end the task, whatever a library makes of its bytes
-            return Bad(row, f"{key}: it cannot be used: {type(error).__name__}: {error}")
+            return bad_of(row, key, error)
 
 
 class DensePass:

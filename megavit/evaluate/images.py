@@ -118,13 +118,18 @@ class _Reading:
                 return self.transform(source.read(row), key)
             u = uniforms(NUM_RANDOM, self.augment.seed, _PURPOSE, self.augment.epoch, row)
             return self.transform.augmented(source.read(row), self.augment, u)
-        except DecodeError as error:
-            return Bad(row, f"{key}: it cannot be decoded: {error}")
-        except (ValueError, OSError) as error:
-            reason = str(error)
-            return Bad(row, reason if key in reason else f"{key}: {reason}")
         except Exception as error:  # one image must not end the pass, whatever a library makes of its bytes
-            return Bad(row, f"{key}: it cannot be used: {type(error).__name__}: {error}")
+            return bad_of(row, key, error)
+
+
+def bad_of(row: int, key: str, error: Exception) -> Bad:
+    """Image `row`, called `key`, cannot be used, because reading it raised `error`."""
+    if isinstance(error, DecodeError):
+        return Bad(row, f"{key}: it cannot be decoded: {error}")
+    if isinstance(error, ValueError | OSError):
+        reason = str(error)
+        return Bad(row, reason if key in reason else f"{key}: {reason}")
+    return Bad(row, f"{key}: it cannot be used: {type(error).__name__}: {error}")
 
 
 class _Batches(Items[Loaded]):

@@ -15,6 +15,7 @@ import torch
 import webdataset as wds
 from torch import nn
 
+import megavit
 from megavit.cli import parse_run
 from megavit.data.config import DataConfig
 from megavit.data.write_demo_videos import DIRECTIONS, moving, moving_digits_set, places
@@ -213,6 +214,8 @@ def test_the_command_trains_evaluates_and_exports(data: Path, tmp_path: Path) ->
 
     with pytest.raises(ValueError, match="task video, which is no dense task"):
         load_dense(folder)
+    with pytest.raises(ValueError, match="a model of --task video, not a classifier of photos"):
+        megavit.load(folder)
     task, module = load_video(folder)
     losses, right = [], []
     for number in range(TESTED):
