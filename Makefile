@@ -14,11 +14,10 @@ REAL := tests/tasks/test_real.py
 LABS := tests/cluster/test_lab.py tests/cluster/test_jobs.py tests/test_faults.py $(MOSAICS) $(REAL)
 # One job on each kind of cluster: SLURM, two hosts, mpirun, torchrun.
 SMOKE := tests/cluster/test_smoke.py tests/cluster/test_launchers.py
-# Two workers keep two cores busy: most tests are one thread, and ranks wait for each other. A worker runs whole files,
-# the long ones first (tests/conftest.py), and takes up to 4 GiB with its ranks.
+TEST := python -m pytest --ignore=tests/cluster --ignore=tests/test_faults.py --ignore=$(MOSAICS) --ignore=$(REAL)
+# Tests of one process, two files at a time. Ranks take a core each: two such tests at once take three times as long.
 WORKERS ?= 2
-TEST := python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore=tests/cluster \
-	--ignore=tests/test_faults.py --ignore=$(MOSAICS) --ignore=$(REAL)
+APART := --numprocesses $(WORKERS) --dist loadfile
 
 .PHONY: train evaluate explain dense test test-fast test-smoke test-cluster lint data clean
 .DELETE_ON_ERROR:
@@ -58,10 +57,10 @@ dense: $(DIGITS) $(DENSE)
 data: $(DIGITS)
 
 test: $(INSTALLED)
-	. $(BIN)/activate && $(TEST)
+	. $(BIN)/activate && { $(TEST) -m dist; status=$$?; $(TEST) $(APART) -m "not dist" && exit $$status; }
 
 test-fast: $(INSTALLED)
-	. $(BIN)/activate && $(TEST) -m "not dist and not slow and not slurm"
+	. $(BIN)/activate && $(TEST) $(APART) -m "not dist and not slow and not slurm"
 
 # What fails is run once more, since daemons and networks may have a bad moment. Only 1 means that tests failed;
 # whatever else ends pytest (an interruption, an error of its own, no tests) is final. The second run is of

@@ -1,8 +1,8 @@
 """Fixtures shared by all tests; real shards, real processes.
 
-`make test` runs two files at a time, in two processes. So a test keeps to its `tmp_path` and to ports that it
-asked for (`tests.ranks.free_port`), counts its own process and those below it only, and never relies on how
-soon another process goes on. A file is the smallest part that is moved: split one that takes over a minute.
+`make test` runs the tests of several processes one after the other, and then the others two files at a time.
+So a test that starts processes is marked `dist`, and any other keeps to its `tmp_path` and to ports that it
+asked for (`tests.ranks.free_port`), and counts its own process and those below it only.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ import torch
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if hasattr(config, "workerinput"):  # long files first: at the end neither process waits for the other
-        long = {item.path for item in items if "dist" in item.keywords}
-        items.sort(key=lambda item: item.path not in long)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

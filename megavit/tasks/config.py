@@ -380,6 +380,15 @@ def load_task(name: str) -> Any:
             f"task.name {name!r} is neither a built-in task ({', '.join(_BUILT_IN)}) nor "
             f"path/to/file.py:Class{near}"
         )
+    before = list(sys.path)
+    try:
+        return _class_in_file(name, path, class_name)
+    except ValueError:
+        sys.path[:] = before  # processes that start later would take files there for modules of their own
+        raise
+
+
+def _class_in_file(name: str, path: str, class_name: str) -> Any:
     file = Path(path).resolve()
     if not file.is_file():
         raise ValueError(f"task.name {name!r}: there is no file {path}; name the Python file of the task")

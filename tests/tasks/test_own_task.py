@@ -311,7 +311,8 @@ BROKEN = {
 def test_a_task_that_cannot_be_used_is_named(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a traceback, or another module, in place of a task's file."""
+    """Catches a traceback, or another module, in place of a task's file, and a folder that stays in the way of
+    other modules."""
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "wrong.py").write_text("\n1 / 0\n")
     (tmp_path / "json.py").write_text("")
@@ -321,3 +322,4 @@ def test_a_task_that_cannot_be_used_is_named(
     error = capsys.readouterr().err
     assert BROKEN[name] in error and "Traceback" not in error
     assert name != "wrong.py:Mine" or "wrong.py:2" in error
+    assert str(tmp_path) not in sys.path
