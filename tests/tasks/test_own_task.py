@@ -311,8 +311,8 @@ BROKEN = {
 def test_a_task_that_cannot_be_used_is_named(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a traceback, or another module, in place of a task's file, and a folder that stays in the way of
-    other modules."""
+    """Catches a traceback, or another module, in place of a task's file, and a folder that stays in the way
+    of other modules."""
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "wrong.py").write_text("\n1 / 0\n")
     (tmp_path / "json.py").write_text("")
