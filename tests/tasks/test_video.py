@@ -69,11 +69,14 @@ def video_run(data: Path, folder: Path, task: TaskConfig, **changes: Any) -> Run
     return dataclasses.replace(small_run(data, folder, **flat | changes), model=MODEL, task=task)
 
 
+# A batch of 16 may hold a class four times, a quarter. The first gradient of its bias is then zero but for
+# rounding, of which Adam makes a step of visible size, another in every layout. 18 has no quarter.
+BATCH = 18
 LAYOUTS = [
-    (1, 1, 3, 16),
-    (2, 1, 2, 4),
-    (2, 2, 0, 16),
-    (4, 2, 3, 8),
+    (1, 1, 3, 18),
+    (2, 1, 2, 3),
+    (2, 2, 0, 18),
+    (4, 2, 3, 9),
 ]  # ranks, tp_size, ZeRO stage, micro-batch
 
 
@@ -87,7 +90,7 @@ def test_the_loss_is_that_of_one_process_in_every_layout(data: Path, tmp_path: P
     for number, (ranks, tp, stage, micro_batch) in enumerate(LAYOUTS):
         folder = tmp_path / str(number)
         run = video_run(data, folder, HEADS[name], tensor_parallel_size=tp)
-        raw = ds_config(stage, batch=16, micro_batch=micro_batch)
+        raw = ds_config(stage, batch=BATCH, micro_batch=micro_batch)
         assert run_ranks(ranks, train_here, run, raw) == [""] * ranks
         found.append([row[part] for part in ("loss", "grad_norm") for row in steps_of(folder)])
         rows = [row for row in log_of(folder) if row.get("eval") == "val"]
