@@ -43,7 +43,7 @@ from megavit.train.inputs import (
     to_samples,
     train_loader,
 )
-from megavit.train.logging.attention import max_attention
+from megavit.train.logging.attention import learns_attention, max_attention
 from megavit.train.logging.log_file import LogFile
 from megavit.train.logging.monitor import LOG_FILE, Monitor, choose_run_dir, reference_results, say
 from megavit.train.preempt import PREEMPTED_FILE, StopRequest, stop_signals_blocked
@@ -101,7 +101,7 @@ def train(
         ) from error
     finally:
         trainer.close()
-    trainer.lock.release()  # after an error, with a save under way perhaps, the end of the process does it
+    trainer.release()  # after an error, with a save under way perhaps, the end of the process does it
     return result
 
 
@@ -258,6 +258,12 @@ class Trainer:
         self.watchdog.stop()
         self.monitor.close()
 
+    def release(self) -> None:
+        """Leave the run folder and the data workers. Workers that the garbage collector finds in a cycle no
+        longer hear that they are to end, and are waited for, ten seconds each."""
+        self._batches = iter(())
+        self.lock.release()
+
     def _take_step(self, stop: StopRequest) -> StepResult | None:
         """One optimizer step: data, forward and backward, update or refusal. What became of it, if something
         depends on it; else None, and the next step reads it, once the device has work to go on with."""
@@ -348,6 +354,8 @@ class Trainer:
         return result
 
     def _max_attention(self, batch: Batch) -> Tensor | None:
+        if not learns_attention(self.engine.module):
+            return None
         # Before dropout is seeded and with inputs of its own: the step that follows is the same to the bit.
         samples = to_samples(batch, self._fields, self.run.data, self.mesh)
         return max_attention(self.engine, self.task.inputs(samples, self.mesh, training=True))

@@ -35,7 +35,7 @@ def expected() -> float:
     return largest
 
 
-def measured(tp_size: int, changes: dict[str, Any], raw: dict[str, Any]) -> float | None:
+def measured(tp_size: int, changes: dict[str, Any], raw: dict[str, Any]) -> float:
     from megavit.train.engine import Engine
     from megavit.train.logging.attention import max_attention
 
@@ -45,8 +45,7 @@ def measured(tp_size: int, changes: dict[str, Any], raw: dict[str, Any]) -> floa
     micro_batch = inputs(run, mesh, 0, BATCH // mesh.dp_size)[0]
     if engine.dtype == torch.bfloat16:
         micro_batch = micro_batch._replace(images=micro_batch.images.bfloat16())
-    found = max_attention(engine, micro_batch)
-    return None if found is None else float(found)
+    return float(max_attention(engine, micro_batch))
 
 
 @pytest.mark.parametrize(
@@ -68,8 +67,8 @@ def test_the_largest_is_that_of_all_ranks_in_every_layout(
 
 
 def test_what_is_no_number_is_infinite() -> None:
-    """Catches a NaN that a maximum over ranks loses."""
-    from megavit.train.logging.attention import max_attention
+    """Catches a NaN that a maximum over ranks loses, and passes over a trunk that does not learn."""
+    from megavit.train.logging.attention import learns_attention, max_attention
 
     class Engine:
         mesh = Mesh.single()
@@ -85,8 +84,11 @@ def test_what_is_no_number_is_infinite() -> None:
 
     engine = Engine()
     assert max_attention(engine, batch(0)[0]) == torch.inf  # type: ignore[arg-type]
+    assert learns_attention(engine.module)
+    engine.module.trunk.requires_grad_(False)
+    assert not learns_attention(engine.module)
     engine.module.trunk = torch.nn.Identity()
-    assert max_attention(engine, batch(0)[0]) is None  # type: ignore[arg-type]
+    assert not learns_attention(engine.module)
 
 
 @pytest.mark.slow

@@ -16,17 +16,20 @@ from megavit.parallel.collectives import max_over_world
 from megavit.train.engine import Engine
 
 
+def learns_attention(module: Any) -> bool:
+    """Whether a task's module has a `trunk` whose scores change: one that is not frozen."""
+    trunk = getattr(module, "trunk", None)
+    return isinstance(trunk, MegaVit) and any(weight.requires_grad for weight in trunk.parameters())
+
+
 @torch.no_grad()
-def max_attention(engine: Engine, inputs: Any) -> Tensor | None:
+def max_attention(engine: Engine, inputs: Any) -> Tensor:
     """The largest |q . k| / sqrt(K) over the blocks and heads of the task's trunk and over all ranks'
-    micro-batches `inputs`: [] on the device, infinite if one of them is not a number; None if the task has
-    no `trunk`.
+    micro-batches `inputs`: [] on the device, infinite if one of them is not a number.
 
     Costs a forward pass in evaluation mode, in which compiled blocks run uncompiled, and holds the matrices
     of one image. Collective over the world.
     """
-    if not isinstance(getattr(engine.module, "trunk", None), MegaVit):
-        return None
     largest = engine.call(_observe_largest, inputs)
     return max_over_world(engine.mesh, largest.nan_to_num(nan=torch.inf))
 
