@@ -44,7 +44,6 @@ def model(folder: Path) -> Predictor:
     return megavit.load(folder, device="cpu")
 
 
-@pytest.mark.dist
 @pytest.mark.slow
 def test_digits_are_predicted_as_the_run_did(digits: Path, tmp_path: Path) -> None:
     """Catches grey images in three channels, a crop of 0.875 where the run had none, a softmax over the
@@ -71,7 +70,6 @@ def test_digits_are_predicted_as_the_run_did(digits: Path, tmp_path: Path) -> No
     assert megavit.load(tmp_path / "run").names == predictor.names
 
 
-@pytest.mark.dist
 @pytest.mark.slow
 def test_photos_are_predicted_as_the_run_did(tmp_path: Path) -> None:
     """Catches another crop, filter, decoder or channel order than those of the run's evaluation."""

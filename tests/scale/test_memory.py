@@ -205,7 +205,6 @@ def plan(words: list[str]) -> tuple[int, str]:
     return status, out.getvalue()
 
 
-@pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",

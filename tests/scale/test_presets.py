@@ -48,7 +48,6 @@ def before_and_after() -> dict[str, list[float]]:
     return losses
 
 
-@pytest.mark.dist
 @pytest.mark.slow
 def test_every_preset_trains() -> None:
     """Catches a shape that cannot be built, or whose first update goes nowhere."""

@@ -128,7 +128,6 @@ def test_the_commands_of_make_dense_are_understood(tmp_path: Path, monkeypatch: 
     ]
 
 
-@pytest.mark.dist
 @pytest.mark.slow
 def test_each_recipe_runs_and_leaves_pictures(tmp_path: Path) -> None:
     """Catches shards that a recipe cannot read, and a demo that shows nothing."""
