@@ -21,7 +21,7 @@ from tests.processes import descendants, is_running
 ROOT = Path(__file__).parents[2]
 GONE_S = 60  # they take one or two
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.slow
 
 # A program with two data workers: takes a batch at each line that it is sent, and ends at an empty one.
 PROGRAM = """

@@ -63,12 +63,14 @@ def test_all_layouts_find_the_same(
 ) -> None:
     """Catches an image that is counted twice or not at all, a rank without a piece (the 97 test images are
     two, the 5 outside one) that is waited for, and a choice in which ranks differ."""
+    # The search of `linear` is long, and does not know whether features come from shards of the model.
+    tasks = TASKS if tp_size == 1 else TASKS.replace("linear,", "")
     argv = [str(model), "--out", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")]
-    argv += map(str, [*words(colours, outside), "--tensor_parallel_size", tp_size, "--local_rank=0"])
+    argv += map(str, [*words(colours, outside, tasks), "--tensor_parallel_size", tp_size, "--local_rank=0"])
     codes, outputs, errors = zip(*run_ranks(ranks, run_main, argv), strict=True)
     assert codes == (0,) * ranks, errors
     assert not any(outputs[1:])  # only the main rank speaks
-    same(Evaluation(0, outputs[0], errors[0], read_recorded(tmp_path / "out")), single)
+    same(Evaluation(0, outputs[0], errors[0], read_recorded(tmp_path / "out")), single, tasks)
     layouts = {(one.dp_size, one.tp_size) for one in read_recorded(tmp_path / "out").results}
     assert layouts == {(ranks // tp_size, tp_size)}
 
