@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
 import yaml
 
 from launch.train import main
+from megavit.train.config import RunConfig
 from megavit.train.logging import monitor
 from tests.ranks import run_ranks
-from tests.train.runs import log_of, steps_of
+from tests.train.runs import ds_config, log_of, small_run, steps_of, train_here
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 START = ["--deepspeed_config", "ds_configs/zero3.json", "--model.depth", "1", "--data.val_shards="]
@@ -67,3 +69,18 @@ def test_epochs_and_values_of_the_json_stay_with_the_run(digits: Path, tmp_path:
     (changes,) = [row["changes"] for row in log_of(run_dir) if row.get("event") == "resumed"][-1:]
     assert changes[1:] == ["deepspeed.optimizer.params.lr 0.0001 -> 0.0002", "max_steps 5 -> 6"]
     assert len(steps_of(run_dir)) == 6
+
+
+def workers_left(run: RunConfig) -> int:
+    """In a test rank: how many data workers are there after the run."""
+    assert train_here(run, ds_config(0)) == ""
+    left = multiprocessing.active_children()
+    for process in left:
+        process.kill()  # else the end of this process waits for them
+    return len(left)
+
+
+def test_data_workers_end_with_their_run(digits: Path, tmp_path: Path) -> None:
+    """Catches workers that the garbage collector finds in a cycle: it ends the thread that would tell them to
+    stop before it asks for that, and a program that trains twice waits for ten seconds a worker."""
+    assert run_ranks(1, workers_left, small_run(digits, tmp_path, max_steps=2, data__workers=2)) == [0]
