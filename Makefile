@@ -38,7 +38,7 @@ explain: $(DIGITS)
 		$${run%/export} --data data/digits --num 8 --train data/digits --methods located,frozen,relevance,occlusion_3x3
 
 # Decoders on real pictures, a minute or two each: depth in a photo; the digits of mosaics, on a trunk of random weights and
-# on that of the demo's newest run; where digits move, by one frame and by four. What they see and say is in
+# on that of the demo's newest run; where digits move, by one frame and by five. What they see and say is in
 # runs/dense-*/*/pictures.
 DENSE_RUNS := runs/dense-$(shell date +%Y%m%d-%H%M%S)
 DENSE_TRAIN := . $(BIN)/activate && OMP_NUM_THREADS=1 python launch/train.py --deepspeed_config ds_configs/zero3_fp32.json

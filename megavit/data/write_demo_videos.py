@@ -1,9 +1,9 @@
 """Small videos out of an installed package: handwritten digits (scikit-learn's) that move left, right, up or
-down. Nothing is downloaded.
+down, and jump from side to side on their way. Nothing is downloaded.
 
-A frame that is drawn from a video at random shows the digit in the same places whatever the direction is, so
-one frame says nothing: a quarter is right by chance. Frames without their order tell the axis, but not the
-direction: a half.
+The middle frame, and a frame that is drawn at random, show a digit in the same places whatever the direction
+is, so one frame says nothing: a quarter is right by chance. Frames without their order can tell the axis, but
+not the direction: a half.
 
 Letters: n videos, T frames of a video.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from megavit.data.video import require_pyav
 from megavit.data.write import DataSet, Split, digest, digits_arrays
 
-SIDE, LENGTH, SPEED = 16, 6, 2  # pixels, frames, pixels a frame
+SIDE, LENGTH, SPEED = 16, 7, 2  # pixels, frames, pixels a frame
 DIRECTIONS = {"down": (1, 0), "left": (0, -1), "right": (0, 1), "up": (-1, 0)}
 _FRAMES_PER_S, _BITS_PER_S = 10, 2_000_000
 
@@ -55,23 +55,23 @@ def _moved(digits: np.ndarray, random: np.random.Generator) -> Videos:
     frames = []
     for ink, label in zip(digits, labels, strict=True):
         row, column = random.integers(2, 7, 2).tolist()
-        way = places(list(DIRECTIONS)[label], (row, column), int(random.integers(LENGTH)))
-        frames.append(moving(ink, way))
+        side = int(random.choice((-1, 1)))
+        frames.append(moving(ink, places(list(DIRECTIONS)[label], (row, column), side)))
     return Videos(np.stack(frames), labels)
 
 
-def places(direction: str, middle: tuple[int, int], time: int) -> list[tuple[int, int]]:
-    """Row and column of a digit in each frame. It passes the `middle` of its way, and beside its way it stays
-    where another one is at a `time`, so that frames do not tell the axis either."""
-    way = [SPEED * number - SPEED * (LENGTH - 1) // 2 for number in range(LENGTH)]
-    rows, columns = DIRECTIONS[direction]
-    return [
-        (
-            middle[0] + (rows * along if rows else way[time]),
-            middle[1] + (columns * along if columns else way[time]),
-        )
-        for along in way
-    ]
+def places(direction: str, middle: tuple[int, int], side: int) -> list[tuple[int, int]]:
+    """Row and column of a digit in each frame. It is in the `middle` when half of the time has passed; across
+    its way it is on the `side` 1 or -1 in even frames and on the other in odd ones, as far from the middle as
+    it is along it."""
+    down, right = DIRECTIONS[direction]
+    found = []
+    for number in range(LENGTH):
+        along = SPEED * (number - LENGTH // 2)
+        across = side * (-1) ** number * abs(along)
+        row, column = (down * along, across) if down else (across, right * along)
+        found.append((middle[0] + row, middle[1] + column))
+    return found
 
 
 def moving(ink: np.ndarray, where: Sequence[tuple[int, int]]) -> np.ndarray:

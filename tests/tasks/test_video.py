@@ -18,7 +18,7 @@ from torch import nn
 import megavit
 from megavit.cli import parse_run
 from megavit.data.config import DataConfig
-from megavit.data.write_demo_videos import DIRECTIONS, moving, moving_digits_set, places
+from megavit.data.write_demo_videos import DIRECTIONS, LENGTH, moving, moving_digits_set, places
 from megavit.launch.shards import main as shards
 from megavit.model.config import ModelConfig
 from megavit.model.video import AttentiveProbe, TemporalTransformer
@@ -164,19 +164,19 @@ def test_a_head_knows_the_order_of_frames_by_its_embedding(kind: type) -> None:
 
 
 def test_no_frame_of_a_moving_digit_tells_its_direction() -> None:
-    """Catches a small real thing that can be learned without time: over all videos of a direction the frames
-    are those of any other direction, and backwards a video is one of the opposite direction."""
-    middles, times = list(itertools.product(range(2, 7), repeat=2)), range(6)
-    found = [
-        Counter(place for middle in middles for time in times for place in places(direction, middle, time))
-        for direction in DIRECTIONS
-    ]
-    assert all(one == found[0] for one in found)
+    """Catches a small real thing that can be learned without time: over all videos of a direction the middle
+    frames are those of any other direction, and so are all frames; and backwards a video is one of the
+    opposite direction."""
+    draws = list(itertools.product(itertools.product(range(2, 7), repeat=2), (-1, 1)))
+    ways = {direction: [places(direction, *draw) for draw in draws] for direction in DIRECTIONS}
+    for numbers in ([LENGTH // 2], range(LENGTH)):
+        found = [Counter(way[number] for way in ways[name] for number in numbers) for name in DIRECTIONS]
+        assert all(one == found[0] for one in found)
     assert places("left", (3, 5), 1)[::-1] == places("right", (3, 5), 1)
-    ink = np.full((8, 8), 255, np.uint8)
-    frames = moving(ink, places("down", (4, 4), 0))
-    assert [int(frame.any(1).argmax()) for frame in frames[2:]] == [3, 5, 7, 9]
-    assert frames.shape == (6, SIDE, SIDE) and len({frame.tobytes() for frame in frames}) == 6
+    frames = moving(np.full((8, 8), 255, np.uint8), places("down", (4, 4), 1))
+    assert [int(frame.any(1).argmax()) for frame in frames[2:]] == [2, 4, 6, 8, 10]
+    assert [int(frame.any(0).argmax()) for frame in frames[2:]] == [6, 4, 6, 0, 10]
+    assert frames.shape == (LENGTH, SIDE, SIDE) and len({frame.tobytes() for frame in frames}) == LENGTH
 
 
 @pytest.mark.dist
