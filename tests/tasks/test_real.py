@@ -59,7 +59,7 @@ def test_only_the_order_of_frames_tells_where_a_digit_moves(digits: Path, tmp_pa
         run = run_recipe("moving_digits", tmp_path / name, 32, *words)
         found[name] = run.evaluations[-1]["eval/val/top1"]
     assert min(found["temporal"], found["attentive"]) > 0.8, found
-    assert found["one frame"] < 0.4 and found["no order"] < 0.65, found
+    assert found["one frame"] < 0.33 and found["no order"] < 0.65, found
 
 
 def test_a_trunk_that_knows_digits_segments_them(digits: Path, tmp_path: Path) -> None:
