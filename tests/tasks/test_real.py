@@ -33,6 +33,13 @@ def run_recipe(name: str, folder: Path, batch: int, *flags: str) -> Run:
     return run
 
 
+@pytest.fixture(scope="module")
+def demo(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = train(tmp_path_factory.mktemp("runs") / "demo", digits)
+    assert run.code == 0, run.output
+    return run
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_depth_is_better_than_that_of_each_row(tmp_path: Path, seed: int) -> None:
     """Catches a decoder that learns where things are in the picture only, or nothing: the median of all
@@ -41,12 +48,10 @@ def test_depth_is_better_than_that_of_each_row(tmp_path: Path, seed: int) -> Non
     assert run.evaluations[-1]["eval/val/abs_rel"] < 0.176
 
 
-def test_only_the_order_of_frames_tells_where_a_digit_moves(digits: Path, tmp_path: Path) -> None:
+def test_only_the_order_of_frames_tells_where_a_digit_moves(demo: Run, tmp_path: Path) -> None:
     """Catches videos of which one frame tells the direction, frames in another order than the video's, and a
     head that does not look at their order. By chance a quarter of the answers are right, and half of them if
     the axis is known."""
-    demo = train(tmp_path / "demo", digits)
-    assert demo.code == 0, demo.output
     heads = {
         "temporal": [],
         "attentive": ["--task.head", "attentive"],
@@ -62,17 +67,15 @@ def test_only_the_order_of_frames_tells_where_a_digit_moves(digits: Path, tmp_pa
     assert found["one frame"] < 0.33 and found["no order"] < 0.65, found
 
 
-def test_a_trunk_that_knows_digits_segments_them(digits: Path, tmp_path: Path) -> None:
+def test_a_trunk_that_knows_digits_segments_them(demo: Run, tmp_path: Path) -> None:
     """Catches a trunk that is not loaded, or whose patches say no more than those of random weights do."""
-    demo = train(tmp_path / "demo", digits)
-    assert demo.code == 0, demo.output
-    runs = {"demo": ["--trunk", str(demo.folder)], "random": []}
+    runs = {"digits": ["--trunk", str(demo.folder)], "random": []}
     found = {}
     for name, flags in runs.items():
         run = run_recipe("mosaics", tmp_path / name, 64, *flags)
         found[name] = on_mosaics(run.folder)["miou"]
         assert found[name] == pytest.approx(run.evaluations[-1]["eval/val/miou"], abs=0.05)
-    assert found["demo"] > 0.3 and found["demo"] > found["random"] + 0.1
+    assert found["digits"] > 0.3 and found["digits"] > found["random"] + 0.1
 
 
 @torch.no_grad()
