@@ -261,7 +261,7 @@ class Trainer:
     def release(self) -> None:
         """Leave the run folder and the data workers. Workers that the garbage collector finds in a cycle no
         longer hear that they are to end, and are waited for, ten seconds each."""
-        self._batches: Iterator[Batch] = iter(())
+        del self._batches
         self.lock.release()
 
     def _take_step(self, stop: StopRequest) -> StepResult | None:
