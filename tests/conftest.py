@@ -1,6 +1,6 @@
 """Fixtures shared by all tests; real shards, real processes.
 
-`make test` runs the tests that are marked `dist` one after the other, and then the others two files at a time.
+`make test` runs the tests marked `dist` one after the other, and then the others two files at a time.
 So a test in which several ranks work at once is marked `dist`, and any other keeps to its `tmp_path` and to
 ports that it asked for (`tests.ranks.free_port`), and counts its own process and those below it only.
 """
